@@ -1,0 +1,250 @@
+"""From a plan to a run: the only place that knows every family, each by a literal table."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint, comm
+from .checkpoint import Progress
+from .comm import Place
+from .data.loader import Loader, evaluation_batches
+from .data.order import Order, total_steps
+from .data.table import TokenTable
+from .errors import MachineError, RequestError
+from .loop import Run
+from .method.full import Full
+from .method.lora import Lora
+from .model.attention import AttentionChoice
+from .model.flops import StepCost, count_step_cost, peak_flops
+from .model.load import attention_of, load_model
+from .optim import build_adamw, learning_rate
+from .plan import Plan
+from .prepare import Prepared, Split
+from .schema import OptimConfig, RunConfig
+from .state import Engine, Method, Metrics, ModelFactory, OptimFactory, Task
+from .task.causal_lm import CausalLM
+from .task.instruction import Instruction
+
+CHECKPOINTS = "checkpoints"
+
+TASKS: dict[str, Callable[..., Task]] = {"causal_lm": CausalLM, "instruction": Instruction}
+METHODS: dict[str, Callable[..., Method]] = {"full": Full, "lora": Lora}
+
+
+def build_task(config: RunConfig, *, padding_free: bool) -> Task:
+    """The task, laying out micro-batches for a model that takes documents without padding, or not.
+
+    Raises:
+        RequestError: packing was asked for with a model whose attention cannot keep documents apart.
+    """
+    if config.task.packing and not padding_free:
+        rule = f"{config.model.name_or_path}'s attention cannot keep packed documents apart"
+        raise RequestError.of("task.packing", rule, "set task.packing=false")
+    return TASKS[config.task.name](config.task, padding_free=padding_free)
+
+
+def build_method(config: RunConfig) -> Method:
+    """The method of the configuration."""
+    return METHODS[config.method.name](config.method)
+
+
+def build_engine(plan: Plan, place: Place, device: torch.device) -> Engine:
+    """The engine of the configuration; DeepSpeed is imported only for its own."""
+    config = plan.config
+    options: dict[str, Any] = {
+        "device": device,
+        "place": place,
+        "dtype": getattr(torch, config.model.dtype),
+        "max_grad_norm": config.optim.max_grad_norm,
+    }
+    if config.engine.name == "ddp":
+        from .engine.ddp import Ddp
+
+        return Ddp(**options)
+    if config.engine.name == "fsdp":
+        from .engine.fsdp import Fsdp
+
+        return Fsdp(config.engine, **options)
+    from .engine.deepspeed import Zero
+
+    options |= {
+        "micro_batch_size": config.train.per_device_train_batch_size,
+        "accumulation_steps": plan.accumulation_steps,
+    }
+    return Zero(config.engine, **options)
+
+
+def model_factory(config: RunConfig, folder: str, attention: AttentionChoice, method: Method) -> ModelFactory:
+    """How every rank builds the same modules; see state.ModelFactory."""
+
+    def build_model(weights: bool) -> nn.Module:
+        model = load_model(config.model, folder, attention, weights=weights)
+        torch.manual_seed(config.train.seed)  # what a method adds starts alike on every rank
+        model = method.apply(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # master precision; engines compute in model.dtype
+        return model
+
+    return build_model
+
+
+def optim_factory(config: OptimConfig, device: torch.device) -> OptimFactory:
+    """How an engine makes the optimizer over the parameters as it holds them."""
+
+    def build_optim(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        return build_adamw(config, parameters, fused=device.type in ("cpu", "cuda"))
+
+    return build_optim
+
+
+def build_loader(plan: Plan, task: Task, split: Split, place: Place) -> tuple[Loader, int]:
+    """The training data of this rank, and the number of steps."""
+    train = plan.config.train
+    table, samples = TokenTable.open(split.table), split.open_samples()
+    steps, rows = total_steps(len(samples), train.global_batch_size, train.max_steps, train.num_train_epochs)
+    order = Order(len(samples), train.seed, plan.config.data.shuffle, train.global_batch_size, rows)
+    loader = Loader(
+        table,
+        samples,
+        task.collate,
+        order,
+        rank=place.rank,
+        world=place.world_size,
+        per_device=train.per_device_train_batch_size,
+    )
+    return loader, steps
+
+
+def build_validation(plan: Plan, task: Task, prepared: Prepared, place: Place) -> Callable[[], Any] | None:
+    """Micro-batches of the validation split, every row once over all ranks; None without the split."""
+    split = prepared.validation
+    if split is None:
+        return None
+    table, samples = TokenTable.open(split.table), split.open_samples()
+    return lambda: evaluation_batches(
+        table,
+        samples,
+        task.collate,
+        rank=place.rank,
+        world=place.world_size,
+        per_device=plan.config.train.per_device_eval_batch_size,
+    )
+
+
+def build(plan: Plan, prepared: Prepared, place: Place, device: torch.device, beat: Callable[[str], None]) -> Run:
+    """Everything of a run, set up and, where there is a checkpoint to go on from, resumed."""
+    config = plan.config
+    attention = attention_of(config.model, prepared.model_dir, device)
+    task = build_task(config, padding_free=attention.padding_free)
+    loader, steps = build_loader(plan, task, prepared.train, place)
+    engine = build_engine(plan, place, device)
+    costs: list[StepCost] = []
+    factory = model_factory(config, prepared.model_dir, attention, build_method(config))
+
+    def build_model(weights: bool) -> nn.Module:
+        model = factory(weights)
+        _check_alike(model)
+        costs.append(count_step_cost(model))
+        return model
+
+    engine.setup(build_model, optim_factory(config.optim, device))
+    progress = resume(plan, engine, place)
+    tracker, tracker_id = build_tracker(plan, place, progress, steps)
+    return Run(
+        config=config.train,
+        task=task,
+        engine=engine,
+        tracker=tracker,
+        hooks=[],
+        total_steps=steps,
+        progress=replace(progress, tracker_id=tracker_id, world_size=place.world_size, engine=config.engine.name),
+        rank=place.rank,
+        micro_batches=loader.step,
+        validation=build_validation(plan, task, prepared, place),
+        learning_rate=lambda step: learning_rate(config.optim, step, steps),
+        epoch_at=loader.order.epoch_at,
+        save=lambda progress: save_checkpoint(plan, engine, progress, place),
+        beat=beat,
+        measure=meter(device, place.world_size, costs[0]),
+    )
+
+
+def resume(plan: Plan, engine: Engine, place: Place) -> Progress:
+    """Bring the engine to where the run stands, and say where that is; a new run stands at step 0.
+
+    Raises:
+        RequestError: the checkpoint named by train.resume is not sound.
+    """
+    wish, folder = plan.config.train.resume, plan.run_dir / CHECKPOINTS
+    path: Path | None = None
+    if place.is_main and wish == "auto":
+        path, torn = checkpoint.newest_sound(folder)
+        for problem in torn:
+            print(f"dist-ft: {problem}", flush=True)
+    elif wish not in ("auto", "never"):
+        path = Path(wish)
+        if reason := checkpoint.verify(path):
+            raise RequestError.of("train.resume", f"{path}: {reason}", "name a sound checkpoint, or use auto")
+    path = comm.from_main(path)
+    if path is None:
+        return Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
+    state = engine.state()
+    checkpoint.load(path, state)
+    engine.load(state)
+    return checkpoint.read_progress(path)
+
+
+def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place) -> None:
+    """Write a checkpoint, point `best` at it if it is the best, and remove what is no longer kept."""
+    folder = plan.run_dir / CHECKPOINTS
+    path = checkpoint.save(folder, engine.state(), progress)
+    if place.is_main:
+        if progress.best_step == progress.step:
+            checkpoint.point(folder / "best", path)
+        checkpoint.prune(folder, plan.config.train.save_total_limit, progress.best_step)
+
+
+def meter(device: torch.device, world_size: int, cost: StepCost) -> Callable[[float, int, int], Metrics]:
+    """The function behind `perf/*`: (step time in s, tokens, squared document lengths, of all ranks) → metrics."""
+    peak = peak_flops(device)
+
+    def measure(step_time_s: float, tokens: int, squared_lengths: int) -> Metrics:
+        metrics = {
+            "perf/tokens_per_second": tokens / step_time_s,
+            "perf/step_time_s": step_time_s,
+            "perf/peak_memory_bytes": float(peak_memory_bytes(device)),
+        }
+        if peak is not None:
+            metrics["perf/mfu"] = cost.of(tokens, squared_lengths) / step_time_s / (peak * world_size)
+        return metrics
+
+    return measure
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held: on its GPU, or of its process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _check_alike(model: nn.Module) -> None:
+    """Ranks that built different parameters would train garbage, or hang."""
+    names = "\n".join(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in model.named_parameters())
+    digests = comm.gather(hashlib.sha256(names.encode()).hexdigest())
+    if len(set(digests)) > 1:
+        ranks = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        raise MachineError.of(
+            f"ranks {ranks}",
+            "built other parameters than rank 0 from the same plan",
+            "see that all hosts have the same versions (dist-ft doctor) and the same model folder",
+        )

@@ -1,0 +1,255 @@
+"""Everything that can be known to be wrong before a worker starts, all of it at once and without torch.
+
+The schema knows what a key is; this module knows what keys mean together and what they name: files, folders, an
+existing run. Nothing is silently ignored: a key that the user set and that nothing would read is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import Problem, RequestError
+from .plan import RUN_FILE, read_plan
+from .pretrained import is_hub_id, model_problems, weight_bytes
+from .schema import CausalLMConfig, HostfileConfig, LocalConfig, RunConfig
+
+MIB = 2**20
+LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
+FULL_COPIES = 4  # of the weights: a checkpoint holds them with two moments, the export once more
+
+TASK_FORMATS = {
+    "causal_lm": ("auto", "text", "tokens"),
+    "instruction": ("auto", "prompt_completion", "messages", "sharegpt", "alpaca", "tokens"),
+}
+
+# What may differ when a run goes on: how it is executed, watched and for how long, never what is learned from what.
+MAY_CHANGE = {
+    "model": {"attn_implementation", "gradient_checkpointing", "trust_remote_code"},
+    "data": {"cache_dir", "validation", "test"},
+    "train": {
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "early_stopping_patience",
+        "resume",
+        "timeout_s",
+    },
+}
+
+
+@dataclass(frozen=True)
+class ReadWhen:
+    """A key that is read only under a condition, and what the user can do where it is not."""
+
+    key: str
+    reads: Callable[[RunConfig], bool]
+    otherwise: str  # the end of "nothing reads it: …"
+    way_out: str
+
+
+def _packs(config: RunConfig) -> bool:
+    return isinstance(config.task, CausalLMConfig) and config.task.packing
+
+
+def _hub_data(config: RunConfig) -> bool:
+    return any(is_hub_id(source) for _, source in sources(config))
+
+
+NO_VALIDATION = "there is no validation data"
+GIVE_VALIDATION = "set data.validation, or remove it"
+NO_TRACKING = "track.wandb=off"
+TRACK = "set track.wandb=auto, or remove it"
+
+READ_WHEN = [
+    ReadWhen(
+        "model.revision",
+        lambda c: is_hub_id(c.model.name_or_path),
+        "the model does not come from the hub",
+        "remove it, or name a hub id",
+    ),
+    ReadWhen(
+        "task.overlong",
+        lambda c: not _packs(c) or c.data.format == "tokens",
+        "packing cuts documents into blocks, so none is too long",
+        "remove it, or set task.packing=false",
+    ),
+    ReadWhen(
+        "task.chat_template",
+        lambda c: c.data.format != "tokens",
+        "rows of tokens are used as they are",
+        "remove it, or give rows of text",
+    ),
+    ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
+    ReadWhen("train.eval_steps", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen("train.per_device_eval_batch_size", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen("train.early_stopping_patience", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen(
+        "train.early_stopping_patience",
+        lambda c: not c.data.validation or c.train.eval_steps is not None,
+        "without train.eval_steps no evaluation comes before the end",
+        "set train.eval_steps, or remove it",
+    ),
+    ReadWhen(
+        "train.save_total_limit",
+        lambda c: c.train.save_steps is not None,
+        "without train.save_steps only the last step is saved",
+        "set train.save_steps, or remove it",
+    ),
+    ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen("track.tags", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen(
+        "launch.port",
+        lambda c: not (isinstance(c.launch, LocalConfig) and c.launch.workers_per_node == 1),
+        "a single worker has no one to meet",
+        "remove it, or set launch.workers_per_node=2",
+    ),
+]
+
+
+def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ()) -> list[Problem]:
+    """Every problem of a valid configuration; empty if there is none.
+
+    Args:
+        config: what was composed.
+        set_keys: dotted keys that the user set, with their origins if it is a mapping.
+    """
+    origins = dict(set_keys) if isinstance(set_keys, Mapping) else dict.fromkeys(set_keys, "")
+    return [
+        *_unread_problems(config, origins),
+        *_length_problems(config, origins),
+        *_format_problems(config),
+        *model_problems(config.model),
+        *_data_problems(config),
+        *_template_problems(config),
+        *_run_problems(config),
+    ]
+
+
+def check_machine(config: RunConfig) -> list[Problem]:
+    """What is wrong with this machine's disk for the run: the folder cannot be written, or there is no room."""
+    folder = Path(config.output_dir)
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        return [Problem("output_dir", f"{folder} is a file, so {config.output_dir} cannot be made", "set output_dir=…")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [Problem("output_dir", f"{folder} cannot be written to", "set output_dir to a folder of yours")]
+    weights = weight_bytes(config.model.name_or_path)
+    full = config.method.name == "full"
+    needed = max(LEAST_ROOM_BYTES, (weights or 0) * FULL_COPIES if full else 0)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        rule = f"{free // MIB} MiB are free in {folder}; the run needs some {needed // MIB} MiB"
+        return [Problem("output_dir", rule, "make room, or set output_dir to a larger disk")]
+    return []
+
+
+def sources(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every source of data with its key."""
+    for key in ("train", "validation", "test"):
+        value = getattr(config.data, key)
+        for source in [value] if isinstance(value, str) else value or []:
+            yield f"data.{key}", source
+
+
+def _unread_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    for rule in READ_WHEN:
+        if rule.key in origins and not rule.reads(config) and _value(config, rule.key) not in (None, []):
+            yield Problem(_where(rule.key, origins), f"nothing reads it: {rule.otherwise}", rule.way_out)
+
+
+def _length_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    train = config.train
+    if train.max_steps is not None and train.num_train_epochs is not None:
+        where = _where("train.max_steps", origins)
+        yield Problem(where, "train.num_train_epochs is set too, and one of them decides", "remove one of the two")
+    if train.max_steps is None and train.num_train_epochs is None:
+        rule = "the length of the run is not given"
+        yield Problem("train", rule, "set train.max_steps or train.num_train_epochs")
+
+
+def _format_problems(config: RunConfig) -> Iterator[Problem]:
+    allowed = TASK_FORMATS[config.task.name]
+    if config.data.format not in allowed:
+        rule = f"{config.data.format} is not a format of task={config.task.name}, which knows {', '.join(allowed)}"
+        others = [task for task, formats in TASK_FORMATS.items() if config.data.format in formats]
+        yield Problem("data.format", rule, f"choose task={others[0]}, or correct the format")
+
+
+def _template_problems(config: RunConfig) -> Iterator[Problem]:
+    template = getattr(config.task, "chat_template", None)
+    if template not in (None, "chatml") and not Path(template).is_file():
+        yield Problem("task.chat_template", f"{template}: no such file", "name a Jinja file, or chatml")
+
+
+def _data_problems(config: RunConfig) -> Iterator[Problem]:
+    for key, source in sources(config):
+        yield from _source_problems(key, source, config)
+
+
+def _source_problems(key: str, source: str, config: RunConfig) -> Iterator[Problem]:
+    if not Path(source).exists() and not is_hub_id(source):
+        yield Problem(key, f"{source}: no such file", "correct the path")
+
+
+def _run_problems(config: RunConfig) -> Iterator[Problem]:
+    """An existing folder of the run must be this run's, and a checkpoint that is named must exist."""
+    folder = Path(config.output_dir)
+    resume = config.train.resume
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        yield Problem("train.resume", f"{resume}: no such checkpoint", "name a folder runs/NAME/checkpoints/step-N")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RUN_FILE).is_file():
+        rule = f"{folder} exists and is not a run's folder (it has no {RUN_FILE})"
+        yield Problem("output_dir", rule, "set run_name or output_dir to a new one")
+        return
+    checkpoints = sorted(folder.glob("checkpoints/step-*"))
+    if resume == "never" and checkpoints:
+        rule = f"{folder} holds {len(checkpoints)} checkpoints, and starting anew would overwrite them"
+        yield Problem("train.resume", rule, f"set run_name={_free_name(folder)}, or remove {folder}")
+    elif checkpoints or (folder / "model").exists():
+        yield from _difference_problems(config, folder)
+
+
+def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
+    way_out = f"set run_name={_free_name(folder)} for a run of its own, or go back to the old value"
+    try:
+        old = read_plan(folder).config
+    except RequestError as error:
+        yield Problem("output_dir", error.problems[0].rule, f"set run_name={_free_name(folder)}")
+        return
+    for section in ("model", "task", "data", "method", "optim", "train"):
+        before: dict[str, Any] = getattr(old, section).model_dump()
+        after: dict[str, Any] = getattr(config, section).model_dump()
+        for key in dict.fromkeys([*before, *after]):
+            if key not in MAY_CHANGE.get(section, ()) and before.get(key) != after.get(key):
+                rule = f"{folder} is a run with {before.get(key)!r}, and this one has {after.get(key)!r}"
+                yield Problem(f"{section}.{key}", rule, way_out)
+
+
+def _free_name(folder: Path) -> str:
+    number = 2
+    while folder.with_name(f"{folder.name}-{number}").exists():
+        number += 1
+    return f"{folder.name}-{number}"
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    section, _, rest = key.partition(".")
+    return getattr(getattr(config, section), rest, None)
+
+
+def _where(key: str, origins: Mapping[str, str]) -> str:
+    return f"{key} ({origins[key]})" if origins.get(key) else key

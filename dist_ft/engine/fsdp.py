@@ -1,0 +1,60 @@
+"""FSDP2: parameters, gradients and optimizer state sharded block by block (torch.distributed.fsdp.fully_shard)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..comm import barrier
+from ..model.structure import find_blocks
+from ..schema import FsdpConfig
+from .native import NativeEngine
+
+
+class Fsdp(NativeEngine):
+    """Each block is one unit of communication, what stands outside the blocks another."""
+
+    def __init__(self, config: FsdpConfig, **options: Any) -> None:
+        super().__init__(**options)
+        self.config = config
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Shard, then send every rank its shards of rank 0's weights, one tensor at a time."""
+        mesh = init_device_mesh(self.device.type, (self.place.world_size,))
+        half = self.dtype != torch.float32
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32) if half else MixedPrecisionPolicy(),
+            "offload_policy": self._offload(),
+            "reshard_after_forward": self.config.reshard_after_forward,
+        }
+        source = {name: p.detach() for name, p in model.named_parameters()} if self.place.is_main else {}
+        for block in find_blocks(model):
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+        for name, parameter in model.named_parameters():
+            _scatter(parameter, source.pop(name, None))
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.device)
+        barrier()
+        return model
+
+    def _offload(self) -> OffloadPolicy:
+        if self.config.offload == "none" or self.device.type == "cpu":  # on a CPU shards are where they would go
+            return OffloadPolicy()
+        return CPUOffloadPolicy()
+
+
+def _scatter(parameter: nn.Parameter, full: Tensor | None) -> None:
+    """Fill a sharded parameter with rank 0's full tensor."""
+    shards = parameter.data
+    assert isinstance(shards, DTensor)
+    device = shards.device_mesh.device_type
+    source = torch.empty(shards.shape, dtype=shards.dtype, device=device) if full is None else full.to(device)
+    filled = distribute_tensor(source, shards.device_mesh, shards.placements, src_data_rank=0)
+    shards.to_local().copy_(filled.to_local())

@@ -1,0 +1,132 @@
+"""The loop: what happens in a run, in the order it happens. It knows protocols and never asks which engine it drives."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import comm
+from .checkpoint import Progress
+from .errors import TrainingError
+from .schema import TrainConfig
+from .state import Batch, Engine, Hook, LossFn, LossSum, Metrics, StepInfo, Task, Tracker
+
+
+@dataclass
+class Run:
+    """Everything that a run needs, built by build.py."""
+
+    config: TrainConfig
+    task: Task
+    engine: Engine
+    tracker: Tracker
+    hooks: list[Hook]
+    total_steps: int
+    progress: Progress  # where the run stands; a resumed one begins there
+    rank: int
+    micro_batches: Callable[[int], list[Batch]]  # of this rank, for a step
+    validation: Callable[[], Iterator[Batch]] | None
+    learning_rate: Callable[[int], float]
+    epoch_at: Callable[[int], float]
+    save: Callable[[Progress], None]
+    beat: Callable[[str], None]  # tells the watchdog how far this rank has come
+    measure: Callable[[float, int, int], Metrics]  # step time in s, tokens, squared lengths of all ranks → perf/*
+
+
+def fit(run: Run) -> Progress:
+    """Train from `run.progress` to the last step, or to where patience ends; return where the run then stands."""
+    if run.progress.step == 0 and run.validation:
+        assess(run, 0)
+    while run.progress.step < run.total_steps and not out_of_patience(run):
+        step = run.progress.step + 1
+        metrics = train_step(run, step)
+        run.progress = replace(run.progress, step=step)
+        last = step == run.total_steps
+        if last or step % run.config.logging_steps == 0:
+            run.tracker.log(metrics, step=step)
+        if run.validation and (last or due(step, run.config.eval_steps)):
+            assess(run, step)
+        is_best = run.progress.best_step == step and step > 0
+        if last or due(step, run.config.save_steps) or (is_best and keeps_best(run.config)) or out_of_patience(run):
+            run.beat(f"checkpoint of step {step}")
+            run.save(run.progress)
+        for hook in run.hooks:
+            hook.on_step(StepInfo(step, run.total_steps, metrics))
+    return run.progress
+
+
+def train_step(run: Run, step: int) -> Metrics:
+    """One optimizer step over the global batch: the sum of its token losses over its number of supervised tokens."""
+    started = time.perf_counter()
+    micros = run.micro_batches(step)
+    own = [(m.supervised, m.tokens, m.squared_lengths) for m in micros]
+    supervised, tokens, squared_lengths = comm.total(torch.tensor(own).sum(dim=0))
+    if supervised == 0:
+        raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
+    # Dropout is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one draws.
+    torch.manual_seed((run.config.seed * 1_000_003 + step) * 65_537 + run.rank)
+    loss = torch.zeros((), dtype=torch.float64)
+    for i, micro in enumerate(micros, start=1):
+        run.beat(f"step {step}, micro-batch {i} of {len(micros)}")
+        loss += run.engine.forward_backward(micro, run.task.loss, supervised, last=i == len(micros)).loss.double().cpu()
+    rate = run.learning_rate(step)
+    grad_norm = run.engine.step(rate).grad_norm
+    mean = float(comm.total(loss) / supervised)
+    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
+        rule = f"loss is {mean}, gradient norm {grad_norm}"
+        raise TrainingError.of(f"step {step}", rule, "lower optim.learning_rate, or look at this step's rows")
+    return {
+        "epoch": run.epoch_at(step),
+        "train/loss": mean,
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": rate,
+        "train/supervised_tokens": int(supervised),
+        **run.measure(time.perf_counter() - started, int(tokens), int(squared_lengths)),
+    }
+
+
+def assess(run: Run, step: int) -> None:
+    """Evaluate, log, and remember the best loss."""
+    assert run.validation
+    run.beat(f"evaluation at step {step}")
+    totals = evaluate(run.engine, run.validation(), run.task.score, run.beat)
+    metrics = {f"eval/{name}": value for name, value in run.task.metrics(totals).items()}
+    run.tracker.log(metrics, step=step)
+    best = run.progress.best_loss
+    if best is None or metrics["eval/loss"] < best:
+        run.progress = replace(run.progress, best_loss=metrics["eval/loss"], best_step=step, stale_evaluations=0)
+    else:
+        run.progress = replace(run.progress, stale_evaluations=run.progress.stale_evaluations + 1)
+
+
+def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Callable[[str], None]) -> LossSum:
+    """Sums over all rows and ranks: the same numbers on any world size and batch size."""
+    sums: dict[str, torch.Tensor] = {}
+    for i, batch in enumerate(batches, start=1):
+        beat(f"evaluation, micro-batch {i}")
+        result = engine.evaluate(batch, score)
+        for name, value in {"loss": result.loss, "weight": result.weight, **result.counts}.items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+    names = sorted(sums)
+    totals = dict(zip(names, comm.total(torch.stack([sums[name] for name in names])), strict=True))
+    return LossSum(totals.pop("loss"), totals.pop("weight"), totals)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens `every` so many steps happens at `step`."""
+    return every is not None and step % every == 0
+
+
+def keeps_best(config: TrainConfig) -> bool:
+    """Whether a checkpoint is written where the evaluation is the best so far."""
+    return config.save_steps is not None or config.early_stopping_patience is not None
+
+
+def out_of_patience(run: Run) -> bool:
+    """Whether the loss has not improved for as many evaluations as the run waits."""
+    patience = run.config.early_stopping_patience
+    return patience is not None and run.progress.stale_evaluations >= patience

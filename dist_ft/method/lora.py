@@ -1,0 +1,93 @@
+"""LoRA (Hu et al. 2021) by peft, with targets that must match: neither the head nor a router is adapted unasked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import cast
+
+import peft
+from torch import nn
+
+from ..errors import Problem, RequestError
+from ..model.structure import find_linears
+from ..schema import LoraConfig
+from ..state import Weights
+
+
+class Lora:
+    """See the module; DoRA and rsLoRA are settings of it."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and put adapters beside the target modules.
+
+        Raises:
+            RequestError: a target, or a module to save, matches nothing.
+        """
+        targets = _resolve_targets(self.config.target_modules, model)
+        _check_names("method.modules_to_save", self.config.modules_to_save, [name for name, _ in model.named_modules()])
+        settings = peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            r=self.config.r,
+            lora_alpha=cast(int, self.config.lora_alpha),
+            lora_dropout=self.config.lora_dropout,
+            target_modules=targets,
+            use_rslora=self.config.use_rslora,
+            use_dora=self.config.use_dora,
+            modules_to_save=self.config.modules_to_save or None,
+        )
+        return peft.get_peft_model(model, settings)  # type: ignore[arg-type]
+
+    def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
+        """Write adapter_model.safetensors and adapter_config.json in peft's form."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
+        assert isinstance(model, peft.PeftModel)
+        # The embeddings are either untouched or in modules_to_save; peft must not go and look at the hub for them.
+        model.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
+
+
+def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[str]:
+    """What peft is told: the endings of names that stand for exactly the modules meant."""
+    linears = find_linears(model)
+    if targets == "all-linear":
+        if not linears:
+            raise RequestError.of(
+                "method.target_modules", "all-linear matches no linear layer of this model", "name modules to adapt"
+            )
+        return sorted(linears) if _ambiguous(linears, model) else sorted({name.rsplit(".", 1)[-1] for name in linears})
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+        if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
+            raise RequestError.of(
+                "method.target_modules",
+                f"the regular expression {targets!r} matches no module's full name",
+                f"names look like {next(iter(linears), 'none')}",
+            )
+        return targets
+    names = [targets] if isinstance(targets, str) else list(targets)
+    _check_names("method.target_modules", names, [name for name, _ in model.named_modules()])
+    return names
+
+
+def _ambiguous(linears: dict[str, nn.Linear], model: nn.Module) -> bool:
+    """Whether an ending of the targets also names another linear layer, such as a router or the head."""
+    endings = {name.rsplit(".", 1)[-1] for name in linears}
+    return any(
+        isinstance(module, nn.Linear) and name not in linears and name.rsplit(".", 1)[-1] in endings
+        for name, module in model.named_modules()
+    )
+
+
+def _check_names(key: str, wanted: list[str], names: list[str]) -> None:
+    """Each of `wanted` must be a module's name or the end of one, at a dot."""
+    problems = []
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names if name})
+    for want in wanted:
+        if not any(name == want or name.endswith("." + want) for name in names):
+            near = difflib.get_close_matches(want, endings, n=3, cutoff=0.4) or endings[:8]
+            problems.append(Problem(key, f"{want!r} matches no module", f"the model has {', '.join(near)}"))
+    if problems:
+        raise RequestError(*problems)

@@ -1,0 +1,234 @@
+"""The configuration of a run, typed and strict: an unknown key is an error, each choice of a group has its own keys.
+
+Names are those of Hugging Face and TRL wherever the meaning is the same. The groups are the folders of `conf/`;
+`checks.py` gathers every problem of a composed configuration, this file says what a key is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """A frozen record without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(Strict):
+    """Which model, in which precision."""
+
+    name_or_path: str = Field(description="Folder, hub id, or `package:NAME` (a Python package that carries a GGUF).")
+    revision: str | None = Field(None, description="Hub revision; a commit hash makes the run repeatable.")
+    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer; the model's own if not given.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Forward and backward, and frozen weights; trained weights and AdamW stay in float32."
+    )
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    gradient_checkpointing: bool = Field(False, description="Recompute activations block by block in the backward.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Read it first.")
+
+
+class CausalLMConfig(Strict):
+    """Continued pre-training on text."""
+
+    name: Literal["causal_lm"]
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    packing: bool = Field(True, description="Cut the documents, one after another, into full blocks of max_length.")
+    overlong: Literal["error", "truncate", "drop"] = Field(
+        "error", description="Without packing: what to do with a document longer than max_length."
+    )
+
+
+class InstructionConfig(Strict):
+    """Answers to prompts: loss on the assistant's turns only."""
+
+    name: Literal["instruction"]
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    packing: bool = Field(False, description="Put several rows into one of at most max_length tokens, kept apart.")
+    overlong: Literal["error", "truncate", "drop"] = Field("error", description="A row longer than max_length.")
+    unsupervised: Literal["error", "drop"] = Field("error", description="A row without a supervised token.")
+    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+
+
+TaskConfig = Annotated[CausalLMConfig | InstructionConfig, Field(discriminator="name")]
+
+DataFormat = Literal["auto", "text", "prompt_completion", "messages", "sharegpt", "alpaca", "tokens"]
+
+
+class DataConfig(Strict):
+    """Where rows come from. A source is a file, a glob, a folder or a hub id; several make one data set."""
+
+    train: str | list[str]
+    validation: str | list[str] | None = None
+    test: str | list[str] | None = None
+    format: DataFormat = "auto"
+    columns: dict[str, str] = Field(default_factory=dict, description="The format's name of a column → the data's.")
+    revision: str | None = Field(None, description="Hub revision of the data.")
+    shuffle: bool = Field(True, description="A new order each epoch from train.seed; false keeps the file order.")
+    cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
+
+
+class FullConfig(Strict):
+    """Every weight learns."""
+
+    name: Literal["full"]
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021); names and meanings are PEFT's."""
+
+    name: Literal["lora"]
+    r: Count = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | list[str] = Field(
+        "all-linear", description="`all-linear` (neither head nor router), name endings, or one regular expression."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
+    use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
+    modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
+
+
+MethodConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="name")]
+
+
+class DdpConfig(Strict):
+    """Every rank holds everything; gradients are summed."""
+
+    name: Literal["ddp"]
+
+
+class FsdpConfig(Strict):
+    """PyTorch FSDP2: parameters, gradients and optimizer state sharded block by block."""
+
+    name: Literal["fsdp"]
+    offload: Literal["none", "params"] = Field("none", description="`params`: shards and the update live on the CPU.")
+    reshard_after_forward: bool = Field(True, description="Free a block's weights between forward and backward.")
+
+
+class Zero12Config(Strict):
+    """DeepSpeed ZeRO-1 (optimizer state sharded) and ZeRO-2 (gradients too)."""
+
+    name: Literal["zero1", "zero2"]
+    offload: Literal["none", "optimizer"] = "none"
+
+
+class Zero3Config(Strict):
+    """DeepSpeed ZeRO-3: parameters sharded too."""
+
+    name: Literal["zero3"]
+    offload: Literal["none", "optimizer", "params"] = Field("none", description="`params` offloads both.")
+
+
+EngineConfig = Annotated[DdpConfig | FsdpConfig | Zero12Config | Zero3Config, Field(discriminator="name")]
+
+
+class OptimConfig(Strict):
+    """AdamW (Loshchilov and Hutter 2019) and its schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: Share = Field(0.0, description="Share of the steps over which the rate rises from 0.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the global norm; 0 does not clip.")
+
+
+class TrainConfig(Strict):
+    """How long, how large, how often."""
+
+    max_steps: Count | None = None
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    global_batch_size: Count = Field(32, description="Rows (packed: blocks) of one optimizer step over all ranks.")
+    per_device_train_batch_size: Count = Field(4, description="Rows of one micro-batch; accumulation follows.")
+    per_device_eval_batch_size: Count = 8
+    seed: Annotated[int, Field(ge=0)] = 0
+    logging_steps: Count = 1
+    eval_steps: Count | None = Field(None, description="Also evaluated before the first and after the last step.")
+    save_steps: Count | None = Field(None, description="Also saved after the last step.")
+    save_total_limit: Count | None = Field(None, description="Newest checkpoints kept; the best one is kept besides.")
+    early_stopping_patience: Count | None = Field(None, description="Evaluations without a better eval/loss.")
+    resume: str = Field("auto", description="`auto` (newest sound checkpoint), `never`, or a checkpoint's path.")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(600, description="A rank silent for so long is given up.")
+
+
+class TrackConfig(Strict):
+    """Weights & Biases; metrics.jsonl and the terminal are always there."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="`auto`: online where a key is found, offline otherwise."
+    )
+    project: str = "dist_ft"
+    run_name: str | None = Field(None, description="The run's name in W&B; the top run_name if not given.")
+    tags: list[str] = Field(default_factory=list)
+
+
+class LocalConfig(Strict):
+    """Workers on this machine, by torchrun (ddp, fsdp) or the deepspeed launcher (zero*); one worker needs neither."""
+
+    name: Literal["local"]
+    workers_per_node: Count | Literal["auto"] = Field("auto", description="`auto`: one a GPU; 2 on a CPU machine.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="Rendezvous port; 0 takes a free one.")
+
+
+class HostfileConfig(Strict):
+    """Workers on the hosts of a DeepSpeed hostfile, over ssh or pdsh."""
+
+    name: Literal["deepspeed"]
+    hostfile: str = Field(description="Lines of `HOST slots=N`.")
+    nodes: Count | None = Field(None, description="The first so many hosts; all if not given.")
+    workers_per_node: Count | None = Field(None, description="Workers on each host; its slots if not given.")
+    master_addr: str | None = Field(None, description="Address of the first host; looked up there if not given.")
+    master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
+
+
+class SlurmConfig(Strict):
+    """A SLURM job: one task a worker."""
+
+    name: Literal["slurm"]
+    nodes: Count = 1
+    workers_per_node: Count = Field(description="Workers, and GPUs unless gpus_per_node says otherwise, on a node.")
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    cpus_per_task: Count | None = None
+    mem: str | None = Field(None, description="Memory a node, in SLURM's words (`64G`).")
+    time: str | None = Field(None, description="Time limit, in SLURM's words (`2-00:00:00`).")
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
+    setup: list[str] = Field(default_factory=list, description="Shell lines before the workers start (module load …).")
+    sbatch: dict[str, str] = Field(default_factory=dict, description="Any other sbatch option: long name → value.")
+
+
+LaunchConfig = Annotated[LocalConfig | HostfileConfig | SlurmConfig, Field(discriminator="name")]
+
+
+class RunConfig(Strict):
+    """All of a run."""
+
+    run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
+    output_dir: str
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig
+    method: MethodConfig
+    engine: EngineConfig
+    optim: OptimConfig
+    train: TrainConfig
+    track: TrackConfig
+    launch: LaunchConfig
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a composed configuration, for editors."""
+    return RunConfig.model_json_schema()

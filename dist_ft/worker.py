@@ -1,0 +1,95 @@
+"""One worker: `python -m dist_ft.worker RUN_YAML`, under torchrun, deepspeed, srun, or alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TextIO
+
+from .comm import Place, find_place
+from .errors import DistFtError, MachineError, RequestError
+from .failure import forget, report
+from .plan import Plan, read_plan
+
+
+def main(arguments: list[str]) -> int:
+    """Run the plan named first; what launchers append (`--local_rank=N`) stands in the environment too.
+
+    Returns the exit code: 0, or that of the error.
+    """
+    started = time.time()
+    try:
+        if not arguments:
+            raise RequestError.of("RUN_YAML", "is missing", "python -m dist_ft.worker runs/NAME/run.yaml")
+        plan, place = read_plan(arguments[0]), find_place()
+        if place.world_size != plan.world_size:
+            rule = f"{place.world_size} workers were started, the plan is for {plan.world_size}"
+            raise MachineError.of(str(plan.run_file), rule, "start as many, or plan anew (launch.workers_per_node)")
+    except DistFtError as error:
+        print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
+        return error.exit_code
+    terminal = open_log(plan.run_dir, place)
+    forget(plan.run_dir, started)
+    try:
+        train(plan, place, terminal)
+    except BaseException as error:  # also KeyboardInterrupt: every rank's end is everyone's, with a code
+        return report(error, place, plan.run_dir, terminal)
+    return 0
+
+
+def open_log(run_dir: Path, place: Place) -> TextIO:
+    """Send this process's output to logs/rank-<r>.log; rank 0's errors and progress stay on the terminal too.
+
+    Returns the terminal (the standard error that the process was started with).
+    """
+    terminal = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / f"rank-{place.rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):  # libraries written in C write there as well
+        os.dup2(log, descriptor)
+    os.close(log)
+    # Advice of libraries to their callers is ours to read, not the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    return terminal
+
+
+def train(plan: Plan, place: Place, terminal: TextIO) -> None:
+    """Prepare, join the others, build, fit, export. Raises whatever goes wrong."""
+    from . import lifeline
+
+    lifeline.hold()
+    from .prepare import prepare
+
+    prepared = prepare(plan.config)  # before any process group: no collective waits for it
+    from . import comm
+    from .build import build, export
+    from .loop import fit
+    from .watchdog import Watchdog
+
+    timeout_s = plan.config.train.timeout_s
+    device = comm.find_device(place)
+    store = comm.open_store(place, timeout_s)
+    comm.join(place, store, device, 2 * timeout_s)  # later than the watchdog, which says more
+    watchdog = Watchdog(place, store.clone(), timeout_s, plan.run_dir, terminal)
+    watchdog.start()
+    with contextlib.closing(watchdog):
+        run = build(plan, prepared, place, device, terminal, watchdog.beat)
+        with contextlib.closing(run.tracker):
+            fit(run)
+            watchdog.beat("export")
+            export(plan, prepared, run, place)
+        comm.barrier()
+    comm.leave()
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Communication libraries' threads now and then abort an interpreter that ends in the ordinary way.
+    os._exit(code)

@@ -1,0 +1,179 @@
+"""The dotted keys of a configuration: which exist for the chosen groups, which is nearest, what a wrong value breaks."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from ..errors import Problem
+from ..schema import RunConfig
+
+Tree = dict[str, Any]
+
+
+def members(annotation: Any) -> list[type[BaseModel]]:
+    """The record types that an annotation stands for: one, those of a union, or none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found = [members(part) for part in typing.get_args(annotation) if not isinstance(part, str | FieldInfo)]
+    return [record for group in found for record in group]
+
+
+def names(record: type[BaseModel]) -> tuple[str, ...]:
+    """The values of a record's `name`, by which its group is chosen."""
+    field = record.model_fields.get("name")
+    if field is None or typing.get_origin(field.annotation) is not Literal:
+        return ()
+    return typing.get_args(field.annotation)
+
+
+def chosen(config: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
+    """The record of each section of `config`; None for a top-level value, the first where the choice is unknown."""
+    found: dict[str, type[BaseModel] | None] = {}
+    for section, field in RunConfig.model_fields.items():
+        records = members(field.annotation)
+        name = config[section].get("name") if isinstance(config.get(section), dict) else None
+        matching = [record for record in records if name in names(record)]
+        found[section] = (matching or records or [None])[0]
+    return found
+
+
+def valid_keys(config: Mapping[str, Any]) -> list[str]:
+    """Every dotted key that the choices of `config` know."""
+    keys = []
+    for section, record in chosen(config).items():
+        keys += [section] if record is None else [f"{section}.{key}" for key in record.model_fields]
+    return keys
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known word most like `word`, by whole dotted name or by last part; None if none is like it."""
+    known = list(known)
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=cutoff):
+        return close[0]
+    tails: dict[str, str] = {}
+    for key in known:
+        tails.setdefault(key.rpartition(".")[2], key)
+    close = difflib.get_close_matches(word.rpartition(".")[2], list(tails), n=1, cutoff=cutoff)
+    return tails[close[0]] if close else None
+
+
+def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
+    """What is wrong with a key that the chosen schema does not know, and where it may belong."""
+    section, _, rest = key.partition(".")
+    head = rest.partition(".")[0]
+    if section in RunConfig.model_fields and head:
+        records = members(RunConfig.model_fields[section].annotation)
+        owners = [name for record in records if head in record.model_fields for name in names(record)]
+        if owners:
+            choices = " or ".join(f"{section}={name}" for name in owners)
+            now = config.get(section)
+            current = f"{section}={now['name']}" if isinstance(now, dict) and "name" in now else "the present choice"
+            rule = f"this key belongs to {choices}; {current} does not read it"
+            return Problem(where, rule, f"remove it, or choose {choices}")
+    known = valid_keys(config) if rest else list(RunConfig.model_fields)
+    close = nearest(key, known)
+    if close is not None:
+        return Problem(where, "unknown key", f"did you mean {close}?")
+    record = chosen(config).get(section)
+    options = [f"{section}.{name}" for name in record.model_fields] if record else list(RunConfig.model_fields)
+    return Problem(where, "unknown key", f"known here: {', '.join(options)}")
+
+
+def set_value(tree: Tree, key: str, value: Any) -> str | None:
+    """Set a dotted key in nested dictionaries; the dotted prefix that stands in the way if one is a plain value."""
+    *path, last = key.split(".")
+    for depth, part in enumerate(path):
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            return ".".join(path[: depth + 1])
+        tree = below
+    tree[last] = value
+    return None
+
+
+def get_value(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key, None where there is none."""
+    value: Any = tree
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value, down to the depth of the schema's fields (a dictionary that is one field stays whole)."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and not prefix and dotted in RunConfig.model_fields:
+            found.update(leaves(value, f"{dotted}."))
+        else:
+            found[dotted] = value
+    return found
+
+
+def schema_problems(error: ValidationError, config: Mapping[str, Any], origins: Mapping[str, str]) -> list[Problem]:
+    """The errors of the schema, one problem a key, with the key's origin, its value and what is allowed."""
+    found: dict[str, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        found.setdefault(_field_of(item["loc"]), []).append(item)
+    problems = []
+    for key, items in found.items():
+        where = f"{key} ({origins[key]})" if key in origins else key
+        if items[0]["type"] == "extra_forbidden":
+            problems.append(unknown_key(key, config, where))
+        elif items[0]["type"] == "missing":
+            problems.append(missing_key(key))
+        elif items[0]["type"].startswith("union_tag"):
+            options = [name for record in members(RunConfig.model_fields[key].annotation) for name in names(record)]
+            problems.append(Problem(where, "no such choice", f"choose one of {', '.join(options)}"))
+        else:
+            problems.append(_wrong_value(key, where, items))
+    return problems
+
+
+def missing_key(key: str) -> Problem:
+    """A key without a value that only the user can give."""
+    return Problem(key, "must be given", f"say {key}=VALUE")
+
+
+def _field_of(loc: tuple[int | str, ...]) -> str:
+    """The dotted key of an error's location: section and field, without the union's tags and what is inside a value."""
+    section, *rest = [str(part) for part in loc]
+    records = members(RunConfig.model_fields[section].annotation) if section in RunConfig.model_fields else []
+    if len(records) > 1 and rest and any(rest[0] in names(record) for record in records):
+        rest = rest[1:]
+    return ".".join([section, *rest[:1]]) if records else section
+
+
+def _wrong_value(key: str, where: str, items: list[Any]) -> Problem:
+    """A value of the wrong type or out of range."""
+    value = items[0]["input"]
+    rules, options = [], []
+    for item in items:
+        if item["type"] == "literal_error":
+            options += [word.strip().strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        else:
+            rules.append(_rule_of(item["msg"]))
+    if options:
+        rules.append("must be one of " + ", ".join(options))
+    close = difflib.get_close_matches(str(value), options, n=1)
+    rule = " or ".join(dict.fromkeys(rules))
+    if key == "run_name":
+        rule, close = "must be letters, digits, `.`, `_` and `-`, at most 120, a letter or digit first", []
+    way_out = f"did you mean {key}={close[0]}?" if close else f"correct it: {key}=VALUE"
+    return Problem(where, f"{value!r} is wrong: it {rule}", way_out)
+
+
+def _rule_of(message: str) -> str:
+    """The schema's message as the end of a sentence that begins with `it`."""
+    if message.startswith("Input should be "):
+        return "must be " + message.removeprefix("Input should be ").replace(", unable to parse string as an integer", "")
+    return "is refused: " + message

@@ -1,0 +1,127 @@
+"""Workers on this machine: one alone, under torchrun (ddp, fsdp), or under DeepSpeed's launcher (zero*)."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import shlex
+
+from ..errors import MachineError, RequestError
+from ..plan import Plan
+from ..schema import LocalConfig, RunConfig
+from . import process
+from .environ import Site, export_lines
+from .launcher import WORKER_MODULE, Rendered, shell_lines, write_rendered
+from .ports import port_problem
+
+SCRIPT = "launch.sh"
+CPU_WORKERS = 2
+FREE_PORT = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
+
+
+class LocalLauncher:
+    """Launches on the machine where the user types."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def resolve(self, config: RunConfig) -> tuple[int, int]:
+        """Nodes and workers a node: one worker a GPU, two on a CPU machine, unless told.
+
+        Raises:
+            RequestError: more workers than GPUs.
+        """
+        launch = _launch(config)
+        gpus = len(self.site.devices)
+        if launch.workers_per_node == "auto":
+            return 1, gpus or CPU_WORKERS
+        if gpus and launch.workers_per_node > gpus:
+            rule = f"{launch.workers_per_node} workers, but {gpus} GPUs are visible"
+            raise RequestError.of("launch.workers_per_node", rule, f"set launch.workers_per_node={gpus} or fewer")
+        return 1, launch.workers_per_node
+
+    def render(self, plan: Plan) -> Rendered:
+        """`launch.sh`, which becomes the launcher's process."""
+        command, port_line = self._command(plan)
+        env = self._environment(plan)
+        lines = [
+            "#!/bin/bash",
+            f"# Trains {plan.config.run_name}: {plan.world_size} workers here, {plan.config.engine.name}. Run by",
+            "# `dist-ft train`, which also ends what is left when a worker fails; can be run by hand.",
+            f"cd {shlex.quote(self.site.cwd)} || exit 3",
+            *export_lines(env),
+            *port_line,
+            f"exec {command}",
+        ]
+        start = command.replace(" \\\n ", "")
+        return Rendered({SCRIPT: "\n".join(lines) + "\n"}, ("bash", str(plan.run_dir / SCRIPT)), start=start)
+
+    def submit(self, plan: Plan) -> int:
+        """Train in the foreground.
+
+        Returns:
+            The run's exit code.
+
+        Raises:
+            MachineError: the port is taken, or DeepSpeed is missing.
+        """
+        launch = _launch(plan.config)
+        if uses_deepspeed(plan) and importlib.util.find_spec("deepspeed") is None:
+            rule = f"engine={plan.config.engine.name} needs the package deepspeed"
+            raise MachineError.of("engine.name", rule, "pip install deepspeed, or choose engine=fsdp")
+        if launch.port and plan.world_size > 1 and (problem := port_problem("launch.port", launch.port)):
+            raise MachineError(problem)
+        rendered = self.render(plan)
+        write_rendered(plan, rendered)
+        return process.run(rendered, plan.run_dir)
+
+    def _environment(self, plan: Plan) -> dict[str, str]:
+        threads = self.site.environment.get("OMP_NUM_THREADS") or str(self.site.threads(plan.world_size))
+        env = {"OMP_NUM_THREADS": threads}
+        if not self.site.devices:
+            env["DS_ACCELERATOR"] = "cpu"
+        if plan.world_size > 1 and not uses_deepspeed(plan):
+            env["LOGLEVEL"] = "ERROR"  # of torchrun's agent, whose warnings repeat what a worker says
+        return env
+
+    def _command(self, plan: Plan) -> tuple[str, list[str]]:
+        """The command in shell words, and the lines that it needs before it."""
+        python, run_file, workers = self.site.python, str(plan.run_file), plan.world_size
+        port = _launch(plan.config).port
+        if workers == 1:
+            return shell_lines([python, "-u", "-m", WORKER_MODULE, run_file]), []
+        if not uses_deepspeed(plan):
+            words = [
+                *(python, "-m", "dist_ft.launch.torchrun"),
+                *("--nnodes=1", f"--nproc-per-node={workers}"),
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={plan.config.run_name}"),
+                "--local-addr=127.0.0.1",  # not this machine's name, which need not resolve
+                *("-m", WORKER_MODULE, run_file),
+            ]
+            return shell_lines(words), []
+        # The part of DeepSpeed's launcher that starts a machine's workers. The part before it (`deepspeed`) overrules
+        # CUDA_VISIBLE_DEVICES, and leaves the workers running when it is told to end.
+        devices = list(self.site.devices[:workers]) or list(range(workers))
+        world = {"localhost": devices}
+        encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+        before = [f"# --world_info is {json.dumps(world)}"]
+        if not port:
+            before.append(f"port=$({shlex.quote(python)} -c {shlex.quote(FREE_PORT)}) || exit 3")
+        words = [
+            *(python, "-u", "-m", "deepspeed.launcher.launch"),
+            *(f"--world_info={encoded}", "--master_addr=127.0.0.1", f"--master_port={port or 'PORT'}"),
+            *("--log_level=warning", "--no_local_rank", "--module", WORKER_MODULE, run_file),
+        ]
+        command = shell_lines(words)
+        return (command if port else command.replace("--master_port=PORT", '--master_port="$port"')), before
+
+
+def uses_deepspeed(plan: Plan) -> bool:
+    """Whether the engine is DeepSpeed's."""
+    return plan.config.engine.name.startswith("zero")
+
+
+def _launch(config: RunConfig) -> LocalConfig:
+    assert isinstance(config.launch, LocalConfig)
+    return config.launch

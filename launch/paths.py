@@ -1,0 +1,71 @@
+"""Where things are: the configuration's own folder, files inside packages, and what the user named by a relative path."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from pathlib import Path
+
+from ..errors import RequestError
+from ..schema import HostfileConfig, InstructionConfig, RunConfig
+
+PACKAGE = "package:"
+CONF_DIR = Path(__file__).parent.parent / "conf"  # beside dist_ft/launch when installed, above it in a checkout
+SLURM_DIR = Path(__file__).parent.parent / "slurm"
+
+
+def settle_paths(config: RunConfig) -> RunConfig:
+    """Make the paths of existing local things absolute, so that workers find them wherever they start.
+
+    What does not exist here is left as it is: it may be a hub id. `package:PACKAGE/FILE` of a data source becomes the
+    path of that file in the installed package.
+
+    Raises:
+        RequestError: a package that is named is not installed.
+    """
+    data = {key: _settle_sources(f"data.{key}", getattr(config.data, key)) for key in ("train", "validation", "test")}
+    model = {key: _settle(getattr(config.model, key)) for key in ("name_or_path", "tokenizer")}
+    changes: dict[str, object] = {
+        "output_dir": os.path.abspath(os.path.expanduser(config.output_dir)),
+        "data": config.data.model_copy(update=data),
+        "model": config.model.model_copy(update=model),
+    }
+    if config.train.resume not in ("auto", "never"):
+        changes["train"] = config.train.model_copy(update={"resume": os.path.abspath(config.train.resume)})
+    if isinstance(config.task, InstructionConfig):
+        changes["task"] = config.task.model_copy(update={"chat_template": _settle(config.task.chat_template)})
+    if isinstance(config.launch, HostfileConfig):
+        path = os.path.abspath(os.path.expanduser(config.launch.hostfile))
+        changes["launch"] = config.launch.model_copy(update={"hostfile": path})
+    return config.model_copy(update=changes)
+
+
+def _settle_sources(key: str, sources: str | list[str] | None) -> str | list[str] | None:
+    if isinstance(sources, list):
+        return [_settle_source(key, source) for source in sources]
+    return None if sources is None else _settle_source(key, sources)
+
+
+def _settle_source(key: str, source: str) -> str:
+    if not source.startswith(PACKAGE):
+        return _settle(source) or source
+    package, _, inside = source.removeprefix(PACKAGE).partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        way_out = f"install the package {package!r}, or name a file"
+        raise RequestError.of(key, f"{source}: there is no such Python package", way_out)
+    return str(Path(spec.submodule_search_locations[0]).resolve() / inside)
+
+
+def _settle(path: str | None) -> str | None:
+    """The absolute path (or glob) of something that is there; anything else unchanged."""
+    if path is None:
+        return None
+    expanded = os.path.expanduser(path)
+    if os.path.exists(expanded) or any(mark in expanded for mark in "*?[") and glob.glob(expanded, recursive=True):
+        return os.path.abspath(expanded)
+    return path

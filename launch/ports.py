@@ -1,0 +1,52 @@
+"""TCP ports of this machine: is one free, and who holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from ..errors import Problem
+
+LISTEN = "0A"
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this port now, on every address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as TCPStore does
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError:
+            return False
+    return True
+
+
+def holder(port: int) -> str | None:
+    """`process NAME (pid N)` of who listens on a port, where /proc tells."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] == LISTEN and int(words[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{words[9]}]")
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        with contextlib.suppress(OSError):
+            for handle in folder.iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(handle) in inodes:
+                        name = (folder.parent / "comm").read_text().strip()
+                        return f"process {name} (pid {folder.parent.name})"
+    return None
+
+
+def port_problem(key: str, port: int) -> Problem | None:
+    """The problem of a port that is taken; None where it is free."""
+    if is_free(port):
+        return None
+    who = holder(port)
+    rule = f"port {port} is in use" + (f" by {who}" if who else "")
+    return Problem(key, rule, f"end that process, or set {key} to a free port")

@@ -1,0 +1,203 @@
+"""Runs what was rendered and stays answerable for it: nothing that was started outlives this, and the exit code is true.
+
+torchrun gives its workers sessions of their own, so a process group does not hold them. This process becomes their
+reaper instead (prctl(2), PR_SET_CHILD_SUBREAPER): whatever loses its parent becomes its child and can be found and ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DistFtError, Problem, Stopped, TrainingError
+from .environ import child_environment
+from .launcher import FAILURE_FILE, LOG_DIR, Rendered
+
+PASSED_ON = (0, 2, 3, 4, 75)
+GRACE_S = 8.0  # from the first failure, or the request to stop, to the end of all: ten seconds in the worst case
+POLL_S = 0.1
+MARK = "DIST_FT_LAUNCH"  # in the environment of everything that one launch has started
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass
+class Stop:
+    """Which signal asked to stop, and whether it came twice."""
+
+    signum: int | None = None
+    again: bool = False
+
+    def __call__(self, signum: int, _frame: Any) -> None:
+        self.again = self.signum is not None
+        self.signum = signum
+
+
+def run(rendered: Rendered, run_dir: Path, *, sweep: Callable[[], None] | None = None, grace_s: float = GRACE_S) -> int:
+    """Run a rendered command to its end and return the exit code of the run.
+
+    Args:
+        rendered: what to run; its files are written already.
+        run_dir: the run's folder, where a failing worker leaves `failure.json`.
+        sweep: ends what this process cannot reach, on other hosts; called after a run that did not end by itself.
+        grace_s: seconds between asking and forcing.
+
+    Returns:
+        The code of the first worker that failed, 128 + N for a run that signal N ended without a checkpoint.
+    """
+    failure_file = run_dir / FAILURE_FILE
+    failure_file.unlink(missing_ok=True)
+    mark = uuid.uuid4().hex
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    env = child_environment({**rendered.env, MARK: mark})
+    stop = Stop()
+    with _handlers(stop):
+        child = subprocess.Popen(list(rendered.command), env=env, preexec_fn=_leash(os.getpid()))
+        forced = _wait(child, stop, failure_file, mark, grace_s)
+    _end_all(mark)
+    _prctl(PR_SET_CHILD_SUBREAPER, 0)
+    if sweep is not None and (forced or stop.signum or child.returncode):
+        sweep()
+    if stop.signum is not None and child.returncode != Stopped.exit_code:
+        return 128 + stop.signum
+    return exit_code(child.returncode, failure_file, run_dir)
+
+
+def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:
+    """The exit code of a run whose launcher ended with `status`; says what is known where no worker could.
+
+    Launchers turn codes into 1 or those of the signals by which they ended the others, so the failed worker's own
+    file decides.
+    """
+    if status == 0:
+        return 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(failure_file.read_text(encoding="utf-8"))["exit_code"])
+    if status in PASSED_ON:
+        return status
+    logs = f"see {run_dir / LOG_DIR}"
+    signum = -status if status < 0 else status - 128 if 128 < status < 128 + 65 else 256 - status
+    if status in (137, 247, -9):
+        report = Problem("workers", "one was killed (SIGKILL) and left no report", f"out of memory? {logs} and dmesg")
+    elif status < 0 or status > 128:
+        report = Problem("workers", f"one died of signal {signum} and left no report", logs)
+    else:
+        report = Problem("launcher", f"it ended with exit code {status}, and no worker left a report", logs)
+    show_error(TrainingError(report))
+    return TrainingError.exit_code
+
+
+def show_error(error: DistFtError) -> None:
+    """Print an error as users see it."""
+    print(f"dist-ft: {error.title}", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  {problem}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _wait(child: subprocess.Popen[bytes], stop: Stop, failure_file: Path, mark: str, grace_s: float) -> bool:
+    """Wait for the launcher's end, ask it to end when a worker failed or the user wishes; True if it was forced."""
+    deadline: float | None = None
+    asked = False
+    while child.poll() is None:
+        failed = failure_file.exists()
+        if (failed or stop.signum is not None) and deadline is None:
+            deadline = time.monotonic() + grace_s
+        if deadline is not None and not asked:
+            # After a failure the launcher gets a moment to see it by itself: it knows best how to end its workers.
+            if stop.signum is not None or time.monotonic() > deadline - 0.75 * grace_s:
+                asked = True
+                with contextlib.suppress(ProcessLookupError):
+                    child.terminate()
+        if deadline is not None and (stop.again or time.monotonic() > deadline):
+            _end_all(mark)
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            child.wait()
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def _leash(parent: int) -> Callable[[], None]:
+    """For the child between fork and exec: its own process group, and TERM when this process dies, even of KILL."""
+
+    def attach() -> None:
+        os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return attach
+
+
+@contextlib.contextmanager
+def _handlers(stop: Stop) -> Iterator[None]:
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_all(mark: str) -> None:
+    """Kill what is left of a launch, until nothing is; only descendants of this process that bear its mark."""
+    for _ in range(50):
+        left = marked_descendants(mark)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        if not left:
+            return
+        time.sleep(0.05)
+
+
+def marked_descendants(mark: str) -> list[int]:
+    """Living processes below this one that were started by the launch `mark`."""
+    parents = _parents()
+    own = os.getpid()
+    word = f"{MARK}={mark}".encode()
+    found = []
+    for pid in parents:
+        above = parents.get(pid)
+        while above is not None and above not in (own, 0):
+            above = parents.get(above)
+        if above == own:
+            with contextlib.suppress(OSError):
+                if word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    found.append(pid)
+    return found
+
+
+def _parents() -> dict[int, int]:
+    """Process id → parent's, of everything that runs (zombies are left out); empty where there is no /proc."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                found[int(entry.parent.name)] = int(parent)
+    return found
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # before a fork: no imports after it
+
+
+def _prctl(option: int, value: int) -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(option, value, 0, 0, 0)

@@ -1,0 +1,123 @@
+"""Rules of the house that no linter knows: where the environment is read, how long a file may be, what stays in."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT_READERS = {"launch/environ.py", "dist_ft/comm.py"}
+LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+
+
+def sources() -> list[Path]:
+    """Every module of the package once; the symbolic links in dist_ft/ lead to the top-level folders."""
+    return sorted([*ROOT.glob("launch/**/*.py"), *(p for p in ROOT.glob("dist_ft/**/*.py") if not _linked(p))])
+
+
+def _linked(path: Path) -> bool:
+    return any(parent.is_symlink() for parent in path.parents)
+
+
+def environment_reads(tree: ast.AST) -> Iterator[int]:
+    """Line numbers that touch os.environ or os.getenv, under whatever name os was imported."""
+    names = {"os"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname for alias in node.names if alias.name == "os" and alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module == "os":
+            yield from (node.lineno for alias in node.names if alias.name in {"environ", "getenv", "putenv"})
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "putenv", "environb"}:
+            if isinstance(node.value, ast.Name) and node.value.id in names:
+                yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("import os\nos.environ['A']", [2]),
+        ("import os as o\no.getenv('A')", [2]),
+        ("from os import environ", [1]),
+        ("import os\nos.replace('a', 'b')", []),
+        ("from .comm import environ", []),
+    ],
+)
+def test_environment_reads_are_found(code: str, lines: list[int]) -> None:
+    assert list(environment_reads(ast.parse(code))) == lines
+
+
+def test_environment_is_read_in_two_places_only() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sources()
+        if str(path.relative_to(ROOT)) not in ENVIRONMENT_READERS
+        for line in environment_reads(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, f"read the environment in launch/environ.py or dist_ft/comm.py: {found}"
+
+
+def test_files_and_functions_fit_in_the_head() -> None:
+    long = []
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        if (lines := text.count("\n")) > LONGEST_FILE:
+            long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long.append(f"{name}: {node.name} has {lines} lines")
+    assert not long
+
+
+def test_no_module_is_a_drawer() -> None:
+    drawers = {"utils", "util", "helpers", "common", "misc", "manager", "managers", "handler", "handlers"}
+    assert not [path for path in sources() if path.stem in drawers or path.parent.name in drawers]
+
+
+def test_links_lead_to_the_top_level_folders() -> None:
+    for name in ("conf", "launch", "slurm"):
+        link = ROOT / "dist_ft" / name
+        assert link.is_symlink(), f"dist_ft/{name} is a symbolic link to ../{name}"
+        assert link.resolve() == ROOT / name
+
+
+def test_every_marker_used_is_declared_and_every_extra_installs_something() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(project["project"]["optional-dependencies"]) == {"gpu", "flash", "dev"}
+    assert all(project["project"]["optional-dependencies"].values())
+
+
+def test_constraints_pin_every_requirement_inside_its_range() -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line.split("#")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()]
+    pins = {canonicalize_name(r.name): r for r in (Requirement(line) for line in lines if line.strip())}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    for requirement in wanted:
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"constraints.txt does not pin {requirement.name}"
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        assert requirement.specifier.contains(exact.version, prereleases=True), f"{pin} is outside {requirement}"
+
+
+def test_every_yaml_opens_with_a_sentence_and_its_command() -> None:
+    files = sorted((ROOT / "conf").rglob("*.yaml"))
+    assert files
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        first = text.splitlines()[0]
+        assert re.match(r"# .*`dist-ft (train|submit|plan|eval|generate)[^`]*`", first), f"{path}: {first}"
+        assert "_target_" not in text, f"{path}: a configuration names things, it never names code"
+        yaml.safe_load(text)
