@@ -60,7 +60,7 @@ gpu: dev ## GPU extras where they install, and the GPU tests
 
 bench: dev ## side-by-side runs against peers
 	@$(PIP) -c constraints.txt trl
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python benchmarks/against_trl.py
 
 wheel: dev ## build sdist and wheel, and try the wheel outside the checkout
 	@bash tests/wheel.sh $(CURDIR)/$(BIN)/python

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -29,9 +29,13 @@ from .optim import build_adamw, learning_rate
 from .plan import Plan
 from .prepare import Prepared, Split
 from .schema import OptimConfig, RunConfig
-from .state import Engine, Method, Metrics, ModelFactory, OptimFactory, Task
+from .state import Engine, Method, Metrics, ModelFactory, OptimFactory, Task, Tracker
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
+from .track.compose import NullTracker, Trackers
+from .track.jsonl import METRICS_FILE, JsonLines
+from .track.progress import open_progress
+from .track.wandb import open_wandb
 
 CHECKPOINTS = "checkpoints"
 
@@ -140,8 +144,13 @@ def build_validation(plan: Plan, task: Task, prepared: Prepared, place: Place) -
     )
 
 
-def build(plan: Plan, prepared: Prepared, place: Place, device: torch.device, beat: Callable[[str], None]) -> Run:
-    """Everything of a run, set up and, where there is a checkpoint to go on from, resumed."""
+def build(
+    plan: Plan, prepared: Prepared, place: Place, device: torch.device, terminal: TextIO, beat: Callable[[str], None]
+) -> Run:
+    """Everything of a run, set up and, where there is a checkpoint to go on from, resumed.
+
+    `terminal` is where rank 0 shows progress; `beat` tells a watchdog how far this rank has come.
+    """
     config = plan.config
     attention = attention_of(config.model, prepared.model_dir, device)
     task = build_task(config, padding_free=attention.padding_free)
@@ -158,7 +167,9 @@ def build(plan: Plan, prepared: Prepared, place: Place, device: torch.device, be
 
     engine.setup(build_model, optim_factory(config.optim, device))
     progress = resume(plan, engine, place)
-    tracker, tracker_id = build_tracker(plan, place, progress, steps)
+    if place.is_main:
+        print(describe(plan, attention, device, progress, steps), file=terminal, flush=True)
+    tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
         config=config.train,
         task=task,
@@ -175,6 +186,38 @@ def build(plan: Plan, prepared: Prepared, place: Place, device: torch.device, be
         save=lambda progress: save_checkpoint(plan, engine, progress, place),
         beat=beat,
         measure=meter(device, place.world_size, costs[0]),
+    )
+
+
+def build_tracker(
+    plan: Plan, place: Place, progress: Progress, steps: int, terminal: TextIO
+) -> tuple[Tracker, str | None]:
+    """Rank 0's trackers, and the W&B run's id; the other ranks track nothing."""
+    if not place.is_main:
+        return NullTracker(), progress.tracker_id
+    config = plan.config
+    wandb, identity = open_wandb(
+        config.track,
+        run_dir=plan.run_dir,
+        run_name=config.run_name,
+        settings=config.model_dump(mode="json"),
+        run_id=progress.tracker_id,
+        warn=lambda sentence: print(f"dist-ft: {sentence}", file=terminal, flush=True),
+    )
+    lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
+    return Trackers([lines, open_progress(steps, after_step=progress.step, file=terminal), wandb]), identity
+
+
+def describe(plan: Plan, attention: AttentionChoice, device: torch.device, progress: Progress, steps: int) -> str:
+    """What runs, in two lines: also what every `auto` became."""
+    config = plan.config
+    layout = "documents without padding" if attention.padding_free else "padded rows"
+    begin = f"from the checkpoint of step {progress.step}" if progress.step else "from the start"
+    return (
+        f"dist-ft: {config.method.name} of {config.model.name_or_path} by {config.engine.name} on {plan.world_size} "
+        f"{device.type} worker(s), {steps} steps {begin}; output in {plan.run_dir}\n"
+        f"dist-ft: compute {config.model.dtype}, trained weights and AdamW float32; attention {attention.kernel} "
+        f"({attention.reason}), {layout}"
     )
 
 

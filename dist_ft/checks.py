@@ -6,21 +6,28 @@ existing run. Nothing is silently ignored: a key that the user set and that noth
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import Problem, RequestError
+from .data.rows import read_rows
+from .data.sources import HubSet, resolve
+from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
 from .pretrained import is_hub_id, model_problems, weight_bytes
-from .schema import CausalLMConfig, HostfileConfig, LocalConfig, RunConfig
+from .schema import CausalLMConfig, LocalConfig, RunConfig
 
 MIB = 2**20
 LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
 FULL_COPIES = 4  # of the weights: a checkpoint holds them with two moments, the export once more
+
+FIRST_ROWS = 20  # of each file: a wrong encoding, delimiter or format shows at once
 
 TASK_FORMATS = {
     "causal_lm": ("auto", "text", "tokens"),
@@ -62,7 +69,11 @@ def _packs(config: RunConfig) -> bool:
 
 
 def _hub_data(config: RunConfig) -> bool:
-    return any(is_hub_id(source) for _, source in sources(config))
+    for _, source in sources(config):
+        with contextlib.suppress(DistFtError):  # a source that names nothing is a problem of its own
+            if any(isinstance(found, HubSet) for found in resolve(source)):
+                return True
+    return False
 
 
 NO_VALIDATION = "there is no validation data"
@@ -194,13 +205,19 @@ def _template_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
+    """Sources that name nothing, and files whose first rows cannot be read; preparing reads the rest."""
     for key, source in sources(config):
-        yield from _source_problems(key, source, config)
+        yield from (replace(problem, where=f"{key}, {problem.where}") for problem in _first_rows_problems(source))
 
 
-def _source_problems(key: str, source: str, config: RunConfig) -> Iterator[Problem]:
-    if not Path(source).exists() and not is_hub_id(source):
-        yield Problem(key, f"{source}: no such file", "correct the path")
+def _first_rows_problems(source: str) -> list[Problem]:
+    try:
+        for file in resolve(source):
+            if not isinstance(file, HubSet):
+                collections.deque(itertools.islice(read_rows(str(file)), FIRST_ROWS), maxlen=0)
+    except DistFtError as error:
+        return list(error.problems)
+    return []
 
 
 def _run_problems(config: RunConfig) -> Iterator[Problem]:

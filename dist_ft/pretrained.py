@@ -63,7 +63,9 @@ def _folder_problems(folder: Path, model: ModelConfig) -> Iterator[Problem]:
     key = "model.name_or_path"
     config, problem = _read_json(folder / "config.json")
     if problem is not None:
-        hint = "it holds an adapter: name its base model" if (folder / "adapter_config.json").is_file() else OTHER_FOLDER
+        hint = (
+            "it holds an adapter: name its base model" if (folder / "adapter_config.json").is_file() else OTHER_FOLDER
+        )
         yield Problem(key, problem, hint)
         return
     yield from _weight_problems(folder)
@@ -85,7 +87,7 @@ def _weight_problems(folder: Path) -> Iterator[Problem]:
         unsafe = [file.name for pattern in UNSAFE_WEIGHTS for file in sorted(folder.glob(pattern))]
         if unsafe:
             rule = f"{folder} has its weights as pickle or alike ({unsafe[0]}), which can run code when read"
-            way_out = "convert them once: load the model where you trust it and save_pretrained(safe_serialization=True)"
+            way_out = "convert them once: load the model where you trust it, then save_pretrained() writes safetensors"
             yield Problem(key, rule, way_out)
         else:
             yield Problem(key, f"{folder} has no weights (*.safetensors)", "download it whole, or name another folder")

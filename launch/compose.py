@@ -70,7 +70,8 @@ def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Compo
         raise RequestError(*problems)
     origins = _file_origins(sorted_words.choices, user_dir)
     _put_values(tree, sorted_words.values, problems)
-    origins.update({key: COMMAND_LINE for key in (*sorted_words.choices, *sorted_words.values)})
+    origins.update({group: f"{COMMAND_LINE}: {group}={choice}" for group, choice in sorted_words.choices.items()})
+    origins.update(dict.fromkeys(sorted_words.values, COMMAND_LINE))
     _settle_length(tree, origins)
     tree = _resolve(tree, origins, problems)
     missing = [key for key, value in keys.leaves(tree).items() if value == MISSING]
@@ -123,13 +124,17 @@ def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Prob
     if override.is_delete():
         return Problem(word, "a key cannot be deleted", f"set it instead: {key}=null, or {key}=VALUE")
     if override.is_add():
-        return Problem(word, "keys are not added: every key is known", f"write {word.removeprefix('+').lstrip('+')}")
+        return Problem(word, "keys are not added: every key is known", f"write {word.lstrip('+')}")
     if override.package is not None:
         return Problem(word, "groups have fixed places here", f"write {key}={override.value()}")
     if override.is_sweep_override():
         return Problem(word, "one command is one run: no sweeps", f'for a list write {key}="[a, b]"')
+    return _refuse_choice(word, key, override.value(), groups)
+
+
+def _refuse_choice(word: str, key: str, value: Any, groups: dict[str, list[str]]) -> Problem | None:
+    """A group without such a choice, or a choice that is not made by its group."""
     if key in groups:
-        value = override.value()
         if isinstance(value, dict | list):
             return Problem(word, f"{key} is a group", f"choose it by name and set its keys by dots: {key}.KEY=VALUE")
         if str(value) not in groups[key]:
@@ -138,7 +143,7 @@ def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Prob
             return Problem(word, f"{key} has no choice {value!r}", f"{hint}known: {', '.join(groups[key])}")
     section, _, rest = key.partition(".")
     if rest == "name" and section in groups and section in RunConfig.model_fields:
-        return Problem(word, "a choice is made by its group", f"write {section}={override.value()}")
+        return Problem(word, "a choice is made by its group", f"write {section}={value}")
     if "/" in key:
         close = keys.nearest(key, groups)
         return Problem(word, "unknown group", f"did you mean {close}=?" if close else f"known: {', '.join(groups)}")
@@ -202,7 +207,7 @@ def _file_origins(choices: dict[str, str], user_dir: Path | None) -> dict[str, s
         tree.pop("defaults", None)
         whole = group in GLOBAL_GROUPS
         shown = str(file) if file == own else f"conf/{group}/{choice}.yaml"
-        origins.update({key: shown for key in keys.leaves(tree if whole else {group: tree})})
+        origins.update(dict.fromkeys(keys.leaves(tree if whole else {group: tree}), shown))
     return origins
 
 
@@ -232,9 +237,7 @@ def _remove(tree: keys.Tree, key: str) -> None:
         tree.pop(section, None)
 
 
-def _validate(
-    tree: keys.Tree, origins: dict[str, str], missing: set[str], problems: list[Problem]
-) -> RunConfig | None:
+def _validate(tree: keys.Tree, origins: dict[str, str], missing: set[str], problems: list[Problem]) -> RunConfig | None:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?($|_)", re.IGNORECASE)
-PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "HF_", "WANDB_", "TRITON_", "OMP_", "MKL_", "KMP_", "UCX_")
+PREFIXES = (
+    "PYTHON",
+    "MLFLOW_",
+    "MV2_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "TORCHINDUCTOR_",
+    "HF_",
+    "WANDB_",
+    "TRITON_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "UCX_",
+)
 NAMES = (
-    "PATH",
-    "PYTHONPATH",
     "LD_LIBRARY_PATH",
     "CUDA_HOME",
     "DS_ACCELERATOR",
@@ -31,6 +44,20 @@ NAMES = (
 )
 # Set for one process by whoever started this one; a worker elsewhere that had them would take itself for another.
 PER_PROCESS = ("HF_TOKEN_PATH", "TORCHELASTIC_", "TORCH_NCCL_TRACE")
+
+# What marks a worker; a launcher inside a job's shell starts a group of its own.
+WORKER_MARKS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS",
+)
 
 
 @dataclass(frozen=True)
@@ -103,36 +130,11 @@ def shared_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `extra`, for a child.
-
-    What marks a worker (RANK, SLURM_PROCID …) is left out: a launcher inside a job's shell starts a group of its own.
-    """
+    """This process's environment with `extra` and without what marks a worker, for a child."""
     own = {name: value for name, value in os.environ.items() if name not in WORKER_MARKS}
     return {**own, **extra}
 
 
-WORKER_MARKS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "SLURM_NTASKS",
-)
-
-
-def export_lines(environment: Mapping[str, str], quote: bool = True) -> list[str]:
+def export_lines(environment: Mapping[str, str]) -> list[str]:
     """`export NAME=VALUE` lines of a shell script."""
-    import shlex
-
-    return [f"export {name}={shlex.quote(value) if quote else value}" for name, value in environment.items()]
-
-
-def cache_root(environ: Mapping[str, str] | None = None) -> Path:
-    """`~/.cache`, or where XDG_CACHE_HOME says."""
-    environ = os.environ if environ is None else environ
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]

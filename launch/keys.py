@@ -1,4 +1,4 @@
-"""The dotted keys of a configuration: which exist for the chosen groups, which is nearest, what a wrong value breaks."""
+"""The dotted keys of a configuration: which exist for the chosen groups, which is nearest, what a value breaks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chosen(config: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
         records = members(field.annotation)
         name = config[section].get("name") if isinstance(config.get(section), dict) else None
         matching = [record for record in records if name in names(record)]
-        found[section] = (matching or records or [None])[0]
+        found[section] = next(iter(matching or records), None)
     return found
 
 
@@ -175,5 +175,7 @@ def _wrong_value(key: str, where: str, items: list[Any]) -> Problem:
 def _rule_of(message: str) -> str:
     """The schema's message as the end of a sentence that begins with `it`."""
     if message.startswith("Input should be "):
-        return "must be " + message.removeprefix("Input should be ").replace(", unable to parse string as an integer", "")
+        return "must be " + message.removeprefix("Input should be ").replace(
+            ", unable to parse string as an integer", ""
+        )
     return "is refused: " + message

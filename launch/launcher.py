@@ -41,7 +41,7 @@ class Launcher(Protocol):
 
     def resolve(self, config: RunConfig) -> tuple[int, int]: ...
     def render(self, plan: Plan) -> Rendered: ...
-    def submit(self, plan: Plan) -> Job | int: ...
+    def submit(self, plan: Plan) -> Job | int: ...  # a job, or the exit code of a run in the foreground
 
 
 def write_rendered(plan: Plan, rendered: Rendered) -> None:
@@ -57,7 +57,10 @@ def write_rendered(plan: Plan, rendered: Rendered) -> None:
 
 def shell_lines(command: list[str]) -> str:
     """A command for a script, quoted, with one option a line where it is long."""
-    words = [shlex.quote(word) for word in command]
-    if len(" ".join(words)) <= 100:
-        return " ".join(words)
-    return " \\\n  ".join(words)
+    lines: list[list[str]] = [[]]
+    for word in command:
+        if word.startswith("--") or (word == "-m" and len(lines) > 1):
+            lines.append([])
+        lines[-1].append(shlex.quote(word))
+    joined = [" ".join(line) for line in lines]
+    return (" \\\n  " if sum(map(len, joined)) > 100 else " ").join(joined)

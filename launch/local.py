@@ -81,8 +81,6 @@ class LocalLauncher:
         env = {"OMP_NUM_THREADS": threads}
         if not self.site.devices:
             env["DS_ACCELERATOR"] = "cpu"
-        if plan.world_size > 1 and not uses_deepspeed(plan):
-            env["LOGLEVEL"] = "ERROR"  # of torchrun's agent, whose warnings repeat what a worker says
         return env
 
     def _command(self, plan: Plan) -> tuple[str, list[str]]:

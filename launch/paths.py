@@ -1,4 +1,4 @@
-"""Where things are: the configuration's own folder, files inside packages, and what the user named by a relative path."""
+"""Where things are: our own folders, files inside packages, and what the user named by a relative path."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def settle_paths(config: RunConfig) -> RunConfig:
     data = {key: _settle_sources(f"data.{key}", getattr(config.data, key)) for key in ("train", "validation", "test")}
     model = {key: _settle(getattr(config.model, key)) for key in ("name_or_path", "tokenizer")}
     changes: dict[str, object] = {
-        "output_dir": os.path.abspath(os.path.expanduser(config.output_dir)),
+        "output_dir": _absolute(config.output_dir),
         "data": config.data.model_copy(update=data),
         "model": config.model.model_copy(update=model),
     }
     if config.train.resume not in ("auto", "never"):
-        changes["train"] = config.train.model_copy(update={"resume": os.path.abspath(config.train.resume)})
+        changes["train"] = config.train.model_copy(update={"resume": _absolute(config.train.resume)})
     if isinstance(config.task, InstructionConfig):
         changes["task"] = config.task.model_copy(update={"chat_template": _settle(config.task.chat_template)})
     if isinstance(config.launch, HostfileConfig):
-        path = os.path.abspath(os.path.expanduser(config.launch.hostfile))
+        path = _absolute(config.launch.hostfile)
         changes["launch"] = config.launch.model_copy(update={"hostfile": path})
     return config.model_copy(update=changes)
 
@@ -65,7 +65,10 @@ def _settle(path: str | None) -> str | None:
     """The absolute path (or glob) of something that is there; anything else unchanged."""
     if path is None:
         return None
-    expanded = os.path.expanduser(path)
-    if os.path.exists(expanded) or any(mark in expanded for mark in "*?[") and glob.glob(expanded, recursive=True):
-        return os.path.abspath(expanded)
-    return path
+    expanded = str(Path(path).expanduser())
+    there = Path(expanded).exists() or (glob.has_magic(expanded) and glob.glob(expanded, recursive=True))  # noqa: PTH207
+    return _absolute(path) if there else path
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(Path(path).expanduser())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from pathlib import Path
 
@@ -33,13 +32,11 @@ def holder(port: int) -> str | None:
                 words = line.split()
                 if words[3] == LISTEN and int(words[1].rpartition(":")[2], 16) == port:
                     inodes.add(f"socket:[{words[9]}]")
-    for folder in Path("/proc").glob("[0-9]*/fd"):
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            for handle in folder.iterdir():
-                with contextlib.suppress(OSError):
-                    if os.readlink(handle) in inodes:
-                        name = (folder.parent / "comm").read_text().strip()
-                        return f"process {name} (pid {folder.parent.name})"
+            if str(handle.readlink()) in inodes:
+                process = handle.parent.parent
+                return f"process {(process / 'comm').read_text().strip()} (pid {process.name})"
     return None
 
 

@@ -1,7 +1,7 @@
-"""Runs what was rendered and stays answerable for it: nothing that was started outlives this, and the exit code is true.
+"""Runs what was rendered and answers for it: nothing that was started is left behind, and the exit code is true.
 
 torchrun gives its workers sessions of their own, so a process group does not hold them. This process becomes their
-reaper instead (prctl(2), PR_SET_CHILD_SUBREAPER): whatever loses its parent becomes its child and can be found and ended.
+reaper instead (prctl(2), PR_SET_CHILD_SUBREAPER): whatever loses its parent becomes its child, and can be found.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run(rendered: Rendered, run_dir: Path, *, sweep: Callable[[], None] | None =
     env = child_environment({**rendered.env, MARK: mark})
     stop = Stop()
     with _handlers(stop):
-        child = subprocess.Popen(list(rendered.command), env=env, preexec_fn=_leash(os.getpid()))
+        child = subprocess.Popen(list(rendered.command), env=env, preexec_fn=_leash(os.getpid()))  # noqa: PLW1509 – no threads here
         forced = _wait(child, stop, failure_file, mark, grace_s)
     _end_all(mark)
     _prctl(PR_SET_CHILD_SUBREAPER, 0)
@@ -71,6 +71,15 @@ def run(rendered: Rendered, run_dir: Path, *, sweep: Callable[[], None] | None =
     if stop.signum is not None and child.returncode != Stopped.exit_code:
         return 128 + stop.signum
     return exit_code(child.returncode, failure_file, run_dir)
+
+
+def run_module(words: list[str]) -> int:
+    """Run `python -m WORDS` to its end in the foreground, so that it reads the keyboard; its exit code."""
+    command = [sys.executable, "-m", *words]
+    child = subprocess.Popen(command, preexec_fn=_leash(os.getpid(), own_group=False))  # noqa: PLW1509
+    with _handlers(Stop()):  # Ctrl-C reaches the child by itself; this process waits for what it makes of it
+        status = child.wait()
+    return status if status >= 0 else 128 - status
 
 
 def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:
@@ -113,12 +122,12 @@ def _wait(child: subprocess.Popen[bytes], stop: Stop, failure_file: Path, mark: 
         failed = failure_file.exists()
         if (failed or stop.signum is not None) and deadline is None:
             deadline = time.monotonic() + grace_s
-        if deadline is not None and not asked:
-            # After a failure the launcher gets a moment to see it by itself: it knows best how to end its workers.
-            if stop.signum is not None or time.monotonic() > deadline - 0.75 * grace_s:
-                asked = True
-                with contextlib.suppress(ProcessLookupError):
-                    child.terminate()
+        # After a failure the launcher gets a moment to see it by itself: it knows best how to end its workers.
+        late = deadline is not None and time.monotonic() > deadline - 0.75 * grace_s
+        if not asked and (stop.signum is not None or late):
+            asked = True
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
         if deadline is not None and (stop.again or time.monotonic() > deadline):
             _end_all(mark)
             with contextlib.suppress(ProcessLookupError):
@@ -129,11 +138,12 @@ def _wait(child: subprocess.Popen[bytes], stop: Stop, failure_file: Path, mark: 
     return False
 
 
-def _leash(parent: int) -> Callable[[], None]:
+def _leash(parent: int, *, own_group: bool = True) -> Callable[[], None]:
     """For the child between fork and exec: its own process group, and TERM when this process dies, even of KILL."""
 
     def attach() -> None:
-        os.setpgid(0, 0)
+        if own_group:
+            os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the line above

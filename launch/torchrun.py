@@ -6,12 +6,14 @@ the code of the worker that failed first and leaves the report alone.
 
 from __future__ import annotations
 
+import logging
 import runpy
 import sys
 
 
 def main() -> int:
     """Run torchrun in this process; returns the first failed worker's exit code, 128 + N for signal N."""
+    logging.disable(logging.ERROR)  # of this process only: what it says repeats what a worker said or raises
     try:
         # By name, as everything of torch: this package imports none.
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
@@ -19,7 +21,8 @@ def main() -> int:
         kind = type(error).__name__
         if kind == "ChildFailedError":
             _, failure = error.get_first_failure()  # type: ignore[attr-defined]
-            return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+            code = int(failure.exitcode)
+            return code if code >= 0 else 128 - code
         if kind == "SignalException":  # this process was told to end, and has ended its workers
             return 128 + int(error.sigval)  # type: ignore[attr-defined]
         raise

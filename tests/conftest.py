@@ -1,4 +1,4 @@
-"""What all tests share: quiet single-threaded libraries that reach for no network, and a tiny model made on the spot."""
+"""What all tests share: quiet single-threaded libraries that reach for no network, and a tiny model."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Lora:
             RequestError: a target, or a module to save, matches nothing.
         """
         targets = _resolve_targets(self.config.target_modules, model)
-        _check_names("method.modules_to_save", self.config.modules_to_save, [name for name, _ in model.named_modules()])
+        _check_names("method.modules_to_save", self.config.modules_to_save, model, [])
         settings = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             r=self.config.r,
@@ -68,7 +68,7 @@ def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[s
             )
         return targets
     names = [targets] if isinstance(targets, str) else list(targets)
-    _check_names("method.target_modules", names, [name for name, _ in model.named_modules()])
+    _check_names("method.target_modules", names, model, sorted({name.rsplit(".", 1)[-1] for name in linears}))
     return names
 
 
@@ -81,13 +81,14 @@ def _ambiguous(linears: dict[str, nn.Linear], model: nn.Module) -> bool:
     )
 
 
-def _check_names(key: str, wanted: list[str], names: list[str]) -> None:
-    """Each of `wanted` must be a module's name or the end of one, at a dot."""
+def _check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str]) -> None:
+    """Each of `wanted` must be a module's name or the end of one, at a dot; `usual` names are shown where none is near."""
     problems = []
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names if name})
+    names = [name for name, _ in model.named_modules() if name]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     for want in wanted:
         if not any(name == want or name.endswith("." + want) for name in names):
-            near = difflib.get_close_matches(want, endings, n=3, cutoff=0.4) or endings[:8]
-            problems.append(Problem(key, f"{want!r} matches no module", f"the model has {', '.join(near)}"))
+            near = difflib.get_close_matches(want, endings, n=3) or usual or [e for e in endings if not e.isdigit()]
+            problems.append(Problem(key, f"{want!r} matches no module", f"the model has {', '.join(near[:12])}"))
     if problems:
         raise RequestError(*problems)

@@ -1,0 +1,71 @@
+"""Micro-batches of one rank, for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..state import Batch
+from .order import Order, deal
+from .pack import Samples
+from .table import TokenTable
+
+Collate = Callable[[Sequence[Sequence[Mapping[str, np.ndarray]]]], Batch]
+
+
+class Loader:
+    """This rank's micro-batches of every step; it has no state, so that a resumed run only asks for a later step.
+
+    Args:
+        table: the tokenised rows.
+        samples: what a place in a batch holds.
+        collate: the task's.
+        order: which samples a step sees.
+        rank: this rank.
+        world: number of ranks.
+        per_device: most samples of a micro-batch.
+    """
+
+    def __init__(
+        self, table: TokenTable, samples: Samples, collate: Collate, order: Order, *, rank: int, world: int, per_device: int
+    ) -> None:
+        self.table = table
+        self.samples = samples
+        self.collate = collate
+        self.order = order
+        self.rank = rank
+        self.world = world
+        self.per_device = per_device
+        self.lengths = samples.lengths
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of `step` (from 1); on every rank the same number, some without targets."""
+        dealt = deal(self.order.step(step), self.lengths, self.world, self.per_device)[self.rank]
+        return [_batch(self.table, self.samples, self.collate, micro, self.lengths) for micro in dealt]
+
+
+def evaluation_batches(
+    table: TokenTable, samples: Samples, collate: Collate, *, rank: int, world: int, per_device: int
+) -> Iterator[Batch]:
+    """Micro-batches that hold every sample once over all ranks, on each rank the same number of them.
+
+    The longest samples come first: samples of like length together need little padding, and memory runs out at once
+    or not at all.
+    """
+    lengths = samples.lengths
+    ordered = np.argsort(-lengths, kind="stable")
+    for first in range(0, len(ordered), world * per_device):
+        (micro,) = deal(ordered[first : first + world * per_device], lengths, world, per_device)[rank]
+        yield _batch(table, samples, collate, micro, lengths)
+
+
+def _batch(table: TokenTable, samples: Samples, collate: Collate, micro: Sequence[int], lengths: np.ndarray) -> Batch:
+    """Collate; a rank without samples takes the shortest one without its targets, to join in collectives."""
+    chosen = micro or [int(np.argmin(lengths))]
+    batch = collate([[table.example(*segment) for segment in samples[sample]] for sample in chosen])
+    if micro:
+        return batch
+    none = batch.targets[:0]
+    return replace(batch, targets=none, positions=none, documents=none, tokens=0)

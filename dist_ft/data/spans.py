@@ -1,0 +1,106 @@
+"""Which characters of a rendered conversation the model itself would have written, for any chat template.
+
+By prefix difference: an assistant turn is what the template renders for the messages up to and with it, beyond what it
+renders for those before it with the generation prompt. A template may show an earlier turn otherwise once more
+messages follow (Qwen3 wraps only the last answer in an empty thinking block); then the turn is located by rendering
+the conversation twice, once with a mark in place of its content. Where neither holds the row is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any, Protocol
+
+from .faults import RowFault
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+MARK = "\ue0f0\ue0f1\ue0f2"  # private use: in no text, and no template strips it
+
+
+class Render(Protocol):
+    """A chat template applied to messages."""
+
+    def __call__(self, messages: Sequence[Message], *, generation: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class Closers:
+    """Tokens that may end a turn: the tokenizer's added ones, EOS among them."""
+
+    tokens: tuple[str, ...]
+    eos: str | None
+
+    def closes(self, text: str) -> bool:
+        """Whether the text ends with one of them."""
+        return text.endswith(self.tokens)
+
+
+OWN_TEMPLATE = "set task.chat_template to a Jinja file that renders each turn alike wherever it stands, or to chatml"
+
+
+def find_spans(render: Render, messages: Sequence[Message], turns: Collection[int], closers: Closers) -> list[Span]:
+    """The half-open character ranges, in `render(messages)`, of the assistant turns numbered `turns`.
+
+    A range has the turn's end token in it and ends there: white space behind it belongs to the template.
+
+    Raises:
+        RowFault: the template does not show a turn as the model would have to write it.
+    """
+    text = render(messages)
+    return [_find_span(render, messages, turn, text, closers) for turn in sorted(turns)]
+
+
+def _find_span(render: Render, messages: Sequence[Message], turn: int, text: str, closers: Closers) -> Span:
+    if turn == 0:
+        raise RowFault("the conversation starts with an assistant turn", "begin it with a user's, or drop these rows")
+    before = render(messages[:turn], generation=True)
+    if not text.startswith(before):
+        way_out = OWN_TEMPLATE
+        raise RowFault("the chat template's generation prompt is not how it shows that turn afterwards", way_out)
+    after = render(messages[: turn + 1])
+    start = len(before)
+    stop = len(after) if text.startswith(after) else _locate_end(render, messages, turn, text, closers)
+    behind = text[stop:].lstrip()
+    if closers.eos and not closers.closes(text[start:stop].rstrip()) and behind.startswith(closers.eos):
+        stop = len(text) - len(behind) + len(closers.eos)  # the end token came with what follows the turn
+    kept = text[start:stop].rstrip()
+    if closers.closes(kept):
+        stop = start + len(kept)
+    if stop <= start or not kept:
+        raise RowFault("the chat template does not show an assistant turn", OWN_TEMPLATE)
+    if any(call["function"]["name"] not in kept for call in messages[turn].get("tool_calls") or ()):
+        way_out = "set task.chat_template to one that renders tool calls, such as chatml"
+        raise RowFault("the chat template does not render tool calls", way_out)
+    return start, stop
+
+
+def _locate_end(render: Render, messages: Sequence[Message], turn: int, text: str, closers: Closers) -> int:
+    """Where a turn ends that is shown otherwise than when it was the last; its content must be the same."""
+    marked = {"role": "assistant", "content": MARK}
+    first, last = _region(text, render([*messages[:turn], marked, *messages[turn + 1 :]]))
+    alone = render(messages[: turn + 1])
+    alone_first, alone_last = _region(alone, render([*messages[:turn], marked]))
+    closer = commonprefix([text[last:], alone[alone_last:]]).rstrip()
+    if text[first:last].strip() != alone[alone_first:alone_last].strip() or not closers.closes(closer):
+        cause = "the chat template rewrites earlier assistant turns (such as dropping their thinking)"
+        raise RowFault(cause, f"end a row with the turn to learn, or {OWN_TEMPLATE}")
+    return last + len(closer)
+
+
+def _region(text: str, marked: str) -> Span:
+    """The part of `text` that the mark stands for in `marked`."""
+    at = marked.find(MARK)
+    if at < 0:
+        raise RowFault("the chat template does not show an assistant turn", OWN_TEMPLATE)
+    tail = len(marked) - at - len(MARK)
+    stop = len(text) - tail
+    if text[:at] == marked[:at] and stop >= at and text[stop:] == marked[at + len(MARK) :]:
+        return at, stop
+    # what surrounds the content depends on it: take all that differs
+    first = len(commonprefix([text, marked]))
+    same = len(commonprefix([text[first:][::-1], marked[first:][::-1]]))
+    return first, len(text) - same

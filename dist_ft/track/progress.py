@@ -1,0 +1,96 @@
+"""Progress on rank 0's terminal: a live bar, or a line a logged step where nobody watches."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..state import Metrics, Tracker
+
+
+def open_progress(total_steps: int, *, after_step: int, file: TextIO) -> Tracker:
+    """A live bar on a terminal, plain lines elsewhere.
+
+    Args:
+        total_steps: of the whole run.
+        after_step: the step that the run goes on from.
+        file: where to write.
+    """
+    if file.isatty():
+        return Bar(total_steps, after_step=after_step, console=Console(file=file))
+    return Lines(total_steps, after_step=after_step, file=file)
+
+
+class Bar:
+    """A rich progress bar with the numbers of the last logged step; evaluations stay above it as lines."""
+
+    def __init__(self, total_steps: int, *, after_step: int, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            refresh_per_second=4,
+            redirect_stdout=False,  # the worker's own streams go to its log
+            redirect_stderr=False,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=after_step, numbers="")
+        self._progress.start()
+
+    def log(self, metrics: Metrics, *, step: int) -> None:
+        """Move the bar, or print an evaluation above it."""
+        if evaluation := format_evaluation(metrics):
+            self._progress.console.print(f"step {step}  {evaluation}", markup=False, highlight=False)
+        if numbers := "  ".join(format_training(metrics)):
+            self._progress.update(self._task, completed=step, numbers=numbers)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._progress.stop()
+
+
+class Lines:
+    """One line of plain text a logged step, without control characters."""
+
+    def __init__(self, total_steps: int, *, after_step: int, file: TextIO) -> None:
+        self._total_steps = total_steps
+        self._after_step = after_step
+        self._started = time.monotonic()
+        self._file = file
+
+    def log(self, metrics: Metrics, *, step: int) -> None:
+        """Print a line."""
+        words = [format_evaluation(metrics), *format_training(metrics)]
+        if words[1:] and step > self._after_step:
+            left_s = (time.monotonic() - self._started) / (step - self._after_step) * (self._total_steps - step)
+            words.append(f"eta {datetime.timedelta(seconds=round(left_s))}")
+        print(f"step {step}/{self._total_steps}", *filter(None, words), sep="  ", file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Nothing: the file is its owner's."""
+
+
+def format_training(metrics: Metrics) -> Iterator[str]:
+    """Loss, tokens/s, memory and learning rate of a training step, of those that are there."""
+    for name, text in (
+        ("train/loss", "loss {:.4f}"),
+        ("train/learning_rate", "lr {:.2e}"),
+        ("perf/tokens_per_second", "{:,.0f} tokens/s"),
+    ):
+        if name in metrics:
+            yield text.format(metrics[name])
+    if "perf/peak_memory_bytes" in metrics:
+        yield f"{metrics['perf/peak_memory_bytes'] / 2**30:.2f} GiB"
+
+
+def format_evaluation(metrics: Metrics) -> str:
+    """The evaluation's numbers, or an empty string if there are none."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval/"))

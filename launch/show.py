@@ -1,0 +1,76 @@
+"""A plan as text: what would run, what every `auto` became, where set values came from, and the exact command."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from ..plan import Plan
+from .launcher import Rendered
+
+
+def show_plan(plan: Plan, rendered: Rendered) -> None:
+    """Print a plan."""
+    for title, lines in (
+        ("run", run_lines(plan)),
+        ("batch", batch_lines(plan)),
+        ("auto", auto_lines(plan)),
+        ("set by you", origin_lines(plan)),
+        ("would write", (f"{plan.run_dir / name}" for name in ("run.yaml", *rendered.files))),
+        ("would run", (" ".join(map(shlex.quote, rendered.command)), rendered.start)),
+    ):
+        print(title)
+        for line in list(lines) or ["nothing"]:
+            print(f"  {line}")
+
+
+def run_lines(plan: Plan) -> Iterator[str]:
+    """Name, folder, and the choice of each group."""
+    config = plan.config
+    yield f"{config.run_name} in {plan.run_dir}"
+    yield f"model {config.model.name_or_path} ({config.model.dtype})"
+    yield f"task {config.task.name}, method {config.method.name}"
+    yield f"engine {config.engine.name}, launch {config.launch.name}, git {plan.git_sha or 'not a checkout'}"
+    yield f"workers {plan.world_size} = {plan.nodes} nodes × {plan.workers_per_node}"
+
+
+def batch_lines(plan: Plan) -> Iterator[str]:
+    """The arithmetic of a step."""
+    train = plan.config.train
+    unit = "blocks" if getattr(plan.config.task, "packing", False) else "rows"
+    yield (
+        f"{train.global_batch_size} {unit} a step = {plan.world_size} workers × {train.per_device_train_batch_size} "
+        f"{unit} a micro-batch × {plan.accumulation_steps} micro-batches"
+    )
+    yield f"at most {train.global_batch_size * plan.config.task.max_length} tokens a step"
+    yield f"for {train.max_steps} steps" if train.max_steps else f"for {train.num_train_epochs} epochs"
+
+
+def auto_lines(plan: Plan) -> Iterator[str]:
+    """What became of settings that were left to the system, as far as it is known before the start."""
+    config = plan.config
+    if getattr(config.launch, "workers_per_node", None) in ("auto", None):
+        yield f"launch.workers_per_node → {plan.workers_per_node}"
+    if getattr(config.launch, "gpus_per_node", 0) is None:
+        yield f"launch.gpus_per_node → {plan.workers_per_node}"
+    if config.train.resume == "auto":
+        steps = sorted(
+            int(folder.name.removeprefix("step-"))
+            for folder in plan.run_dir.glob("checkpoints/step-*")
+            if folder.name.removeprefix("step-").isdigit()
+        )
+        yield "train.resume → " + (f"goes on after step {steps[-1]} if that is sound" if steps else "starts anew")
+    if config.track.wandb == "auto":
+        yield "track.wandb → online if the first worker finds a key, offline otherwise"
+
+
+def origin_lines(plan: Plan) -> Iterator[str]:
+    """Keys that the user set, with value and place."""
+    tree = plan.config.model_dump(mode="json")
+    for key, origin in plan.origins.items():
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        choice = "." not in key and (value is None or isinstance(value, dict))
+        yield f"{key}   ({origin})" if choice else f"{key} = {value}   ({origin})"

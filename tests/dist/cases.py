@@ -1,0 +1,54 @@
+"""What worker groups of the tests run: whole runs in an already joined group, one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_ft import comm
+from dist_ft.build import build
+from dist_ft.comm import Place
+from dist_ft.loop import fit
+from dist_ft.plan import make_plan, write_plan
+from dist_ft.prepare import prepare
+from dist_ft.schema import RunConfig
+
+
+def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
+    """Train as `case["config"]` says; `stop_after` ends early, as if the run had been stopped there."""
+    config = RunConfig.model_validate(case["config"])
+    plan = make_plan(config, nodes=1, workers_per_node=place.world_size, origins={})
+    if place.is_main:
+        write_plan(plan)
+    prepared = prepare(config)
+    comm.barrier()
+    torch.manual_seed(1234 + place.rank)  # ranks that start from their own random state must not matter
+    run = build(plan, prepared, place, torch.device("cpu"), sys.stderr, lambda phase: None)
+    if case.get("stop_after"):
+        run.total_steps = case["stop_after"]  # the schedule still aims at the configured end
+    with contextlib.closing(run.tracker):
+        progress = fit(run)
+    weights = {}
+    for name, tensor in run.engine.weights(trainable=True):
+        if place.is_main:
+            weights[name] = tensor.detach().clone().cpu()
+    if place.is_main:
+        torch.save(weights, plan.run_dir / "weights.pt")
+    comm.barrier()
+    return {"step": progress.step, "engine": type(run.engine).__name__}
+
+
+def run_cases(place: Place, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case in turn."""
+    return [run_case(place, case) for case in cases]
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """The training lines of metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train/loss" in line]

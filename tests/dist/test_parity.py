@@ -1,0 +1,85 @@
+"""The same curve on every engine, world size, accumulation and packing as in a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_ft.testing.spawn import spawn
+from tests.dist.cases import metrics_of
+from tests.dist.conftest import BATCH, LEARNING_RATE, MAX_LENGTH, MAX_NORM, STEPS, WEIGHT_DECAY, config_of
+from tests.dist.oracle import steps_of, train_plainly
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+
+ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+PARITY = {"rel": 1e-5}
+
+
+def run_matrix(folder: Path, world: int, cases: list[tuple], make: Any) -> dict[tuple, Path]:
+    configs = {case: make(folder / "-".join(map(str, case)), *case) for case in cases}
+    spawn(world, "tests.dist.cases:run_cases", [{"config": c} for c in configs.values()], timeout_s=800)
+    return {case: Path(config["output_dir"]) for case, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def oracle(model: str, rows: tuple[str, list[dict]]) -> dict[bool, Any]:
+    return {
+        packing: train_plainly(
+            model,
+            steps_of(rows[1], batch=BATCH, steps=STEPS, max_length=MAX_LENGTH if packing else None),
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            max_norm=MAX_NORM,
+        )
+        for packing in (False, True)
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_full_fine_tuning_follows_the_plain_loop(
+    world: int, model: str, rows: tuple[str, list[dict]], oracle: dict[bool, Any], tmp_path: Path
+) -> None:
+    cases = [(e, a, p) for e, a, p in itertools.product(ENGINES, (1, 4), (False, True))]
+    runs = run_matrix(
+        tmp_path,
+        world,
+        cases,
+        lambda out, engine, accumulation, packing: config_of(
+            out, model, rows[0], engine, world, accumulation, packing, {"name": "full"}
+        ),
+    )
+    for case, run_dir in runs.items():
+        losses, norms, weights = oracle[case[2]]
+        metrics = metrics_of(run_dir)
+        assert [m["step"] for m in metrics] == list(range(1, STEPS + 1)), case
+        assert [m["train/loss"] for m in metrics] == pytest.approx(losses, **PARITY), case
+        assert [m["train/grad_norm"] for m in metrics] == pytest.approx(norms, **PARITY), case
+        trained = torch.load(run_dir / "weights.pt", weights_only=True)
+        assert set(trained) == set(weights), case
+        for name, tensor in weights.items():
+            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4, msg=lambda m: f"{case} {name}: {m}")
+
+
+def test_lora_is_the_same_on_every_engine(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
+    method = {"name": "lora", "r": 4, "use_dora": True}
+    curves: dict[tuple, list[float]] = {}
+    for world in (1, 2):
+        runs = run_matrix(
+            tmp_path / str(world),
+            world,
+            [(engine, 2, True) for engine in ENGINES],
+            lambda out, engine, accumulation, packing: config_of(
+                out, model, rows[0], engine, world, accumulation, packing, method
+            ),
+        )
+        for case, run_dir in runs.items():
+            curves[world, *case] = [v for m in metrics_of(run_dir) for v in (m["train/loss"], m["train/grad_norm"])]
+    reference = curves[1, "ddp", 2, True]
+    assert reference[0] != pytest.approx(reference[-2], rel=1e-3), "nothing was learned"
+    for case, curve in curves.items():
+        assert curve == pytest.approx(reference, **PARITY), case

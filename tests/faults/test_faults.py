@@ -1,0 +1,164 @@
+"""One rank's failure is everyone's, at once: one report, the right exit code, and no process left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+INJECT = Path(__file__).parent / "inject"
+LIMIT_S = 10  # from the fault to the last process's end
+
+
+class Job:
+    """A `dist-ft train` with a fault in it."""
+
+    def __init__(self, folder: Path, fault: str, words: list[str]) -> None:
+        self.folder, self.mark = folder, folder / "mark"
+        self.run_dir = folder / "run"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(INJECT),
+            "DIST_FT_FAULT": fault,
+            "DIST_FT_FAULT_MARK": str(self.mark),
+            "DIST_FT_TEST_JOB": str(folder),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dist_ft.launch.cli", "train", f"output_dir={self.run_dir}", *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for_fault(self) -> float:
+        """When the fault happened."""
+        deadline = time.time() + 120
+        while not self.mark.exists() or not self.mark.read_text():
+            assert self.process.poll() is None and time.time() < deadline, self.output()
+            time.sleep(0.05)
+        return float(self.mark.read_text().split()[1])
+
+    def output(self) -> str:
+        self.process.kill()
+        return self.process.communicate()[0]
+
+    def members(self) -> list[psutil.Process]:
+        """Every process that descends from the command, also orphans: the environment tells."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("DIST_FT_TEST_JOB") == str(self.folder) and process.status() != "zombie":
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def assert_gone(self, since: float) -> None:
+        while left := self.members():
+            assert time.time() - since < LIMIT_S, [process.cmdline() for process in left]
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_llama: Path) -> Iterator:
+    rows = tmp_path / "rows.jsonl"
+    row = json.dumps({"input_ids": list(range(1, 13)), "labels": [-100] * 6 + list(range(7, 13))})
+    rows.write_text((row + "\n") * 64)
+    jobs: list[Job] = []
+
+    def begin(fault: str, engine: str = "ddp", *words: str) -> Job:
+        common = [
+            f"model.name_or_path={tiny_llama}", f"data.train={rows}", "data.validation=null", "data.test=null",
+            "data.format=tokens", f"data.cache_dir={tmp_path / 'cache'}", f"engine={engine}", "method=full",
+            "track.wandb=off", "train.num_train_epochs=null", "train.max_steps=500", "train.global_batch_size=4",
+            "train.per_device_train_batch_size=2", "launch.workers_per_node=2",
+        ]  # fmt: skip
+        jobs.append(Job(tmp_path, fault, [*common, *words]))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        for process in job.members():
+            process.kill()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1"])
+def test_a_rank_that_raises_stops_all(start, engine: str) -> None:
+    job = start("raise:1:3", engine)
+    since = job.wait_for_fault()
+    output, _ = job.process.communicate(timeout=60)
+    assert job.process.returncode == 4, output
+    job.assert_gone(since)
+    assert output.count("injected fault") == 1, output
+    assert "rank 1 of 2" in output and "rank-1.log" in output
+    record = json.loads((job.run_dir / "failure.json").read_text())
+    assert (record["rank"], record["exit_code"]) == (1, 4)
+    assert "ValueError: injected fault" in (job.run_dir / "logs" / "rank-1.log").read_text()
+
+
+def test_out_of_memory_names_the_ways_out(start) -> None:
+    job = start("memory:0:2")
+    output, _ = job.process.communicate(timeout=120)
+    assert job.process.returncode == 4 and "gradient_checkpointing" in output
+
+
+def test_a_killed_rank_stops_all(start) -> None:
+    job = start("kill:1:3")
+    since = job.wait_for_fault()
+    output, _ = job.process.communicate(timeout=60)
+    assert job.process.returncode == 4, output
+    job.assert_gone(since)
+    assert "dist-ft: training failed" in output
+
+
+@pytest.mark.parametrize(("kind", "what"), [("hang", "no progress"), ("stop", "no sign of life")])
+def test_a_rank_that_stops_answering_is_named(start, kind: str, what: str) -> None:
+    job = start(f"{kind}:1:3", "ddp", "train.timeout_s=4")
+    since = job.wait_for_fault()
+    output, _ = job.process.communicate(timeout=60)
+    assert job.process.returncode == 4, output
+    assert what in output and "rank 1 on" in output, output
+    if kind == "hang":
+        assert "sitecustomize.py" in output, "the stack of the rank that hangs should be shown"
+    job.assert_gone(since + 8)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1"])
+def test_kill_9_of_the_command_leaves_nothing(start, engine: str) -> None:
+    job = start("none:0:3", engine)
+    since = job.wait_for_fault()
+    assert len(job.members()) >= 4
+    job.process.kill()
+    job.assert_gone(max(since, time.time()))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1"])
+def test_kill_9_of_the_launcher_leaves_nothing(start, engine: str) -> None:
+    job = start("none:0:3", engine)
+    job.wait_for_fault()
+    launcher = psutil.Process(job.process.pid).children()[0]
+    launcher.kill()
+    job.process.communicate(timeout=30)
+    assert job.process.returncode not in (0, None)
+    job.assert_gone(time.time())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_ends_all(start, number: int) -> None:
+    job = start("none:0:3")
+    job.wait_for_fault()
+    job.process.send_signal(number)
+    job.process.communicate(timeout=30)
+    assert job.process.returncode not in (0, None)
+    job.assert_gone(time.time())

@@ -1,0 +1,17 @@
+"""Texts as they should be, kept in files; `DIST_FT_WRITE_GOLDEN=1 pytest …` writes them anew, for a look at the diff."""
+
+import difflib
+import os
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def check_golden(name: str, text: str) -> None:
+    """Compare `text` with the file `name`, line by line."""
+    path = FOLDER / name
+    if os.environ.get("DIST_FT_WRITE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    wanted = path.read_text(encoding="utf-8") if path.exists() else ""
+    diff = "\n".join(difflib.unified_diff(wanted.splitlines(), text.splitlines(), name, "rendered", lineterm=""))
+    assert text == wanted, f"not as in tests/golden/{name}:\n{diff}"

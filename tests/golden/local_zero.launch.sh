@@ -1,0 +1,15 @@
+#!/bin/bash
+# Trains first: 2 workers here, zero3. Run by
+# `dist-ft train`, which also ends what is left when a worker fails; can be run by hand.
+cd '/home/ada/my work' || exit 3
+export OMP_NUM_THREADS=8
+export DS_ACCELERATOR=cpu
+# --world_info is {"localhost": [0, 1]}
+port=$(/opt/env/bin/python -c 'import socket; s = socket.socket(); s.bind(('"'"'127.0.0.1'"'"', 0)); print(s.getsockname()[1])') || exit 3
+exec /opt/env/bin/python -u -m deepspeed.launcher.launch \
+  --world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19 \
+  --master_addr=127.0.0.1 \
+  --master_port="$port" \
+  --log_level=warning \
+  --no_local_rank \
+  --module dist_ft.worker /runs/first/run.yaml

@@ -1,0 +1,19 @@
+"""Plans and sites with fixed values, for rendering."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_ft.launch.compose import compose
+from dist_ft.launch.environ import Site
+from dist_ft.launch.launcher import Launcher
+from dist_ft.plan import Plan, make_plan
+
+ROWS = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+SITE = Site(python="/opt/env/bin/python", cwd="/home/ada/my work", cores=16, environment={"HF_HOME": "/data/hf"})
+GPU_SITE = Site(python="/opt/env/bin/python", cwd="/home/ada", cores=32, devices=(2, 3))
+
+
+def plan_of(launcher: Launcher, words: Sequence[str], output_dir: str | Path = "/runs/first") -> Plan:
+    config = compose([*words, "run_name=first", f"output_dir={output_dir}"]).config
+    nodes, workers = launcher.resolve(config)
+    return make_plan(config, nodes=nodes, workers_per_node=workers, origins={})

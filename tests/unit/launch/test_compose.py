@@ -1,0 +1,146 @@
+import subprocess
+import sys
+
+import pytest
+
+from dist_ft.errors import RequestError
+from dist_ft.launch.compose import COMMAND_LINE, compose
+from dist_ft.launch.paths import CONF_DIR
+
+
+def problems(*words, config_dir=None):
+    with pytest.raises(RequestError) as caught:
+        compose(words, config_dir)
+    return {problem.where: f"{problem.rule} → {problem.way_out}" for problem in caught.value.problems}
+
+
+def test_the_default_is_whole_and_nothing_counts_as_set():
+    composed = compose([])
+    assert composed.config.method.name == "lora"
+    assert composed.config.run_name == "instruction-lora-ddp"
+    assert composed.config.output_dir.endswith("/runs/instruction-lora-ddp")
+    assert composed.config.data.train.endswith("dist_ft/data/support_desk/train.jsonl")
+    assert composed.config.data.train.startswith("/")
+    assert composed.origins == {}
+
+
+def test_every_problem_is_reported_at_once():
+    found = problems(
+        "data=jsonl",
+        "engine=zero4",
+        "enigne=fsdp",
+        "train.max_step=3",
+        "method=full",
+        "method.r=3",
+        "model.dtype=float16",
+        "train.seed=abc",
+        "launch.port=99999",
+        "+x=1",
+        "~train.seed",
+        "method/x=3",
+        "train.logging_steps=1,2",
+        "optim.name=adam",
+        "a b",
+        "data.train.x=3",
+    )
+    wanted = {
+        "engine=zero4": "did you mean engine=zero3? known: ddp, fsdp, zero1, zero2, zero3",
+        "enigne (command line)": "unknown key → did you mean engine?",
+        "train.max_step (command line)": "unknown key → did you mean train.max_steps?",
+        "method.r (command line)": "belongs to method=lora; method=full does not read it",
+        "model.dtype (command line)": "'float16' is wrong: it must be one of float32, bfloat16",
+        "train.seed (command line)": "'abc' is wrong: it must be a valid integer",
+        "launch.port (command line)": "99999 is wrong: it must be less than or equal to 65535",
+        "+x=1": "keys are not added: every key is known → write x=1",
+        "~train.seed": "cannot be deleted",
+        "method/x=3": "unknown group",
+        "train.logging_steps=1,2": "no sweeps",
+        "optim.name=adam": "write optim=adam",
+        "a b": "not understood",
+        "data.train": "must be given → say data.train=VALUE",
+    }
+    for where, text in wanted.items():
+        assert text in found.pop(where)
+    assert [where.split(" ")[0] for where in found] == ["data.train.x"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "-x", "a b", "", "x" * 121, "a/b", "$(id)"])
+def test_a_run_name_cannot_leave_the_folder(name):
+    assert "run_name" in next(iter(problems(f'run_name="{name}"')))
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "x${oc.env:WANDB_API_KEY,none}", "${oc.decode:1}", "${hydra:job}"])
+def test_nothing_from_outside_is_interpolated(value):
+    assert "reads what is outside" in problems(f"'track.project=\"{value}\"'".strip("'"))[f"track.project ({COMMAND_LINE})"]
+
+
+def test_keys_may_name_other_keys():
+    assert compose(["train.seed=7", "track.project=seed-${train.seed}"]).config.track.project == "seed-7"
+    assert "not found" in problems("track.project=${train.sed}")["${…}"]
+
+
+def test_origins_name_the_command_line_and_the_experiment():
+    origins = compose(["experiment=dolly_lora", "method.r=4", "train.num_train_epochs=2"]).origins
+    assert origins["method.r"] == "command line"
+    assert origins["train.global_batch_size"] == "conf/experiment/dolly_lora.yaml"
+    assert origins["train.num_train_epochs"] == "command line"
+    assert origins["experiment"] == "command line: experiment=dolly_lora"
+    assert "method.lora_alpha" not in origins
+
+
+def test_a_typed_length_replaces_a_default_or_an_experiments():
+    assert compose(["train.max_steps=5"]).config.train.num_train_epochs is None
+    typed = compose(["experiment=dolly_lora", "train.max_steps=5"])
+    assert typed.config.train.num_train_epochs is None
+    assert "train.num_train_epochs" not in typed.origins
+    both = compose(["train.max_steps=5", "train.num_train_epochs=1"]).config.train
+    assert (both.max_steps, both.num_train_epochs) == (5, 1)
+
+
+def test_command_line_choices_win_over_an_experiments():
+    config = compose(["experiment=dolly_lora", "engine=zero2", "data=jsonl", "data.train=x.jsonl"]).config
+    assert (config.engine.name, config.data.train, config.model.name_or_path) == ("zero2", "x.jsonl", "Qwen/Qwen3-0.6B")
+
+
+def test_own_groups_are_found_and_their_mistakes_named(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name_or_path: gpt2\ndtype: bfloat16\n")
+    composed = compose(["model=mine"], tmp_path)
+    assert composed.config.model.name_or_path == "gpt2"
+    assert composed.origins["model.dtype"] == str(tmp_path / "model" / "mine.yaml")
+    (tmp_path / "model" / "mine.yaml").write_text("name_or_path: gpt2\ndtpe: x\n")
+    found = problems("model=mine", config_dir=tmp_path)
+    assert found == {f"model.dtpe ({tmp_path}/model/mine.yaml)": "unknown key → did you mean model.dtype?"}
+    assert "no such folder" in problems(config_dir=tmp_path / "none")[f"--config-dir {tmp_path / 'none'}"]
+
+
+def test_broken_own_yaml_is_the_users_fault(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("a: [\n")
+    assert "cannot be composed" in problems("model=mine", config_dir=tmp_path)[str(tmp_path)]
+
+
+def test_target_names_no_code():
+    assert "unknown key" in problems("model._target_=os.system")["model._target_ (command line)"]
+
+
+def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    config = compose(["data=jsonl", 'data.train=[rows.jsonl, "*.jsonl", a/b]', "model.name_or_path=a/b"]).config
+    assert config.data.train == [f"{tmp_path}/rows.jsonl", f"{tmp_path}/*.jsonl", "a/b"]
+    assert config.model.name_or_path == "a/b"
+    assert "no such Python package" in problems("data=jsonl", "data.train=package:none_such/x")["data.train"]
+
+
+def test_composing_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compose(["experiment=quickstart"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_torch_is_imported():
+    code = "import sys, dist_ft.launch.compose, dist_ft.checks, dist_ft.launch.local, dist_ft.launch.deepspeed\n"
+    code += "import dist_ft.launch.slurm; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF_DIR.parents[1])
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,121 @@
+"""A checkpoint is whole or it is none."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_ft import checkpoint, comm
+from dist_ft.checkpoint import Progress
+from dist_ft.comm import Place
+from dist_ft.errors import MachineError, RequestError
+from dist_ft.state import NamedState
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    place = Place()
+    comm.join(place, comm.open_store(place, 10), torch.device("cpu"), 10)
+    yield
+    comm.leave()
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, 1, "ddp", "abc", 1.5, 2, 0)
+
+
+def state(value: float) -> NamedState:
+    return NamedState({"model/a": torch.full((3, 2), value), "exp_avg/a": torch.full((3, 2), -value)}, updates=7)
+
+
+def test_round_trip_and_latest(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(2.5), progress(7))
+    assert (tmp_path / "latest").resolve() == path and checkpoint.verify(path) is None
+    loaded = NamedState({"model/a": torch.zeros(3, 2), "exp_avg/a": torch.zeros(3, 2)}, updates=0)
+    checkpoint.load(path, loaded)
+    assert torch.equal(loaded.tensors["model/a"], torch.full((3, 2), 2.5))
+    assert torch.equal(loaded.tensors["exp_avg/a"], torch.full((3, 2), -2.5))
+    assert loaded.updates == 7 and checkpoint.read_progress(path) == progress(7)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
+def test_a_flipped_bit_is_found_and_the_older_one_used(tmp_path: Path, name: str) -> None:
+    older = checkpoint.save(tmp_path, state(1), progress(1))
+    newer = checkpoint.save(tmp_path, state(2), progress(2))
+    data = bytearray((newer / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newer / name).write_bytes(data)
+    path, torn = checkpoint.newest_sound(tmp_path)
+    assert path == older
+    assert [problem.where for problem in torn] == [str(newer)] and name in torn[0].rule
+
+
+def test_an_unfinished_one_is_never_taken(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), progress(3))
+    shutil.copytree(path, tmp_path / ".step-4.partial")
+    shutil.copytree(path, tmp_path / "step-5")
+    (tmp_path / "step-5" / "manifest.json").unlink()
+    assert checkpoint.newest_sound(tmp_path)[0] == path
+
+
+def test_a_step_is_never_written_over(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), progress(3))
+    before = (path / "manifest.json").read_bytes()
+    assert checkpoint.save(tmp_path, state(9), progress(3)) == path
+    assert (path / "manifest.json").read_bytes() == before
+
+
+def test_leftovers_of_a_killed_save_do_not_mix_in(tmp_path: Path) -> None:
+    staging = tmp_path / ".step-3.partial"
+    staging.mkdir()
+    (staging / "__0_9.distcp").write_bytes(b"of another life")
+    path = checkpoint.save(tmp_path, state(1), progress(3))
+    assert not staging.exists() and not (path / "__0_9.distcp").exists()
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, state(step), progress(step))
+    checkpoint.prune(tmp_path, keep=2, best_step=1)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-4", "step-3", "step-1"]
+    checkpoint.prune(tmp_path, keep=None, best_step=None)
+    assert len(checkpoint.steps(tmp_path)) == 3
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    with pytest.raises(MachineError, match="are free"):
+        checkpoint.save(tmp_path, state(1), progress(1))
+    assert checkpoint.steps(tmp_path) == [] and not list(tmp_path.glob(".step*"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), progress(1))
+    other = NamedState({"model/b": torch.zeros(3, 2)}, updates=0)
+    with pytest.raises(RequestError, match="other tensors"):
+        checkpoint.load(path, other)
+    wrong_shape = NamedState({"model/a": torch.zeros(4, 2), "exp_avg/a": torch.zeros(4, 2)}, updates=0)
+    with pytest.raises(RequestError, match="does not fit"):
+        checkpoint.load(path, wrong_shape)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch pwned",)
+
+
+def test_metadata_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = checkpoint.save(tmp_path, state(1), progress(1))
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(pickle.UnpicklingError, match="no place"):
+        checkpoint.load(path, state(0))
+    assert not (tmp_path / "pwned").exists()

@@ -1,0 +1,87 @@
+"""Every YAML file that is shipped is composed, checked and planned."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_ft.checks import check
+from dist_ft.launch.compose import compose, list_groups
+from dist_ft.launch.environ import Site
+from dist_ft.launch.paths import CONF_DIR
+from dist_ft.plan import make_plan
+
+ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
+FILES = sorted(CONF_DIR.glob("*/*.yaml"))
+NEEDS = {  # what only the user can give, for each file that leaves it open
+    "task/causal_lm": ["data=text", "data.train=rows.jsonl"],
+    "model/hub": ["model.name_or_path=a/b"],
+    "data/jsonl": ["data.train=rows.jsonl"],
+    "data/text": ["data.train=rows.jsonl", "task=causal_lm"],
+    "data/hub": ["data.train=a/b"],
+    "data/tokens": ["data.train=rows.jsonl"],
+    "launch/deepspeed": ["launch.hostfile=hosts"],
+    "launch/slurm": ["launch.workers_per_node=2"],
+    "experiment/wikitext_cpt": ["data.train=rows.jsonl"],
+    "experiment/zero3_full": ["data=jsonl", "data.train=rows.jsonl"],
+}
+
+
+def name_of(file: Path) -> str:
+    return f"{file.parent.name}/{file.stem}"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(ROW * 3)
+    (tmp_path / "hosts").write_text("n1 slots=2\nn2 slots=2\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_composes_checks_and_plans(file, tmp_path):
+    words = [f"{file.parent.name}={file.stem}", *NEEDS.get(name_of(file), ())]
+    composed = compose(words)
+    assert check(composed.config, composed.origins) == []
+    launcher = _launcher(composed.config.launch.name, tmp_path)
+    nodes, workers = launcher.resolve(composed.config)
+    plan = make_plan(composed.config, nodes=nodes, workers_per_node=workers, origins=composed.origins)
+    assert plan.accumulation_steps * plan.world_size * composed.config.train.per_device_train_batch_size == (
+        composed.config.train.global_batch_size
+    )
+    assert launcher.render(plan).files
+
+
+@pytest.mark.parametrize("file", [CONF_DIR / "train.yaml", *FILES], ids=name_of)
+def test_opens_with_a_sentence_and_the_command_that_uses_it(file):
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert "`dist-ft " in first
+    if file.parent != CONF_DIR:
+        assert f"{file.parent.name}={file.stem}" in first or file.stem in NEEDS
+
+
+def test_holds_no_target_and_no_resolver():
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        assert "_target_" not in text
+        assert "${" not in text
+        assert isinstance(yaml.safe_load(text), dict)
+
+
+def test_groups_are_those_of_the_schema():
+    groups = list_groups()
+    assert groups["task"] == ["causal_lm", "instruction"]
+    assert groups["method"] == ["full", "lora"]
+    assert groups["engine"] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+    assert groups["launch"] == ["deepspeed", "local", "slurm"]
+    assert set(groups) == {"model", "task", "data", "method", "engine", "optim", "track", "launch", "experiment"}
+
+
+def _launcher(name, tmp_path):
+    from dist_ft.launch.deepspeed import HostfileLauncher
+    from dist_ft.launch.local import LocalLauncher
+    from dist_ft.launch.slurm import SlurmLauncher
+
+    site = Site(python="/opt/python", cwd=str(tmp_path), cores=4)
+    return {"local": LocalLauncher, "deepspeed": HostfileLauncher, "slurm": SlurmLauncher}[name](site)

@@ -1,0 +1,141 @@
+"""What the documents tell a reader to type works: commands plan, targets exist, tables say what the code has."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dist_ft.checks import check
+from dist_ft.launch import cli
+from dist_ft.launch.compose import compose, list_groups
+from dist_ft.launch.environ import Site
+from dist_ft.launch.keys import members, names
+from dist_ft.plan import Plan, make_plan
+from dist_ft.schema import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ROW = '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]}\n'
+VIEW_WORDS = {"rows", "split", "start", "color"}
+SITE = Site(python="python", cwd="/work", cores=2)
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of a document's `sh` blocks, continued ones joined, comments left out."""
+    blocks = "\n".join(BLOCK.findall(path.read_text(encoding="utf-8"))).replace("\\\n", " ")
+    return [line.strip() for line in blocks.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+TYPED = [(path.name, line) for path in DOCUMENTS for line in commands(path)]
+YAML_COMMANDS = [
+    (str(path.relative_to(ROOT)), match)
+    for path in sorted((ROOT / "conf").rglob("*.yaml"))
+    for match in re.findall(r"`(dist-ft [^`]+)`", path.read_text(encoding="utf-8").splitlines()[0])
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the documents name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "validation.jsonl", "my_rows.jsonl"):
+        (tmp_path / name).write_text(ROW * 200)
+    for name in ("wikitext.jsonl", "corpus.jsonl"):
+        (tmp_path / name).write_text('{"text": "Some words."}\n' * 200)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "one.txt").write_text("Once upon a time.\n" * 50)
+    (tmp_path / "hosts.txt").write_text("one slots=2\ntwo slots=2\n")
+    return tmp_path
+
+
+def plan_of(words: list[str]) -> Plan:
+    """Compose, check, plan and render, as `dist-ft plan` does."""
+    composed = compose(words)
+    problems = check(composed.config, composed.origins)
+    assert not problems, "\n".join(map(str, problems))
+    launcher = cli._launcher(composed.config, SITE)
+    nodes, workers = launcher.resolve(composed.config)
+    plan = make_plan(composed.config, nodes=nodes, workers_per_node=workers, origins=composed.origins)
+    assert launcher.render(plan).start
+    return plan
+
+
+def try_command(line: str) -> None:
+    """Take a `dist-ft` line as far as it goes without starting a worker or loading a model."""
+    options = cli._parser().parse_args(shlex.split(line)[1:])
+    if options.command in ("train", "submit", "plan", "data"):
+        assert options.config_dir is None
+        words = [w for w in options.words if options.command != "data" or w.partition("=")[0] not in VIEW_WORDS]
+        plan = plan_of(words)
+        assert (options.command == "submit") == (plan.config.launch.name == "slurm") or options.command == "plan"
+    elif options.command in ("eval", "generate", "export"):
+        assert any(word.startswith("run=") for word in options.words), line
+        assert all("=" in word for word in options.words), line
+
+
+def test_documents_have_commands() -> None:
+    assert {"dist-ft train", "dist-ft plan", "dist-ft submit"} <= {" ".join(line.split()[:2]) for _, line in TYPED}
+    assert [line for name, line in TYPED if name == "README.md"][:2] == ["make train", "make test"]
+
+
+@pytest.mark.parametrize(("document", "line"), TYPED, ids=[f"{n}: {line[:60]}" for n, line in TYPED])
+def test_command_of_a_document(document: str, line: str, folder: Path) -> None:
+    program, *words = shlex.split(line)
+    if program == "make":
+        targets = [word for word in words if "=" not in word]
+        run = subprocess.run(["make", "-n", "-C", str(ROOT), *targets], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    else:
+        assert program == "dist-ft", f"{document}: no test can run {line!r}"
+        try_command(line)
+
+
+@pytest.mark.parametrize(("file", "line"), YAML_COMMANDS, ids=[f"{n}: {line[:60]}" for n, line in YAML_COMMANDS])
+def test_command_of_a_yaml_file(file: str, line: str, folder: Path) -> None:
+    try_command(line)
+
+
+def test_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"^\| `dist-ft ([a-z]+)` \|", text, re.MULTILINE))
+    actions = [action for action in cli._parser()._actions if action.dest == "command"]
+    assert told == set(actions[0].choices or ())
+
+
+def group_rows() -> list[str]:
+    """The table of groups as the code has it: choices are files, keys those of each choice's schema."""
+    rows = []
+    for group, field in RunConfig.model_fields.items():
+        records = members(field.annotation)
+        if not records:
+            continue
+        shared = [key for key in records[0].model_fields if all(key in r.model_fields for r in records)]
+        keys = [f"`{key}`" for key in shared if key != "name"]
+        for record in records:
+            own = [f"`{key}`" for key in record.model_fields if key not in shared]
+            if own:
+                keys.append(f"{' and '.join(names(record))}: {' '.join(own)}")
+        text = "; ".join([" ".join(k for k in keys if k.startswith("`")), *(k for k in keys if not k.startswith("`"))])
+        choices = list_groups().get(group, [])
+        rows.append(f"| `{group}` | {' '.join(f'`{c}`' for c in choices)} | {text.removeprefix('; ')} |")
+    rows.append(f"| `experiment` | {' '.join(f'`{c}`' for c in list_groups()['experiment'])} | any of the above |")
+    return rows
+
+
+def test_readme_tells_every_group_and_key() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Groups and keys\n")[1]
+    told = [line for line in section.splitlines() if line.startswith("| `")]
+    assert told == group_rows(), "the table should be:\n" + "\n".join(group_rows())
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: {target}"

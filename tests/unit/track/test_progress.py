@@ -1,0 +1,78 @@
+"""The terminal: a bar where somebody watches, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from rich.console import Console
+
+from dist_ft.track.compose import NullTracker, Trackers
+from dist_ft.track.progress import Bar, Lines, open_progress
+
+TRAINING = {
+    "train/loss": 1.23456,
+    "train/learning_rate": 2e-4,
+    "perf/tokens_per_second": 12345.6,
+    "perf/peak_memory_bytes": 1.5 * 2**30,
+}
+
+
+def test_plain_lines_without_control_characters() -> None:
+    file = io.StringIO()
+    tracker = open_progress(10, after_step=4, file=file)
+    assert isinstance(tracker, Lines)
+    tracker.log({"eval/loss": 2.0, "eval/exact_match": 0.25}, step=4)
+    tracker.log(TRAINING, step=5)
+    tracker.close()
+    first, second = file.getvalue().splitlines()
+    assert first == "step 4/10  eval/loss 2.0000  eval/exact_match 0.2500"
+    assert re.fullmatch(
+        r"step 5/10  loss 1\.2346  lr 2\.00e-04  12,346 tokens/s  1\.50 GiB  eta 0:00:0\d", second
+    )
+    assert file.getvalue().replace("\n", "").isprintable()
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    tracker = open_progress(10, after_step=0, file=Terminal())
+    assert isinstance(tracker, Bar)
+    tracker.close()
+
+
+def test_the_bar_shows_step_numbers_and_evaluations() -> None:
+    file = io.StringIO()
+    tracker = Bar(10, after_step=4, console=Console(file=file, force_terminal=True, width=140))
+    tracker.log({"eval/loss": 2.0}, step=4)
+    tracker.log(TRAINING, step=5)
+    tracker.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert "step 4  eval/loss 2.0000" in shown
+    assert "5/10" in shown and "loss 1.2346  lr 2.00e-04  12,346 tokens/s  1.50 GiB" in shown
+
+
+def test_all_trackers_are_closed_though_one_fails() -> None:
+    told: list[str] = []
+
+    class Broken(NullTracker):
+        def close(self) -> None:
+            told.append("broken")
+            raise OSError("disk full")
+
+    class Sound(NullTracker):
+        def log(self, metrics: object, *, step: int) -> None:
+            told.append(f"log {step}")
+
+        def close(self) -> None:
+            told.append("sound")
+
+    trackers = Trackers([Sound(), Broken()])
+    trackers.log({}, step=3)
+    try:
+        trackers.close()
+    except OSError as error:
+        assert str(error) == "disk full"
+    assert told == ["log 3", "broken", "sound"]
