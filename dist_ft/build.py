@@ -17,7 +17,6 @@ from .checkpoint import Progress
 from .comm import Place
 from .data.loader import Loader, evaluation_batches
 from .data.order import Order, total_steps
-from .data.table import TokenTable
 from .errors import MachineError, RequestError
 from .loop import Run
 from .method.full import Full
@@ -27,11 +26,9 @@ from .model.flops import StepCost, count_step_cost, peak_flops
 from .model.load import attention_of, load_model
 from .optim import build_adamw, learning_rate
 from .plan import Plan
-from .prepare import Prepared, Split
+from .prepare import TASKS, Prepared, Split
 from .schema import OptimConfig, RunConfig
 from .state import Engine, Method, Metrics, ModelFactory, OptimFactory, Task, Tracker
-from .task.causal_lm import CausalLM
-from .task.instruction import Instruction
 from .track.compose import NullTracker, Trackers
 from .track.jsonl import METRICS_FILE, JsonLines
 from .track.progress import open_progress
@@ -39,7 +36,6 @@ from .track.wandb import open_wandb
 
 CHECKPOINTS = "checkpoints"
 
-TASKS: dict[str, Callable[..., Task]] = {"causal_lm": CausalLM, "instruction": Instruction}
 METHODS: dict[str, Callable[..., Method]] = {"full": Full, "lora": Lora}
 
 
@@ -113,7 +109,7 @@ def optim_factory(config: OptimConfig, device: torch.device) -> OptimFactory:
 def build_loader(plan: Plan, task: Task, split: Split, place: Place) -> tuple[Loader, int]:
     """The training data of this rank, and the number of steps."""
     train = plan.config.train
-    table, samples = TokenTable.open(split.table), split.open_samples()
+    table, samples = split.open_table(), split.open_samples()
     steps, rows = total_steps(len(samples), train.global_batch_size, train.max_steps, train.num_train_epochs)
     order = Order(len(samples), train.seed, plan.config.data.shuffle, train.global_batch_size, rows)
     loader = Loader(
@@ -133,7 +129,7 @@ def build_validation(plan: Plan, task: Task, prepared: Prepared, place: Place) -
     split = prepared.validation
     if split is None:
         return None
-    table, samples = TokenTable.open(split.table), split.open_samples()
+    table, samples = split.open_table(), split.open_samples()
     return lambda: evaluation_batches(
         table,
         samples,

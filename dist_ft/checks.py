@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .data.formats import FORMATS
 from .data.rows import read_rows
 from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
@@ -28,11 +29,6 @@ LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights'
 FULL_COPIES = 4  # of the weights: a checkpoint holds them with two moments, the export once more
 
 FIRST_ROWS = 20  # of each file: a wrong encoding, delimiter or format shows at once
-
-TASK_FORMATS = {
-    "causal_lm": ("auto", "text", "tokens"),
-    "instruction": ("auto", "prompt_completion", "messages", "sharegpt", "alpaca", "tokens"),
-}
 
 # What may differ when a run goes on: how it is executed, watched and for how long, never what is learned from what.
 MAY_CHANGE = {
@@ -191,11 +187,12 @@ def _length_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
 
 
 def _format_problems(config: RunConfig) -> Iterator[Problem]:
-    allowed = TASK_FORMATS[config.task.name]
-    if config.data.format not in allowed:
-        rule = f"{config.data.format} is not a format of task={config.task.name}, which knows {', '.join(allowed)}"
-        others = [task for task, formats in TASK_FORMATS.items() if config.data.format in formats]
-        yield Problem("data.format", rule, f"choose task={others[0]}, or correct the format")
+    if config.data.format == "auto" or config.task.name in FORMATS[config.data.format].tasks:
+        return
+    known = ", ".join(name for name, form in FORMATS.items() if config.task.name in form.tasks)
+    rule = f"{config.data.format} is not a format of task={config.task.name}, which knows auto, {known}"
+    way_out = f"choose task={' or '.join(FORMATS[config.data.format].tasks)}, or correct the format"
+    yield Problem("data.format", rule, way_out)
 
 
 def _template_problems(config: RunConfig) -> Iterator[Problem]:

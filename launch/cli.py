@@ -99,7 +99,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def data(options: argparse.Namespace) -> int:
     """Show rows as the model sees them."""
-    own = [word for word in options.words if word.partition("=")[0] in ("rows", "split", "start", "color")]
+    own = [word for word in options.words if word.partition("=")[0] in ("rows", "split", "width")]
     options.words = [word for word in options.words if word not in own]
     _, made, _ = _plan(options)
     return _module("dist_ft.view", made, own)

@@ -66,7 +66,7 @@ def _settle(path: str | None) -> str | None:
     if path is None:
         return None
     expanded = str(Path(path).expanduser())
-    there = Path(expanded).exists() or (glob.has_magic(expanded) and glob.glob(expanded, recursive=True))  # noqa: PTH207
+    there = Path(expanded).exists() or (glob.has_magic(expanded) and glob.glob(expanded, recursive=True))
     return _absolute(path) if there else path
 
 

@@ -44,9 +44,10 @@ OURS = {
 
 
 class Template(string.Template):
-    """Placeholders are `@{name}`: a shell's own `$` stays as it is."""
+    """Placeholders are `@{name}`, and nothing else is special: a shell's own `$` and `@` stay as they are."""
 
     delimiter = "@"
+    pattern = r"@\{(?P<braced>[a-z_]+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"
 
 
 class SlurmLauncher:

@@ -3,7 +3,7 @@
 | canonical row | from the formats |
 | --- | --- |
 | `{"text": str}` | text |
-| `{"messages": [...], "tools": [...], "context": int}` | messages, sharegpt, alpaca, prompt_completion of message lists |
+| `{"messages": [...], "tools": […], "context": n}` | messages, sharegpt, alpaca, prompt_completion with message lists |
 | `{"prompt": str, "completion": str}` | prompt_completion of plain strings, which no chat template touches |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 

@@ -29,7 +29,15 @@ class Loader:
     """
 
     def __init__(
-        self, table: TokenTable, samples: Samples, collate: Collate, order: Order, *, rank: int, world: int, per_device: int
+        self,
+        table: TokenTable,
+        samples: Samples,
+        collate: Collate,
+        order: Order,
+        *,
+        rank: int,
+        world: int,
+        per_device: int,
     ) -> None:
         self.table = table
         self.samples = samples

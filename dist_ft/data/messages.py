@@ -97,7 +97,10 @@ def messages_of_alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     for pair in row.get("history") or ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowShape("history must be pairs of an instruction and its output")
-        messages += [{"role": "user", "content": _text_of(pair[0])}, {"role": "assistant", "content": _text_of(pair[1])}]
+        messages += [
+            {"role": "user", "content": _text_of(pair[0])},
+            {"role": "assistant", "content": _text_of(pair[1])},
+        ]
     prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
     return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 

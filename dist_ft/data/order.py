@@ -71,7 +71,9 @@ def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(samples), kind="stable")
 
 
-def deal(indices: Sequence[int] | np.ndarray, lengths: np.ndarray, world: int, per_device: int) -> list[list[list[int]]]:
+def deal(
+    indices: Sequence[int] | np.ndarray, lengths: np.ndarray, world: int, per_device: int
+) -> list[list[list[int]]]:
     """Split the samples of a step over ranks and micro-batches so that each holds about as many tokens.
 
     The longest goes first, each to the micro-batch with the fewest tokens that has room for a row (Graham 1969,

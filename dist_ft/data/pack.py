@@ -58,6 +58,13 @@ class Samples:
         columns = (self.rows[span], self.starts[span], self.stops[span])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
+    def select(self, kept: np.ndarray) -> Samples:
+        """Those samples for which `kept` ([samples] bool) is true."""
+        sizes = np.diff(self.offsets)
+        segments = np.repeat(kept, sizes)
+        offsets = np.concatenate(([0], np.cumsum(sizes[kept])))
+        return Samples(self.rows[segments], self.starts[segments], self.stops[segments], offsets)
+
     @property
     def lengths(self) -> np.ndarray:
         """[samples] int64: tokens of each sample."""
@@ -136,14 +143,14 @@ def pack_best_fit(lengths: np.ndarray, max_length: int) -> Samples:
     return _whole_rows(sorted(sorted(pack) for pack in packs), lengths)
 
 
-def count_supervised(table: TokenTable, samples: Samples, ignored: int) -> int:
-    """Positions that enter a loss: labels other than `ignored`, but for each segment's first token."""
+def count_targets(table: TokenTable, samples: Samples, ignored: int) -> np.ndarray:
+    """[samples] int64: positions that enter a loss, which are labels other than `ignored` but for first tokens."""
     labels = table.columns["labels"]
     origins = table.offsets[samples.rows]
-    total = 0
-    for first, last in zip((origins + samples.starts).tolist(), (origins + samples.stops).tolist(), strict=True):
-        total += int(np.count_nonzero(labels[first + 1 : last] != ignored))
-    return total
+    spans = zip((origins + samples.starts).tolist(), (origins + samples.stops).tolist(), strict=True)
+    counts = [int(np.count_nonzero(labels[first + 1 : last] != ignored)) for first, last in spans]
+    ends = np.cumsum([0, *counts], dtype=np.int64)
+    return np.diff(ends[samples.offsets])
 
 
 def _whole_rows(packs: Sequence[Sequence[int]], lengths: np.ndarray) -> Samples:

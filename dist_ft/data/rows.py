@@ -171,7 +171,7 @@ def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], start:
             yield f"{path}:{number}", value
             continue
         pieces, size = [text[at:]], 0
-        for line, piece in lines:
+        for line, piece in lines:  # noqa: B007  # told in an error
             pieces.append(piece)
             size += len(piece)
             if size >= wanted:

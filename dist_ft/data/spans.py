@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, Protocol
 
 from .faults import RowFault
@@ -84,7 +83,7 @@ def _locate_end(render: Render, messages: Sequence[Message], turn: int, text: st
     first, last = _region(text, render([*messages[:turn], marked, *messages[turn + 1 :]]))
     alone = render(messages[: turn + 1])
     alone_first, alone_last = _region(alone, render([*messages[:turn], marked]))
-    closer = commonprefix([text[last:], alone[alone_last:]]).rstrip()
+    closer = _common(text[last:], alone[alone_last:]).rstrip()
     if text[first:last].strip() != alone[alone_first:alone_last].strip() or not closers.closes(closer):
         cause = "the chat template rewrites earlier assistant turns (such as dropping their thinking)"
         raise RowFault(cause, f"end a row with the turn to learn, or {OWN_TEMPLATE}")
@@ -101,6 +100,12 @@ def _region(text: str, marked: str) -> Span:
     if text[:at] == marked[:at] and stop >= at and text[stop:] == marked[at + len(MARK) :]:
         return at, stop
     # what surrounds the content depends on it: take all that differs
-    first = len(commonprefix([text, marked]))
-    same = len(commonprefix([text[first:][::-1], marked[first:][::-1]]))
+    first = len(_common(text, marked))
+    same = len(_common(text[first:][::-1], marked[first:][::-1]))
     return first, len(text) - same
+
+
+def _common(one: str, other: str) -> str:
+    """The longest text with which both begin."""
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]

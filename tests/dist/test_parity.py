@@ -78,7 +78,7 @@ def test_lora_is_the_same_on_every_engine(model: str, rows: tuple[str, list[dict
             ),
         )
         for case, run_dir in runs.items():
-            curves[world, *case] = [v for m in metrics_of(run_dir) for v in (m["train/loss"], m["train/grad_norm"])]
+            curves[(world, *case)] = [v for m in metrics_of(run_dir) for v in (m["train/loss"], m["train/grad_norm"])]
     reference = curves[1, "ddp", 2, True]
     assert reference[0] != pytest.approx(reference[-2], rel=1e-3), "nothing was learned"
     for case, curve in curves.items():

@@ -71,7 +71,10 @@ def test_a_run_name_cannot_leave_the_folder(name):
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "x${oc.env:WANDB_API_KEY,none}", "${oc.decode:1}", "${hydra:job}"])
 def test_nothing_from_outside_is_interpolated(value):
-    assert "reads what is outside" in problems(f"'track.project=\"{value}\"'".strip("'"))[f"track.project ({COMMAND_LINE})"]
+    assert (
+        "reads what is outside"
+        in problems(f"'track.project=\"{value}\"'".strip("'"))[f"track.project ({COMMAND_LINE})"]
+    )
 
 
 def test_keys_may_name_other_keys():
@@ -142,5 +145,7 @@ def test_composing_writes_nothing(tmp_path, monkeypatch):
 def test_no_torch_is_imported():
     code = "import sys, dist_ft.launch.compose, dist_ft.checks, dist_ft.launch.local, dist_ft.launch.deepspeed\n"
     code += "import dist_ft.launch.slurm; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF_DIR.parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF_DIR.parents[1]
+    )
     assert run.stdout.strip() == "[]"

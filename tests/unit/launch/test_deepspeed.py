@@ -37,7 +37,16 @@ def test_hostfile_is_read(hostfile):
 
 @pytest.mark.parametrize(
     "line",
-    ["-oProxyCommand=id slots=2", "n1;id slots=2", "$(id) slots=2", "n1 slots=x", "n1", "n1 slots=0", "u@n1 slots=1", "n 1 slots=1"],
+    [
+        "-oProxyCommand=id slots=2",
+        "n1;id slots=2",
+        "$(id) slots=2",
+        "n1 slots=x",
+        "n1",
+        "n1 slots=0",
+        "u@n1 slots=1",
+        "n 1 slots=1",
+    ],
 )
 def test_hostfile_lines_that_are_refused(tmp_path, line):
     [(where, rule)] = refused(tmp_path / "hosts", f"n9 slots=1\n{line}\n")
@@ -154,7 +163,9 @@ def test_a_single_host_may_have_any_name(tmp_path, monkeypatch):
 def test_the_probe_runs(tmp_path):
     marker = tmp_path / "marker"
     marker.write_text("word")
-    run = subprocess.run([sys.executable, "-c", hosts.PROBE, marker, "0", "torch"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", hosts.PROBE, marker, "0", "torch"], capture_output=True, text=True, check=True
+    )
     said = json.loads(run.stdout)
     assert said["marker"] == "word"
     assert said["python"] == GOOD["python"]

@@ -24,7 +24,14 @@ def test_secrets_are_never_shared():
 
 
 def test_what_counts_as_a_secret():
-    secrets = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HUGGING_FACE_HUB_TOKEN", "DB_PASSWORD", "X_TOKENS")
+    secrets = (
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "HUGGING_FACE_HUB_TOKEN",
+        "DB_PASSWORD",
+        "X_TOKENS",
+    )
     assert all(is_secret(name) for name in secrets)
     assert not any(is_secret(name) for name in ("TOKENIZERS_PARALLELISM", "HF_HOME", "NCCL_DEBUG", "KEYBOARD"))
 
@@ -34,7 +41,7 @@ def test_devices_are_counted_without_torch(tmp_path, monkeypatch):
     assert find_devices({}) == ()
     assert find_devices({"CUDA_VISIBLE_DEVICES": "0,1"}) == ()  # named, but not there
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo \"GPU $i: X (UUID: GPU-$i)\"; done\n")
+    smi.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: X (UUID: GPU-$i)"; done\n')
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert find_devices({}) == (0, 1, 2, 3)
@@ -60,4 +67,4 @@ def test_a_child_is_no_worker_of_another_job(monkeypatch):
 def test_this_machine():
     site = find_site()
     assert site.cores >= 1
-    assert site.cwd == os.getcwd()  # noqa: PTH109
+    assert site.cwd == os.getcwd()

@@ -42,7 +42,9 @@ def test_hostile_paths_are_quoted(tmp_path, engine):
     launcher = LocalLauncher(SITE)
     plan = plan_of(launcher, [f"engine={engine}"], f'"{folder}"')
     text = launcher.render(plan).files["launch.sh"].replace("exec /opt/env/bin/python", "printf '%s\\n'")
-    text = text.replace("cd '/home/ada/my work'", f"cd {tmp_path}").replace("port=$(/opt/env/bin/python", "port=$(python3")
+    text = text.replace("cd '/home/ada/my work'", f"cd {tmp_path}").replace(
+        "port=$(/opt/env/bin/python", "port=$(python3"
+    )
     said = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1] == str(folder / "run.yaml")
     assert not list(tmp_path.iterdir())

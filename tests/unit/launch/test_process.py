@@ -58,7 +58,8 @@ def test_an_old_failure_is_forgotten(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(-9, "killed (SIGKILL)"), (137, "SIGKILL"), (247, "SIGKILL"), (-11, "signal 11"), (139, "signal 11")]
+    ("status", "words"),
+    [(-9, "killed (SIGKILL)"), (137, "SIGKILL"), (247, "SIGKILL"), (-11, "signal 11"), (139, "signal 11")],
 )
 def test_a_death_without_a_report_is_told(tmp_path, capsys, status, words):
     assert exit_code(status, tmp_path / "failure.json", tmp_path) == 4
@@ -105,8 +106,12 @@ def test_a_stop_with_a_checkpoint_is_75(tmp_path):
 
 @pytest.mark.faults
 def test_the_launcher_ends_when_this_process_is_killed(tmp_path):
-    inner = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1], 'inner').write_text(str(os.getpid())); time.sleep(60)"
-    outer = "import sys, pathlib; from dist_ft.launch.launcher import Rendered; from dist_ft.launch.process import run\n"
+    inner = (
+        "import pathlib, os, sys, time; pathlib.Path(sys.argv[1], 'inner').write_text(str(os.getpid())); time.sleep(60)"
+    )
+    outer = (
+        "import sys, pathlib; from dist_ft.launch.launcher import Rendered; from dist_ft.launch.process import run\n"
+    )
     outer += "run(Rendered({}, (sys.executable, '-c', sys.argv[2], sys.argv[1])), pathlib.Path(sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", outer, str(tmp_path), inner], cwd=ROOT)
     wait_for(lambda: (tmp_path / "inner").exists() and (tmp_path / "inner").read_text())

@@ -1,0 +1,89 @@
+"""What became of every row and token of a split; the sums agree."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import Problem
+from .faults import RowFault, Tally
+
+TOO_LONG = "longer than task.max_length"
+STOP_AFTER_FAULTS = 1000  # rows that are errors anyway: the rest need not be read to say so
+
+
+@dataclass
+class Ledger:
+    """Counts of one split.
+
+    rows_read = rows_kept + all dropped; tokens = tokens_in_samples + tokens_left_over.
+    """
+
+    rows_read: int = 0
+    rows_kept: int = 0
+    dropped: dict[str, Tally] = field(default_factory=dict)  # by cause
+    refused: dict[str, Tally] = field(default_factory=dict)  # by cause: these make the split an error
+    truncated: Tally = field(default_factory=lambda: Tally(""))
+    truncated_tokens: int = 0
+    longest: int = 0  # tokens of the longest row, before any truncation
+    longest_place: str = ""
+    max_token_id: int = -1
+    formats: list[str] = field(default_factory=list)
+    layout: str = ""
+    tokens: int = 0
+    samples: int = 0
+    tokens_in_samples: int = 0
+    tokens_left_over: int = 0  # in blocks in which nothing is predicted
+    supervised_tokens: int = 0  # targets, after the shift
+
+    def drop(self, cause: str, place: str) -> None:
+        """Count a row that is left out as the configuration wishes."""
+        self.dropped.setdefault(cause, Tally("")).add(place)
+
+    def refuse(self, fault: RowFault, place: str) -> bool:
+        """Count a row that is an error; True when there are so many that reading on is of no use."""
+        self.refused.setdefault(fault.cause, Tally(fault.way_out)).add(place)
+        return sum(tally.rows for tally in self.refused.values()) >= STOP_AFTER_FAULTS
+
+    def problems(self, split: str, max_length: int) -> list[Problem]:
+        """What is wrong with the split, by kind and cause."""
+        found = []
+        causes = dict(self.refused)
+        if too_long := causes.pop(TOO_LONG, None):
+            rule = (
+                f"{_rows(too_long.rows)} longer than task.max_length={max_length}; the longest read has {self.longest} "
+                f"tokens, at {self.longest_place}; first at {', '.join(too_long.places)}"
+            )
+            way_out = f"set task.max_length={self.longest}, or task.overlong=truncate or drop"
+            found.append(Problem(f"data.{split}", rule, way_out))
+        if causes:
+            total = sum(tally.rows for tally in causes.values())
+            parts = [
+                f"{tally.rows} because {cause}, first at {', '.join(tally.places)}" for cause, tally in causes.items()
+            ]
+            rule = f"{_rows(total)} without a supervised token (of {self.rows_read} read): {'; '.join(parts)}"
+            ways = dict.fromkeys(tally.way_out for tally in causes.values())
+            found.append(
+                Problem(f"data.{split}", rule, "; ".join([*ways, "or leave them out: task.unsupervised=drop"]))
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """For the file beside the table."""
+        content = asdict(self)
+        for key in ("dropped", "refused"):
+            content[key] = {
+                cause: {"rows": tally["rows"], "places": tally["places"]} for cause, tally in content[key].items()
+            }
+        content["truncated"] = {
+            "rows": self.truncated.rows,
+            "places": self.truncated.places,
+            "tokens": content.pop("truncated_tokens"),
+        }
+        del content["refused"]
+        return content
+
+
+def _rows(count: int) -> str:
+    at_least = "at least " if count >= STOP_AFTER_FAULTS else ""
+    return f"{at_least}{count} row{'s' if count != 1 else ''}"

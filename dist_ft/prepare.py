@@ -1,0 +1,225 @@
+"""Everything that is done once, before any process group exists: conversion of packaged models, tokenising, packing.
+
+`python -m dist_ft.prepare RUN_YAML` does it for a plan; every worker calls `prepare` first, which then finds it done.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .data.cache import (
+    SPLITS,
+    SplitName,
+    cache_root,
+    find_model,
+    find_snapshot,
+    is_whole,
+    model_folder,
+    publish,
+    require_room,
+    split_folder,
+)
+from .data.pack import Samples
+from .data.split import LEDGER, Say, build_split
+from .data.table import TokenTable
+from .data.template import ChatTokenizer, load_tokenizer
+from .errors import DistFtError, Problem, RequestError
+from .plan import read_plan
+from .schema import RunConfig
+from .state import Task
+from .task.causal_lm import CausalLM
+from .task.instruction import Instruction
+
+TASKS: dict[str, Callable[..., Task]] = {"causal_lm": CausalLM, "instruction": Instruction}
+
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_HUB_CODE = "*.py"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A prepared split: where its token table and samples are, and its ledger (see data/ledger.py)."""
+
+    table: str
+    samples: str
+    ledger: dict[str, Any]
+
+    def open_table(self) -> TokenTable:
+        """The tokenised rows, memory-mapped."""
+        return TokenTable.open(self.table)
+
+    def open_samples(self) -> Samples:
+        """What places in a batch hold, memory-mapped."""
+        return Samples.load(self.samples)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What workers read: folders on this machine."""
+
+    model_dir: str
+    tokenizer_dir: str
+    train: Split
+    validation: Split | None
+    test: Split | None
+
+
+def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
+    """Convert, download, tokenise and pack what is not yet in the cache.
+
+    Args:
+        config: of the run.
+        say: called with a line now and then while it takes long.
+
+    Raises:
+        RequestError: model, tokenizer or data are wrong; every problem of a kind at once.
+        MachineError: a package is missing, or the cache cannot be written.
+    """
+    model_dir, tokenizer_dir = prepare_model(config, say)
+    _check_tokenizers(config, model_dir, tokenizer_dir)
+
+    @cache
+    def encoder() -> ChatTokenizer:
+        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+
+    task = TASKS[config.task.name](config.task, padding_free=True)
+    splits: dict[SplitName, Split] = {}
+    for name in SPLITS:
+        if getattr(config.data, name):
+            splits[name] = _prepare_split(config, name, task, encoder, say)
+    if problems := [p for name, split in splits.items() for p in _split_problems(config, name, split, model_dir)]:
+        raise RequestError(*problems)
+    return Prepared(model_dir, tokenizer_dir, splits["train"], splits.get("validation"), splits.get("test"))
+
+
+def prepare_model(config: RunConfig, say: Say = lambda line: None) -> tuple[str, str]:
+    """The folders of the model and of its tokenizer, converted or downloaded if need be.
+
+    Raises:
+        RequestError: there is no such model, or the hub does not give it.
+        MachineError: a package is missing, or the cache cannot be written.
+    """
+    model_dir = _local_folder(config, config.model.name_or_path, "model.name_or_path", say)
+    if config.model.tokenizer is None:
+        return model_dir, model_dir
+    return model_dir, _local_folder(config, config.model.tokenizer, "model.tokenizer", say)
+
+
+def _local_folder(config: RunConfig, name: str, key: str, say: Say) -> str:
+    source = find_model(name, key)
+    if source.kind == "folder":
+        return str(source.path)
+    if source.kind == "hub":
+        return _download(config, name, key)
+    gguf = source.path
+    assert gguf is not None
+    folder = model_folder(config, source)
+    if not is_whole(folder):
+        from .model import gguf as gguf_model
+
+        def build(out: Path) -> None:
+            require_room(out, gguf.stat().st_size * gguf_model.FLOAT32_OF_GGUF)
+            say(f"{key}: converting {gguf.name} to safetensors, once")
+            gguf_model.convert(gguf, out)
+
+        publish(folder, build)
+    return str(folder)
+
+
+def _download(config: RunConfig, name: str, key: str) -> str:
+    """A hub model's folder, fetched by one process of the node while the others wait."""
+    from filelock import FileLock
+    from huggingface_hub import snapshot_download
+
+    revision = config.model.revision if key == "model.name_or_path" else None
+    root = cache_root(config)
+    root.mkdir(parents=True, exist_ok=True)
+    patterns = [*_HUB_FILES, _HUB_CODE] if config.model.trust_remote_code else list(_HUB_FILES)
+    try:
+        with FileLock(root / "download.lock"):
+            return snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's own errors derive from these
+        if (known := find_snapshot(name, revision)) is not None:
+            return known
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        way_out = "see the id, the network and HF_TOKEN, or name a folder that is here"
+        raise RequestError.of(key, f"the hub does not give {name} ({reason})", way_out) from error
+
+
+def _prepare_split(
+    config: RunConfig, name: SplitName, task: Task, encoder: Callable[[], ChatTokenizer], say: Say
+) -> Split:
+    folder = split_folder(config, name)
+    if not is_whole(folder):
+        publish(folder, lambda out: build_split(config, name, task, encoder, out, say))
+    ledger = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
+    return Split(str(folder), str(folder), ledger)
+
+
+def _split_problems(config: RunConfig, name: str, split: Split, model_dir: str) -> list[Problem]:
+    """What can be wrong with a sound split for this model and batch size."""
+    problems = []
+    ledger, size = split.ledger, _vocabulary_size(Path(model_dir))
+    if size is not None and ledger["max_token_id"] >= size:
+        rule = (
+            f"token id {ledger['max_token_id']} is beyond the model's {size} embeddings: the tokens are another model's"
+        )
+        problems.append(Problem(f"data.{name}", rule, "use the model's own tokenizer (model.tokenizer)"))
+    batch = config.train.global_batch_size
+    if name == "train" and ledger["samples"] < batch:
+        kind = "rows" if ledger["layout"] == "rows" else "packed rows (blocks)"
+        rule = f"one global batch takes {batch} {kind}, data.train has {ledger['samples']}"
+        problems.append(Problem("train.global_batch_size", rule, f"set it to at most {ledger['samples']}"))
+    return problems
+
+
+def _check_tokenizers(config: RunConfig, model_dir: str, tokenizer_dir: str) -> None:
+    """A tokenizer given beside the model's own may add tokens, but must agree on those that both have."""
+    own, given = (_vocabulary(Path(folder)) for folder in (model_dir, tokenizer_dir))
+    if model_dir == tokenizer_dir or not own or not given:
+        return
+    same = sum(given.get(token) == number for token, number in own.items())
+    if same < 0.9 * len(own):
+        rule = f"{tokenizer_dir} has the same id for only {same} of the {len(own)} tokens of the model's own tokenizer"
+        raise RequestError.of("model.tokenizer", rule, "leave model.tokenizer out, or name the one it was trained with")
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    try:
+        vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    if isinstance(vocabulary, list):  # unigram models list (token, score)
+        return {token: number for number, (token, *_) in enumerate(vocabulary)}
+    return dict(vocabulary)
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def main(arguments: list[str]) -> int:
+    """Prepare the plan named first; returns the exit code."""
+    try:
+        if len(arguments) != 1:
+            raise RequestError.of("RUN_YAML", "is missing", "python -m dist_ft.prepare runs/NAME/run.yaml")
+        prepare(read_plan(arguments[0]).config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
+    except DistFtError as error:
+        print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""What a run's rows look like to the model: every token, those with loss marked, and what became of all rows.
+
+`python -m dist_ft.view RUN_YAML [rows=3] [split=train] [width=N]`. On a terminal supervised tokens are green and others
+dim; elsewhere supervised ones stand in [[ ]].
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from itertools import groupby
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .data.cache import SplitName
+from .data.faults import RowFault
+from .data.formats import IGNORED_LABEL
+from .data.rows import read_rows
+from .data.split import encode_row
+from .data.template import ChatTokenizer, load_tokenizer
+from .errors import DistFtError, RequestError
+from .plan import read_plan
+from .prepare import TASKS, Split, prepare, prepare_model
+from .schema import RunConfig
+
+SUPERVISED, CONTEXT, NOTE = "bold green", "dim", "italic yellow"
+
+
+def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) -> None:
+    """Print the first `rows` rows of a split as tokens.
+
+    Raises:
+        RequestError: there is no such split, or its rows are wrong.
+    """
+    sources = getattr(config.data, split)
+    if not sources:
+        raise RequestError.of(f"data.{split}", "is not set", f"set it, or choose another split than {split}")
+    tokenizer_dir = prepare_model(config)[1]
+
+    @cache
+    def encoder() -> ChatTokenizer:
+        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+
+    task = TASKS[config.task.name](config.task, padding_free=True)
+    for number, (place, row) in enumerate(read_rows(sources, revision=config.data.revision)):
+        if number == rows:
+            return
+        try:
+            name, example = encode_row(config, task, encoder, row, place)
+        except RowFault as fault:
+            console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
+            continue
+        ids, labels = list(example["input_ids"]), list(example["labels"])
+        supervised = sum(label != IGNORED_LABEL for label in labels[1:])
+        console.print(Text(f"── {place} ({name}): {len(ids)} tokens, {supervised} supervised", style="bold"))
+        tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
+        console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
+
+
+def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: bool) -> Text:
+    """The tokens as text, special ones visible.
+
+    Args:
+        tokenizer: of transformers; None shows numbers.
+        ids: of a row.
+        labels: of the row, -100 where there is no loss; the first token is never predicted.
+        marked: supervised pieces in [[ ]], for readers without colour.
+    """
+    text = Text()
+    pairs = [
+        (token, i > 0 and label != IGNORED_LABEL) for i, (token, label) in enumerate(zip(ids, labels, strict=True))
+    ]
+    for is_supervised, group in groupby(pairs, key=lambda pair: pair[1]):
+        piece = _decode(tokenizer, [token for token, _ in group])
+        shown = f"[[{piece}]]" if marked and is_supervised else piece
+        text.append(shown, style=SUPERVISED if is_supervised else CONTEXT)
+    return text
+
+
+def ledger_table(split: Split, name: str) -> Table:
+    """What became of every row and token of a split."""
+    ledger = split.ledger
+    table = Table(title=f"data.{name}", title_justify="left", show_header=False, box=None)
+    table.add_row("rows read", f"{ledger['rows_read']:,}", ", ".join(ledger["formats"]))
+    for cause, tally in ledger["dropped"].items():
+        table.add_row("  dropped", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
+    table.add_row("rows kept", f"{ledger['rows_kept']:,}", "")
+    if ledger["truncated"]["rows"]:
+        cut = f"{ledger['truncated']['tokens']:,} tokens; first at {', '.join(ledger['truncated']['places'])}"
+        table.add_row("  truncated", f"{ledger['truncated']['rows']:,}", cut)
+    table.add_row("tokens", f"{ledger['tokens']:,}", f"longest row {ledger['longest']:,}, at {ledger['longest_place']}")
+    if ledger["tokens_left_over"]:
+        table.add_row("  left over", f"{ledger['tokens_left_over']:,}", "in a block where nothing is predicted")
+    share = ledger["supervised_tokens"] / max(1, ledger["tokens"])
+    table.add_row("supervised tokens", f"{ledger['supervised_tokens']:,}", f"{share:.0%} of the tokens enter the loss")
+    table.add_row("samples", f"{ledger['samples']:,}", ledger["layout"])
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """Show the plan named first; returns the exit code."""
+    try:
+        path, options = _read_arguments(arguments)
+        config = read_plan(path).config
+        console = Console(width=options["width"], soft_wrap=options["width"] is None, highlight=False)
+        show_rows(config, options["split"], options["rows"], console)
+        prepared = prepare(config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
+        console.print(ledger_table(getattr(prepared, options["split"]), options["split"]))
+    except DistFtError as error:
+        sys.stdout.flush()
+        print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _tokenizer_of_tokens(config: RunConfig, folder: str) -> Any:
+    """Rows of tokens need no tokenizer; where there is one, it makes them readable."""
+    try:
+        return load_tokenizer(config, folder)
+    except RequestError:
+        return None
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, ids)) + " "
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _read_arguments(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    options: dict[str, Any] = {"rows": 3, "split": "train", "width": None}
+    usage = "python -m dist_ft.view RUN_YAML [rows=3] [split=train] [width=100]"
+    if not arguments:
+        raise RequestError.of("RUN_YAML", "is missing", usage)
+    for argument in arguments[1:]:
+        key, given, value = argument.partition("=")
+        whole = value.isdecimal() and int(value) > 0
+        sound = value in get_args(SplitName) if key == "split" else whole
+        if not given or key not in options or not sound:
+            raise RequestError.of(argument, "is not an option of view, or not a value of it", usage)
+        options[key] = value if key == "split" else int(value)
+    return arguments[0], options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""`dist-ft submit launch=slurm` on two nodes of a real SLURM."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import ROOT
+
+STUB = """
+import sys
+from dist_ft.launch import cli, slurm
+slurm.WORKER_MODULE = "tests.cluster.stub_worker"
+cli._prepare = lambda plan: 0
+sys.exit(cli.main(sys.argv[1:]))
+"""
+REAL = "import sys; from dist_ft.launch.cli import main; sys.exit(main(sys.argv[1:]))"
+TWO_NODES = ["submit", "launch=slurm", "launch.nodes=2", "launch.gpus_per_node=0"]
+
+
+@pytest.fixture
+def env(slurm):
+    path = f"{slurm['PATH']}:{Path(sys.executable).parent}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "STUB_WORD": "heard"}
+
+
+def stub_words(tmp_path, *more):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    return [*TWO_NODES, "track=off", f"output_dir={tmp_path}/run", "data=jsonl", f"data.train={rows}", *more]
+
+
+def submit(code, words, env):
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
+
+
+def finish(identity, env, limit_s):
+    """Wait for a job's end; its state and exit code."""
+    end = time.monotonic() + limit_s
+    while True:
+        shown = subprocess.run(["scontrol", "show", "job", identity], env=env, capture_output=True, text=True).stdout
+        state = re.search(r"JobState=(\w+)", shown)[1]
+        if state not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
+            return state, int(re.search(r"ExitCode=(\d+):", shown)[1])
+        assert time.monotonic() < end, shown
+        time.sleep(0.3)
+
+
+def identity_of(run):
+    assert run.returncode == 0, run.stderr
+    return re.match(r"job (\d+):", run.stdout)[1]
+
+
+def test_tasks_are_workers_on_both_nodes(slurm, env, tmp_path):
+    run = submit(STUB, stub_words(tmp_path, "launch.workers_per_node=2", "launch.cpus_per_task=2"), env)
+    identity = identity_of(run)
+    assert f"tail -F {tmp_path}/run/logs/job-{identity}.log" in run.stdout
+    log = tmp_path / "run" / "logs" / f"job-{identity}.log"
+    assert finish(identity, env, 60) == ("COMPLETED", 0), log.read_text()
+    said = sorted(
+        (json.loads(file.read_text()) for file in (tmp_path / "run").glob("said-*.json")), key=lambda s: s["rank"]
+    )
+    assert [(worker["rank"], worker["size"], worker["host"]) for worker in said] == [
+        *((0, 4, "n1"), (1, 4, "n1"), (2, 4, "n2"), (3, 4, "n2")),
+    ]
+    assert {worker["env"]["MASTER_ADDR"] for worker in said} == {"n1"}
+    assert {worker["env"]["STUB_WORD"] for worker in said} == {"heard"}
+
+
+def test_a_failing_worker_ends_the_job_with_its_code(slurm, env, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").touch()
+    (tmp_path / "run" / "fail-1").touch()
+    began = time.monotonic()
+    identity = identity_of(submit(STUB, stub_words(tmp_path, "launch.workers_per_node=1"), env))
+    assert finish(identity, env, 60) == ("FAILED", 3)
+    assert time.monotonic() - began < 40
+
+
+def test_what_slurm_refuses_is_said_in_its_words(slurm, env, tmp_path):
+    run = submit(STUB, stub_words(tmp_path, "launch.workers_per_node=1", "launch.partition=none"), env)
+    assert run.returncode == 3
+    assert "SLURM refuses the job: " in run.stderr
+    assert "invalid partition" in run.stderr.lower()
+    words = [word for word in stub_words(tmp_path, "launch.workers_per_node=1") if word != "launch.gpus_per_node=0"]
+    assert submit(STUB, [*words, "launch.gpus_per_node=3"], env).returncode == 3  # nodes have 2
+
+
+def test_trains_for_real(slurm, env, tmp_path, tiny_words):
+    words = [*TWO_NODES, "launch.workers_per_node=1", "engine=fsdp", f"output_dir={tmp_path}/run", *tiny_words]
+    identity = identity_of(submit(REAL, words, env))
+    log = tmp_path / "run" / "logs" / f"job-{identity}.log"
+    assert finish(identity, env, 240) == ("COMPLETED", 0), log.read_text()
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps if "train/loss" in step] == [1, 2, 3]
+    assert (tmp_path / "run" / "logs" / "rank-1.log").exists()
+    assert any((tmp_path / "run" / "model").iterdir())

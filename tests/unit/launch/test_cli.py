@@ -1,0 +1,150 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_ft.errors import DistFtError
+from dist_ft.launch import cli, process
+from dist_ft.plan import read_plan
+from tests.unit.launch.plans import ROWS
+
+ROOT = Path(__file__).resolve().parents[3]
+COMMANDS = ["train", "submit", "plan", "data", "eval", "generate", "export", "doctor", "schema"]
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    return ["data=jsonl", "data.train=rows.jsonl", "run_name=first"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    calls = []
+
+    def run_module(words):
+        plan = read_plan(words[1]) if len(words) > 1 and words[1].endswith("run.yaml") else None
+        calls.append((words, plan))
+        return 0
+
+    monkeypatch.setattr(process, "run_module", run_module)
+    return calls
+
+
+def test_help_imports_nothing_slow():
+    code = "import sys\nfrom dist_ft.launch import cli\nfor words in " + repr([[], *([c] for c in COMMANDS)]) + ":\n"
+    code += "    try: cli.main([*words, '--help'])\n    except SystemExit as end: assert not end.code\n"
+    code += "slow = ('hydra', 'omegaconf', 'pydantic', 'torch', 'rich', 'yaml', 'transformers')\n"
+    code += "print([name for name in slow if name in sys.modules], file=sys.stderr)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stderr.strip() == "[]"
+    for command in COMMANDS:
+        assert f"usage: dist-ft {command}" in run.stdout
+
+
+def test_plan_shows_all_and_writes_nothing(words, started, capsys, tmp_path):
+    assert cli.main(["plan", *words, "method.r=4", "launch.workers_per_node=2"]) == 0
+    said = capsys.readouterr().out
+    assert "32 rows a step = 2 workers × 4 rows a micro-batch × 4 micro-batches" in said
+    assert "method.r = 4   (command line)" in said
+    assert "train.resume → starts anew" in said
+    assert f"bash {tmp_path}/runs/first/launch.sh" in said
+    assert "-m dist_ft.launch.torchrun --nnodes=1 --nproc-per-node=2" in said
+    assert not (tmp_path / "runs").exists()
+    [(called, plan)] = started
+    assert called[0] == "dist_ft.inspection"
+    assert plan.config.method.r == 4
+    assert not Path(called[1]).exists()
+
+
+def test_data_hands_its_own_words_on(words, started):
+    assert cli.main(["data", *words, "rows=3"]) == 0
+    [(called, plan)] = started
+    assert called[0] == "dist_ft.view"
+    assert called[2:] == ["rows=3"]
+    assert plan.config.run_name == "first"
+
+
+def test_train_writes_prepares_and_launches(words, started, monkeypatch, tmp_path):
+    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: False)
+    launched = []
+    monkeypatch.setattr(process, "run", lambda rendered, run_dir: launched.append((rendered, run_dir)) or 75)
+    assert cli.main(["train", *words]) == 75
+    folder = tmp_path / "runs" / "first"
+    assert started[0][0] == ["dist_ft.prepare", str(folder / "run.yaml")]
+    [(rendered, run_dir)] = launched
+    assert run_dir == folder
+    assert (folder / "launch.sh").read_text() == rendered.files["launch.sh"]
+    assert yaml.safe_load((folder / "run.yaml").read_text())["config"]["run_name"] == "first"
+
+
+def test_train_ends_where_preparing_fails(words, monkeypatch):
+    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: False)
+    monkeypatch.setattr(process, "run_module", lambda words: 2)
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("launched"))
+    assert cli.main(["train", *words]) == 2
+
+
+def test_no_secret_is_written(words, started, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "secret-5678")
+    monkeypatch.setenv("HF_TOKEN", "secret-5678")
+    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: True)
+    monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
+    assert cli.main(["train", *words]) == 0
+    assert started == []
+    assert "secret-5678" not in "".join(f.read_text() for f in (tmp_path / "runs").rglob("*") if f.is_file())
+
+
+def test_all_problems_are_printed_without_a_traceback(words, capsys):
+    code = cli.main(["train", *words, "train.global_batch_size=31", "data.validation=none.jsonl", "train.eval_steps=3"])
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith("dist-ft: the request is wrong\n")
+    for place in ("train.global_batch_size: ", "data.validation, "):
+        assert place in said
+    assert "Traceback" not in said
+
+
+def test_the_wrong_command_for_a_launcher(words, capsys):
+    assert cli.main(["train", *words, "launch=slurm", "launch.workers_per_node=1"]) == 2
+    assert "dist-ft submit launch=slurm" in capsys.readouterr().err
+    assert cli.main(["submit", *words]) == 2
+    assert "dist-ft train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "module"), [("eval", "evaluate"), ("generate", "generate"), ("export", "export")])
+def test_outcomes_take_a_run(words, started, monkeypatch, tmp_path, capsys, command, module):
+    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: True)
+    monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
+    assert cli.main(["train", *words]) == 0
+    assert cli.main([command, "run=runs/first", "prompt=a b"]) == 0
+    assert started[0][0] == [f"dist_ft.{module}", "runs/first/run.yaml", "prompt=a b"]
+    assert cli.main([command]) == 2
+    assert "must be given once" in capsys.readouterr().err
+    assert cli.main([command, "run=runs/none"]) == 2
+    assert cli.main([command, "run=runs/first", "word"]) == 2
+
+
+def test_schema_is_json(capsys):
+    assert cli.main(["schema"]) == 0
+    assert "run_name" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_our_own_mistakes_have_a_traceback(words, monkeypatch):
+    monkeypatch.setattr("dist_ft.checks.check", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan", *words])
+    assert not issubclass(ZeroDivisionError, DistFtError)
+
+
+def test_ctrl_c_is_quiet(words, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dist_ft.checks.check", interrupt)
+    assert cli.main(["plan", *words]) == 130
+    assert capsys.readouterr().err == "dist-ft: interrupted\n"

