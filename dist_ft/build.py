@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from . import checkpoint, comm
+from .card import card_of_run
 from .checkpoint import Progress
 from .comm import Place
 from .data.loader import Loader, evaluation_batches
 from .data.order import Order, total_steps
 from .errors import MachineError, RequestError
+from .export import export_run
+from .exported import EXPORT
 from .loop import Run
 from .method.full import Full
 from .method.lora import Lora
@@ -27,12 +30,14 @@ from .model.load import attention_of, load_model
 from .optim import build_adamw, learning_rate
 from .plan import Plan
 from .prepare import TASKS, Prepared, Split
+from .probe import take_probe
 from .schema import OptimConfig, RunConfig
 from .state import Engine, Method, Metrics, ModelFactory, OptimFactory, Task, Tracker
 from .track.compose import NullTracker, Trackers
 from .track.jsonl import METRICS_FILE, JsonLines
 from .track.progress import open_progress
 from .track.wandb import open_wandb
+from .turns import find_end_token, open_tokenizer
 
 CHECKPOINTS = "checkpoints"
 
@@ -153,7 +158,8 @@ def build(
     loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
-    factory = model_factory(config, prepared.model_dir, attention, build_method(config))
+    method = build_method(config)
+    factory = model_factory(config, prepared.model_dir, attention, method)
 
     def build_model(weights: bool) -> nn.Module:
         model = factory(weights)
@@ -182,6 +188,7 @@ def build(
         save=lambda progress: save_checkpoint(plan, engine, progress, place),
         beat=beat,
         measure=meter(device, place.world_size, costs[0]),
+        export=lambda: export(plan, prepared, place, engine, task, method, factory),
     )
 
 
@@ -250,6 +257,28 @@ def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place
         if progress.best_step == progress.step:
             checkpoint.point(folder / "best", path)
         checkpoint.prune(folder, plan.config.train.save_total_limit, progress.best_step)
+
+
+def export(
+    plan: Plan, prepared: Prepared, place: Place, engine: Engine, task: Task, method: Method, factory: ModelFactory
+) -> None:
+    """Write the trained model into the run's folder, and see that it loads to the same logits. Every rank takes part."""
+    config = plan.config
+    probe = take_probe(engine, task, prepared.train.open_table().example(0)["input_ids"])
+    tokenizer = open_tokenizer(config, prepared.tokenizer_dir) if place.is_main else None
+    export_run(
+        method=method,
+        model_config=config.model,
+        model_dir=prepared.model_dir,
+        build_model=factory,
+        tokenizer=tokenizer,
+        end_token_id=find_end_token(tokenizer, config.task),
+        weights=engine.weights(trainable=config.method.name != "full"),
+        out=plan.run_dir / EXPORT,
+        card=card_of_run(plan, prepared, plan.run_dir) if place.is_main else "",
+        probe=probe,
+        is_main=place.is_main,
+    )
 
 
 def meter(device: torch.device, world_size: int, cost: StepCost) -> Callable[[float, int, int], Metrics]:

@@ -35,6 +35,7 @@ class Run:
     save: Callable[[Progress], None]
     beat: Callable[[str], None]  # tells the watchdog how far this rank has come
     measure: Callable[[float, int, int], Metrics]  # step time in s, tokens, squared lengths of all ranks → perf/*
+    export: Callable[[], None]
 
 
 def fit(run: Run) -> Progress:

@@ -67,7 +67,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     prepared = prepare(plan.config)  # before any process group: no collective waits for it
     from . import comm
-    from .build import build, export
+    from .build import build
     from .loop import fit
     from .watchdog import Watchdog
 
@@ -82,7 +82,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
         with contextlib.closing(run.tracker):
             fit(run)
             watchdog.beat("export")
-            export(plan, prepared, run, place)
+            run.export()
         comm.barrier()
     comm.leave()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 from ..errors import MachineError, Problem, RequestError
 from ..plan import Plan
@@ -134,8 +133,3 @@ def _escape(value: str) -> str:
 def _launch(config: RunConfig) -> HostfileConfig:
     assert isinstance(config.launch, HostfileConfig)
     return config.launch
-
-
-def hostfile_of(plan: Plan) -> Path:
-    """The hostfile that was rendered for a plan."""
-    return plan.run_dir / HOSTFILE

@@ -47,7 +47,7 @@ class LocalLauncher:
         env = self._environment(plan)
         lines = [
             "#!/bin/bash",
-            f"# Trains {plan.config.run_name}: {plan.world_size} workers here, {plan.config.engine.name}. Run by",
+            f"# Trains {plan.config.run_name}: {_count(plan.world_size)} here, {plan.config.engine.name}. Run by",
             "# `dist-ft train`, which also ends what is left when a worker fails; can be run by hand.",
             f"cd {shlex.quote(self.site.cwd)} || exit 3",
             *export_lines(env),
@@ -109,10 +109,14 @@ class LocalLauncher:
         words = [
             *(python, "-u", "-m", "deepspeed.launcher.launch"),
             *(f"--world_info={encoded}", "--master_addr=127.0.0.1", f"--master_port={port or 'PORT'}"),
-            *("--log_level=warning", "--no_local_rank", "--module", WORKER_MODULE, run_file),
+            *("--log_level=critical", "--no_local_rank", "--module", WORKER_MODULE, run_file),
         ]
         command = shell_lines(words)
         return (command if port else command.replace("--master_port=PORT", '--master_port="$port"')), before
+
+
+def _count(workers: int) -> str:
+    return "one worker" if workers == 1 else f"{workers} workers"
 
 
 def uses_deepspeed(plan: Plan) -> bool:

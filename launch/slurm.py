@@ -47,7 +47,7 @@ class Template(string.Template):
     """Placeholders are `@{name}`, and nothing else is special: a shell's own `$` and `@` stay as they are."""
 
     delimiter = "@"
-    pattern = r"@\{(?P<braced>[a-z_]+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"
+    pattern = r"@\{(?P<braced>[a-z_]+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"  # type: ignore[assignment]  # compiled by the base
 
 
 class SlurmLauncher:

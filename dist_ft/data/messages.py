@@ -43,7 +43,7 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def check_tools(value: Any) -> list[Any]:
-    """Tool descriptions, given as a list or as its JSON text; empty if there are none.
+    """Tool descriptions as chat templates take them, given as a list or as its JSON text; empty if there are none.
 
     Raises:
         RowShape: something else.
@@ -53,7 +53,8 @@ def check_tools(value: Any) -> list[Any]:
     value = _parsed(value, "tools")
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowShape("tools must be a list of objects, or its JSON text")
-    return [_without_nulls(tool) for tool in value]
+    tools = [_without_nulls(tool) for tool in value]
+    return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
 def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -149,10 +149,10 @@ def _rows_of_object(path: Path, value: Any) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{number}", row
 
 
-def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], start: int) -> Iterator[tuple[str, Any]]:
+def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], line: int) -> Iterator[tuple[str, Any]]:
     """The elements of an array that may be larger than memory; a place is an element's number."""
     decoder = json.JSONDecoder()
-    text, at, line, number, wanted, ended = first.lstrip()[1:], 0, start, 0, _CHUNK, False
+    text, at, number, wanted, ended = first.lstrip()[1:], 0, 0, _CHUNK, False  # `line` is that of text[0]
     while True:
         while at < len(text) and text[at] in " \t\r\n,":
             at += 1
@@ -160,25 +160,34 @@ def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], start:
             return
         try:
             value, stop = decoder.raw_decode(text, at)
-            complete = stop < len(text) or ended  # a number at the end of what was read may go on
+            if stop < len(text) or ended:  # a number at the end of what was read may go on
+                number, at, wanted = number + 1, stop, _CHUNK
+                yield f"{path}:{number}", value
+                continue
         except json.JSONDecodeError as error:
-            if ended:
-                place = f"{path}:{line}"
+            if ended or not _may_go_on(error):
+                place = f"{path}:{line + text.count(chr(10), 0, error.pos)}"
                 raise _wrong(place, f"broken JSON in element {number + 1}: {error.msg}", "mend the file") from error
-            complete = False
-        if complete:
-            number, at, wanted = number + 1, stop, _CHUNK
-            yield f"{path}:{number}", value
-            continue
-        pieces, size = [text[at:]], 0
-        for line, piece in lines:  # noqa: B007  # told in an error
-            pieces.append(piece)
-            size += len(piece)
-            if size >= wanted:
-                break
-        else:
-            ended = True
-        text, at, wanted = "".join(pieces), 0, wanted * 2  # doubling keeps a huge element linear
+        line += text.count("\n", 0, at)
+        more, ended = _take(lines, wanted)
+        text, at, wanted = text[at:] + more, 0, wanted * 2  # doubling keeps a huge element linear
+
+
+def _may_go_on(error: json.JSONDecodeError) -> bool:
+    """Whether JSON may be broken only because not all of it was read yet."""
+    longest_word = len("-Infinity")
+    return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - longest_word
+
+
+def _take(lines: Iterator[tuple[int, str]], characters: int) -> tuple[str, bool]:
+    """At least so many characters of lines, and whether there are no more."""
+    pieces, size = [], 0
+    for _, piece in lines:
+        pieces.append(piece)
+        size += len(piece)
+        if size >= characters:
+            return "".join(pieces), False
+    return "".join(pieces), True
 
 
 def _read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:

@@ -58,7 +58,9 @@ class WandbTracker:
         except Exception as error:
             folder = getattr(self._run, "dir", None)
             self._run = None
-            self._warn(f"W&B failed and is given up ({_first_line(error)}); what it has is in {folder}, see `wandb sync`")
+            self._warn(
+                f"W&B failed and is given up ({_first_line(error)}); what it has is in {folder}, see `wandb sync`"
+            )
 
 
 def open_wandb(

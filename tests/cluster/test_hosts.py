@@ -15,7 +15,7 @@ from tests.cluster.conftest import ROOT
 STUB = """
 import sys
 from dist_ft.launch import cli, deepspeed
-deepspeed.WORKER_MODULE = "tests.cluster.stub_worker"
+deepspeed.WORKER_MODULE = "tests.unit.launch.stub_worker"
 cli._prepare = lambda plan: 0
 sys.exit(cli.main(sys.argv[1:]))
 """

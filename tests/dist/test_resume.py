@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_ft.checkpoint import SafeReader
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import STEPS, config_of
@@ -90,8 +90,9 @@ def test_a_torn_checkpoint_is_named_and_the_older_one_used(
 
 def test_only_what_learns_is_saved(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
     run(2, [case(tmp_path / "lora", model, rows[0], "zero2", 2, "lora", stop_after=2)])
-    state = json.loads((tmp_path / "lora" / "checkpoints" / "step-2" / "manifest.json").read_text())
-    saved = sum(entry["bytes"] for name, entry in state["files"].items() if name.endswith(".distcp"))
-    trained = sum(t.numel() * 4 for t in weights_of(tmp_path / "lora").values())
-    base = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-    assert 3 * trained < saved < 3 * trained + base / 2
+    metadata = SafeReader(tmp_path / "lora" / "checkpoints" / "step-2").read_metadata()
+    shapes = {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+    trained = {name: tuple(tensor.shape) for name, tensor in weights_of(tmp_path / "lora").items()}
+    parts = ("model", "exp_avg", "exp_avg_sq")
+    assert shapes == {f"{part}/{name}": shape for part in parts for name, shape in trained.items()}
+    assert all("lora_" in name for name in trained)

@@ -1,4 +1,4 @@
-"""Texts as they should be, kept in files; `DIST_FT_WRITE_GOLDEN=1 pytest …` writes them anew, for a look at the diff."""
+"""Texts as they should be, in files; `DIST_FT_WRITE_GOLDEN=1 pytest …` writes them anew, for a look at the diff."""
 
 import difflib
 import os

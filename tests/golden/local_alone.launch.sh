@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains first: 1 workers here, zero2. Run by
+# Trains first: one worker here, zero2. Run by
 # `dist-ft train`, which also ends what is left when a worker fails; can be run by hand.
 cd '/home/ada/my work' || exit 3
 export OMP_NUM_THREADS=16

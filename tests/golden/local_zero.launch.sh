@@ -10,6 +10,6 @@ exec /opt/env/bin/python -u -m deepspeed.launcher.launch \
   --world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19 \
   --master_addr=127.0.0.1 \
   --master_port="$port" \
-  --log_level=warning \
+  --log_level=critical \
   --no_local_rank \
   --module dist_ft.worker /runs/first/run.yaml

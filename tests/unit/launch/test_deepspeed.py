@@ -87,7 +87,8 @@ def test_the_environment_survives_a_remote_shell(hostfile, tmp_path):
     plan = plan_of(launcher, ["launch=deepspeed", f"launch.hostfile={hostfile}"])
     lines = dict(line.split("=", 1) for line in launcher.render(plan).files["workers.env"].splitlines())
     value = lines["HF_HOME"].replace("%%", "%")  # pdsh's part
-    script = f'export HF_HOME="{value}"; export OMP_NUM_THREADS="{lines["OMP_NUM_THREADS"]}"; printf %s "$HF_HOME,$OMP_NUM_THREADS"'
+    script = f'export HF_HOME="{value}"; export OMP_NUM_THREADS="{lines["OMP_NUM_THREADS"]}"'
+    script += '; printf %s "$HF_HOME,$OMP_NUM_THREADS"'
     said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     home, threads = said.rsplit(",", 1)
     assert home == SITE_2.environment["HF_HOME"]

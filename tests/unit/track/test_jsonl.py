@@ -22,7 +22,10 @@ def test_each_logged_step_is_one_line_at_once(tmp_path: Path) -> None:
     assert lines(path) == [{"step": 0, "eval/loss": 3.0}]
     log.log({"train/loss": 2.5, "train/supervised_tokens": 7}, step=1)
     log.log({"eval/loss": 2.0}, step=1)  # an evaluation after a logged step belongs to its line
-    assert path.read_text().splitlines()[1] == '{"step": 1, "train/loss": 2.5, "train/supervised_tokens": 7, "eval/loss": 2.0}'
+    assert (
+        path.read_text().splitlines()[1]
+        == '{"step": 1, "train/loss": 2.5, "train/supervised_tokens": 7, "eval/loss": 2.0}'
+    )
     log.log({"train/loss": 1.0}, step=2)
     log.close()
     log.close()
@@ -72,7 +75,11 @@ def test_every_json_reader_can_read_it(tmp_path: Path) -> None:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
-    assert json.loads(path.read_text(), parse_constant=refuse) == {"step": 0, "eval/perplexity": None, "eval/loss": None}
+    assert json.loads(path.read_text(), parse_constant=refuse) == {
+        "step": 0,
+        "eval/perplexity": None,
+        "eval/loss": None,
+    }
 
 
 def test_first_and_last_evaluation(tmp_path: Path) -> None:

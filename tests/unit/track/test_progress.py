@@ -27,9 +27,7 @@ def test_plain_lines_without_control_characters() -> None:
     tracker.close()
     first, second = file.getvalue().splitlines()
     assert first == "step 4/10  eval/loss 2.0000  eval/exact_match 0.2500"
-    assert re.fullmatch(
-        r"step 5/10  loss 1\.2346  lr 2\.00e-04  12,346 tokens/s  1\.50 GiB  eta 0:00:0\d", second
-    )
+    assert re.fullmatch(r"step 5/10  loss 1\.2346  lr 2\.00e-04  12,346 tokens/s  1\.50 GiB  eta 0:00:0\d", second)
     assert file.getvalue().replace("\n", "").isprintable()
 
 

@@ -166,4 +166,6 @@ def test_a_failing_run_is_given_up_once() -> None:
     found.log({"a": 1.0}, step=2)
     found.close()
     assert run.calls == 1
-    assert warnings == ["W&B failed and is given up (the service is gone); what it has is in the/folder, see `wandb sync`"]
+    assert warnings == [
+        "W&B failed and is given up (the service is gone); what it has is in the/folder, see `wandb sync`"
+    ]

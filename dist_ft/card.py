@@ -1,0 +1,157 @@
+"""The model card (README.md) of an export: what it was made of, how, and what it came to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .exported import name_base
+from .plan import Plan
+from .prepare import Prepared, Split
+from .pretrained import is_hub_id
+from .track.jsonl import METRICS_FILE, read_evaluations
+
+LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
+SPLITS = ("train", "validation", "test")
+
+
+def card_of_run(
+    plan: Plan, prepared: Prepared, run_dir: Path, *, merged: bool = False, checkpoint: str | None = None
+) -> str:
+    """The card of a run's model, with the metrics that stand in its folder.
+
+    Args:
+        plan: of the run.
+        prepared: its data.
+        run_dir: its folder, where metrics.jsonl is.
+        merged: whether an adapter has been put into its base.
+        checkpoint: which one the weights are from; None means the end of training.
+    """
+    before, after = read_evaluations(run_dir / METRICS_FILE)
+    if checkpoint:
+        after = {}  # the last evaluation is of other weights
+    return render_card(plan, prepared, before, after, merged=merged, checkpoint=checkpoint)
+
+
+def render_card(
+    plan: Plan,
+    prepared: Prepared,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    merged: bool = False,
+    checkpoint: str | None = None,
+) -> str:
+    """Markdown with the front matter that the hub reads; `before` and `after` have `step` and `eval/…`."""
+    config = plan.config
+    base = name_base(config.model, prepared.model_dir)
+    is_adapter = config.method.name != "full" and not merged
+    kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
+    sections = [
+        _front_matter(plan, is_adapter=is_adapter),
+        f"# {config.run_name}\n\n{_indefinite(config.method.name)} {kind}, trained from `{config.model.name_or_path}` "
+        f"on the task `{config.task.name}`{f', checkpoint `{checkpoint}`' if checkpoint else ''}.",
+        f"## Load\n\n```python\n{load_lines(base, is_adapter=is_adapter)}\n```",
+        "## Data\n\n"
+        + _table(("split", "source", "rows", "tokens", "supervised", "fingerprint"), _data_rows(plan, prepared)),
+    ]
+    if rows := list(_metric_rows(before, after)):
+        steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
+        sections.append("## Evaluation\n\n" + _table(("validation", *steps), rows))
+    sections += [
+        "## Training\n\n" + _table(("setting", "value"), _setting_rows(plan)),
+        "## Versions\n\n" + _table(("", ""), _version_rows(plan)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def load_lines(base: str, *, is_adapter: bool) -> str:
+    """Three lines of Python that load the model; run them in the export's folder, or put its name for the dot."""
+    if not is_adapter:
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            'model = AutoModelForCausalLM.from_pretrained(".")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
+    return (
+        "import peft, transformers\n"
+        f'model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), ".")\n'
+        'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
+    )
+
+
+def _front_matter(plan: Plan, *, is_adapter: bool) -> str:
+    config = plan.config
+    values: dict[str, Any] = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    if is_hub_id(config.model.name_or_path):
+        values["base_model"] = config.model.name_or_path
+    values["tags"] = ["dist-ft", config.task.name, config.method.name]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _data_rows(plan: Plan, prepared: Prepared) -> Iterator[tuple[str, ...]]:
+    for name in SPLITS:
+        split: Split | None = getattr(prepared, name)
+        if split is None:
+            continue
+        sources = getattr(plan.config.data, name)
+        ledger = split.ledger
+        yield (
+            name,
+            ", ".join(f"`{source}`" for source in ([sources] if isinstance(sources, str) else sources)),
+            f"{ledger['rows_kept']:,} of {ledger['rows_read']:,}",
+            f"{ledger['tokens']:,}",
+            f"{ledger['supervised_tokens']:,}",
+            f"`{Path(split.table).name}`",
+        )
+
+
+def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
+    for name in dict.fromkeys([*before, *after]):
+        if name != "step":
+            yield name, *(f"{m[name]:.4f}" if m.get(name) is not None else "" for m in (before, after))
+
+
+def _setting_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+    config = plan.config
+    groups = {"model": config.model, "task": config.task, "method": config.method, "optim": config.optim}
+    shown = {"model": ("dtype", "revision"), "optim": None, "task": None, "method": None}
+    for group, values in groups.items():
+        for key, value in values.model_dump(mode="json").items():
+            wanted = shown[group]
+            if value is not None and value != [] and (wanted is None or key in wanted):
+                yield f"`{group}.{key}`", str(value)
+    for key in ("max_steps", "num_train_epochs", "global_batch_size", "seed"):
+        if (value := getattr(config.train, key)) is not None:
+            yield f"`train.{key}`", str(value)
+    yield "`engine.name`", f"{config.engine.name}, {plan.world_size} worker{'s' * (plan.world_size > 1)}"
+
+
+def _version_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+    yield "python", platform.python_version()
+    for name in LIBRARIES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    yield "git", plan.git_sha or "not a checkout"
+    yield "planned", plan.created
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
+    )
+
+
+def _indefinite(method: str) -> str:
+    return {"lora": "A LoRA", "full": "A fully fine-tuned"}.get(method, f"A {method}")

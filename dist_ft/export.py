@@ -1,0 +1,205 @@
+"""The trained model as a Hugging Face folder that is loaded again, and gives the same logits, before it is called done.
+
+`python -m dist_ft.export RUN_YAML [merge=true] [checkpoint=step-N|latest|best] [out=DIR] [dtype=bfloat16]` writes one
+from a run that was; a run writes its own at its end by `export_run`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from .conserve import Account
+from .errors import MachineError, TrainingError
+from .exported import is_adapter, name_base, open_export, set_adapter_base
+from .probe import TOLERANCE, Deviation, Probe, compare, probe_model
+from .schema import ModelConfig
+from .state import Method, ModelFactory, Weights
+from .words import run_command
+
+ROOM_FACTOR = 1.05
+
+
+def export_run(
+    *,
+    method: Method,
+    model_config: ModelConfig,
+    model_dir: str,
+    build_model: ModelFactory,
+    tokenizer: Any,
+    end_token_id: int | None,
+    weights: Weights,
+    out: Path,
+    card: str,
+    probe: Probe,
+    is_main: bool = True,
+) -> Deviation | None:
+    """Write the trained model into `out`, whole and verified or not at all. Every rank calls it; rank 0 writes.
+
+    Args:
+        method: writes the weights in its form.
+        model_config: the run's.
+        model_dir: the base model's folder.
+        build_model: the run's factory; gives names and configuration, not weights.
+        tokenizer: as it was trained with, with its chat template.
+        end_token_id: what ends an answer; None leaves the base's own.
+        weights: of an adapter method the trained ones, else all; a collective stream by parameter name.
+        out: the folder; one that is there is replaced.
+        card: the text of README.md.
+        probe: the trained model's logits.
+        is_main: whether this is rank 0; other ranks only take part in the stream.
+
+    Returns:
+        How far the loaded model's logits are from `probe`'s; None on other ranks.
+
+    Raises:
+        TrainingError: the folder does not give the trained model.
+        MachineError: there is no room.
+    """
+    if not is_main:
+        for _ in weights:
+            pass
+        return None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # peft's, said when the run was built
+        model = build_model(False)
+    adapter = isinstance(model, peft.PeftModel)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapter}
+    # Adapters stay in float32, as they were trained; a whole model gets the dtype that it was asked for in.
+    account = Account(None if adapter else getattr(torch, model_config.dtype))
+    if account.dtype:
+        model.to(account.dtype)
+    model.config.use_cache = True
+
+    def fill(folder: Path) -> None:
+        method.export(model, account.record(weights), folder)
+        account.check_names(wanted)
+        if adapter:
+            set_adapter_base(folder, name_base(model_config, model_dir), model_config.revision)
+        add_companions(folder, model, model_dir, tokenizer, end_token_id, card)
+
+    def check(folder: Path) -> Deviation:
+        return verify(folder, account, model, model_config, model_dir, probe)
+
+    needed = sum(p.numel() * p.element_size() for p in wanted.values())
+    return publish(out, fill, check, needed_bytes=needed)
+
+
+def publish(
+    out: Path, fill: Callable[[Path], None], check: Callable[[Path], Deviation], *, needed_bytes: int
+) -> Deviation:
+    """Fill and check a folder beside `out`, then put it in `out`'s place.
+
+    Raises:
+        MachineError: there is no room.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < ROOM_FACTOR * needed_bytes:
+        rule = f"the export needs {needed_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        raise MachineError.of(str(out.parent), rule, "make room and run again: it goes on from the last checkpoint")
+    staging, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
+    for rest in (staging, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    staging.mkdir()
+    try:
+        fill(staging)
+        deviation = check(staging)
+        for file in staging.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if out.exists():
+            out.rename(old)
+        staging.rename(out)
+    finally:
+        for rest in (staging, old):
+            shutil.rmtree(rest, ignore_errors=True)
+    return deviation
+
+
+def verify(
+    folder: Path, account: Account, trained: nn.Module, config: ModelConfig, model_dir: str, probe: Probe
+) -> Deviation:
+    """Load the folder as a user would and compare tensors, ties and logits with the trained model's.
+
+    Args:
+        folder: of the export.
+        account: of the tensors that went in.
+        trained: the trained model's modules, of which names and ties are looked at, not weights.
+        config: of the base.
+        model_dir: of the base.
+        probe: the trained model's logits.
+
+    Raises:
+        TrainingError: something is not as it was.
+    """
+    account.check_files(folder, exact=is_adapter(folder))
+    loaded = open_export(folder, config, model_dir)
+    account.check_loaded(loaded)
+    if ties_embeddings(trained) and not ties_embeddings(loaded):
+        rule = "input and output embeddings are one tensor in training and two after loading"
+        raise TrainingError.of(str(folder), rule, "set tie_word_embeddings in the base's config.json")
+    return check_logits(folder, probe, loaded, config.dtype)
+
+
+def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str) -> Deviation:
+    """The deviation of `loaded` from the probe.
+
+    Raises:
+        TrainingError: it is more than rounding explains.
+    """
+    deviation = compare(probe, probe_model(loaded, probe.input_ids))
+    if not deviation.relative <= TOLERANCE[dtype]:
+        rule = f"gives other logits after loading than in training ({deviation}; {TOLERANCE[dtype]:.0e} is rounding)"
+        raise TrainingError.of(
+            str(folder), rule, "all tensors are alike: see config.json, and versions in `dist-ft doctor`"
+        )
+    return deviation
+
+
+def ties_embeddings(model: nn.Module) -> bool:
+    """Whether input and output embeddings are one parameter."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", 0)
+
+
+def add_companions(
+    folder: Path, model: nn.Module, model_dir: str, tokenizer: Any, end_token_id: int | None, card: str
+) -> None:
+    """Tokenizer with chat template, generation settings that stop where answers end, and the model card."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    try:
+        generation = GenerationConfig.from_pretrained(model_dir)
+    except OSError:
+        generation = GenerationConfig.from_model_config(model.config)
+    settings = generation.to_diff_dict()
+    ends = settings.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end_token_id is not None and end_token_id not in known:
+        settings["eos_token_id"] = [end_token_id, *known] if known else end_token_id
+    # Written as it is: transformers refuses to save settings that it loads with a warning.
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def main(arguments: list[str]) -> None:
+    """Export from a run's folder."""
+    from .merge import export_again
+
+    export_again(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,180 @@
+"""An export of a run that was: from its exported adapter or a checkpoint, as it is or merged into a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import peft
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import Field
+from torch import nn
+
+from . import checkpoint
+from .build import CHECKPOINTS, build_method, model_factory
+from .card import card_of_run
+from .conserve import Account
+from .data.template import load_tokenizer
+from .errors import RequestError
+from .export import add_companions, check_logits, publish, verify
+from .exported import find_export, find_trained_run, is_adapter, name_base, open_export, set_adapter_base
+from .model.load import attention_of
+from .plan import read_plan
+from .prepare import Prepared, prepare
+from .probe import Deviation, Probe, compare, probe_model
+from .schema import RunConfig, Strict
+from .turns import find_end_token
+from .words import read_words, split_run
+
+
+class ExportOptions(Strict):
+    """What `dist-ft export` takes."""
+
+    merge: bool = Field(False, description="true puts an adapter's weights into the base's: a whole model")
+    checkpoint: str | None = Field(None, description="step-N, latest or best; the run's own export if not given")
+    out: str | None = Field(None, description="a folder that is not there yet")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of a merged or full model")
+
+
+def export_again(arguments: Sequence[str]) -> None:
+    """Do what `python -m dist_ft.export` was asked to, and say how exact the result is.
+
+    Raises:
+        RequestError: there is nothing to export, or no new folder to put it in.
+        TrainingError: the result does not give the trained model.
+    """
+    run_file, words = split_run(arguments, "export")
+    options = read_words(ExportOptions, words)
+    plan = read_plan(run_file)
+    config, run_dir = plan.config, find_trained_run(plan, run_file)
+    is_lora = config.method.name != "full"
+    if options.merge and not is_lora:
+        raise RequestError.of("merge", "a full fine-tuning has no adapter to merge", "leave merge out")
+    if options.dtype and is_lora and not options.merge:
+        raise RequestError.of("dtype", "an adapter stays in the precision it was trained in", "add merge=true")
+    out = Path(options.out) if options.out else run_dir / _name(options)
+    if out.exists():
+        raise RequestError.of(str(out), "is there already", "name a new folder by out=…, or remove it")
+    prepared = prepare(config)
+    model = open_trained(config, prepared, run_dir, options.checkpoint)
+    probe = probe_model(model, prepared.train.open_table().example(0)["input_ids"])
+    card = card_of_run(plan, prepared, run_dir, merged=options.merge, checkpoint=options.checkpoint)
+    dtype = options.dtype or config.model.dtype
+    deviation = (
+        _export_merged(model, config, prepared, out, card, probe, dtype)
+        if options.merge
+        else _export_as_is(model, config, prepared, out, card, probe, dtype)
+    )
+    print(f"{out}: {'merged' if options.merge else 'exported'} in {dtype}, loaded again; logits differ by {deviation}")
+
+
+def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str | None) -> nn.Module:
+    """The trained model in this process: the run's export, or its modules with a checkpoint's weights.
+
+    Raises:
+        RequestError: there is no such export or checkpoint, or the checkpoint is torn.
+    """
+    if name is None:
+        return open_export(find_export(run_dir), config.model, prepared.model_dir)
+    path = run_dir / CHECKPOINTS / name
+    if not path.is_dir():
+        found = ", ".join(sorted(p.name for p in (run_dir / CHECKPOINTS).glob("*"))) or "none"
+        raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
+    if reason := checkpoint.verify(path.resolve()):
+        raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
+    attention = attention_of(config.model, prepared.model_dir, torch.device("cpu"))
+    model = model_factory(config, prepared.model_dir, attention, build_method(config))(True)
+    tensors = {f"model/{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
+    held = {n for n in checkpoint.SafeReader(path).read_metadata().state_dict_metadata if n.startswith("model/")}
+    if held != set(tensors):
+        rule = f"holds other tensors than the run's configuration trains ({len(held ^ set(tensors))} differ)"
+        raise RequestError.of(str(path), rule, "use the run.yaml that the checkpoint was made with")
+    dcp.load(tensors, storage_reader=checkpoint.SafeReader(path), no_dist=True)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The base with the adapter's weights put into it; embeddings that training has parted are no longer tied."""
+    assert isinstance(model, peft.PeftModel)
+    merged: nn.Module = model.merge_and_unload(safe_merge=True)
+    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()  # type: ignore[operator]
+    if merged.config.tie_word_embeddings and head.weight is not embeddings.weight:
+        merged.config.tie_word_embeddings = False
+        merged.all_tied_weights_keys = {}  # type: ignore[assignment]  # else the head is left out of the files
+    return merged
+
+
+def _export_merged(
+    model: nn.Module, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
+) -> Deviation:
+    if not isinstance(model, peft.PeftModel):
+        raise RequestError.of("merge", "the run's export is no adapter", "leave merge out")
+    merged = merge(model)
+    in_memory = compare(probe, probe_model(merged, probe.input_ids))
+    print(f"merged in memory ({config.model.dtype}): logits differ by {in_memory}")
+    return _write(merged, config, prepared, out, card, probe, dtype)
+
+
+def _export_as_is(
+    model: nn.Module, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
+) -> Deviation:
+    if not isinstance(model, peft.PeftModel):
+        return _write(model, config, prepared, out, card, probe, dtype)
+    account = Account()
+    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad or _is_adapters(n)}
+
+    def fill(folder: Path) -> None:
+        build_method(config).export(model, account.record((n, p.data) for n, p in wanted.items()), folder)
+        set_adapter_base(folder, name_base(config.model, prepared.model_dir), config.model.revision)
+        _accompany(folder, model, config, prepared, card)
+
+    def check(folder: Path) -> Deviation:
+        assert is_adapter(folder)
+        return verify(folder, account, model, config.model, prepared.model_dir, probe)
+
+    return publish(out, fill, check, needed_bytes=_bytes(wanted.values()))
+
+
+def _write(
+    model: nn.Module, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
+) -> Deviation:
+    """A whole model by transformers; the account is of the very tensors that are saved."""
+    model.to(getattr(torch, dtype))
+    model.config.use_cache = True
+    account = Account()
+    for _ in account.record(model.named_parameters()):
+        pass
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        _accompany(folder, model, config, prepared, card)
+
+    def check(folder: Path) -> Deviation:
+        loaded = open_export(folder, config.model, prepared.model_dir)
+        account.check_files(folder, exact=False)
+        account.check_loaded(loaded)
+        coarser = dtype if dtype != "float32" else config.model.dtype
+        return check_logits(folder, probe, loaded, coarser)
+
+    return publish(out, fill, check, needed_bytes=_bytes(model.parameters()))
+
+
+def _accompany(folder: Path, model: nn.Module, config: RunConfig, prepared: Prepared, card: str) -> None:
+    tokenizer = load_tokenizer(config, prepared.tokenizer_dir)
+    add_companions(folder, model, prepared.model_dir, tokenizer, find_end_token(tokenizer, config.task), card)
+
+
+def _is_adapters(name: str) -> bool:
+    """Whether a parameter of a loaded adapter, frozen by then, belongs to it."""
+    return "lora_" in name or ".modules_to_save." in name
+
+
+def _bytes(parameters: object) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)  # type: ignore[attr-defined]
+
+
+def _name(options: ExportOptions) -> str:
+    parts = ["model", options.checkpoint, "merged" if options.merge else None, options.dtype]
+    return "-".join(part for part in parts if part) if any(parts[1:]) else "model-again"

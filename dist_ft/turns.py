@@ -1,0 +1,116 @@
+"""Prompts as the run's task shows them to the model, and what ends an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from .data.cache import SplitName
+from .data.faults import RowFault
+from .data.formats import IGNORED_LABEL, normalise
+from .data.rows import read_rows
+from .data.template import ChatTokenizer, load_tokenizer
+from .errors import RequestError
+from .schema import RunConfig, TaskConfig
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked: messages for a chat template, or plain text; and the data's own answer, if it has one."""
+
+    messages: Sequence[Message] | None
+    text: str
+    answer: str | None = None
+    tools: Sequence[Any] | None = None
+
+    @classmethod
+    def of_text(cls, text: str, *, chat: bool) -> Question:
+        """A user's message, or text to go on from."""
+        return cls([{"role": "user", "content": text}] if chat else None, text)
+
+    def encode(self, tokenizer: Any) -> list[int]:
+        """Token ids up to where the answer begins."""
+        if self.messages is None:
+            ids: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+            chat = ChatTokenizer(tokenizer)
+            begins = chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id]
+            return [chat.bos_id, *ids] if begins else ids  # type: ignore[list-item]
+        rendered = tokenizer.apply_chat_template(
+            list(self.messages),
+            tools=list(self.tools) if self.tools else None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        return list(rendered["input_ids"])
+
+
+def open_tokenizer(config: RunConfig, folder: str) -> Any:
+    """The tokenizer with the task's chat template; None where the data are tokens and there is no tokenizer."""
+    try:
+        return load_tokenizer(config, folder)
+    except RequestError:
+        if config.data.format != "tokens":
+            raise
+        return None
+
+
+def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
+    """The token that training ends an answer with: the template's end of turn, else EOS."""
+    if tokenizer is None:
+        return None
+    if task.name == "instruction" and tokenizer.chat_template:
+        try:
+            answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            labels = ChatTokenizer(tokenizer).encode_messages(answered)["labels"]
+            return [label for label in labels if label != IGNORED_LABEL][-1]
+        except RowFault:  # a template that only takes other conversations
+            pass
+    end: int | None = tokenizer.eos_token_id
+    return end
+
+
+def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
+    """Whether the run's rows went through the chat template, so that prompts must too."""
+    return (
+        config.task.name == "instruction" and bool(tokenizer.chat_template) and list(formats) != ["prompt_completion"]
+    )
+
+
+def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[Question]:
+    """The first `count` rows of a split, each up to its last answer.
+
+    Raises:
+        RequestError: the run has no such split, or a row is wrong or made of tokens.
+    """
+    sources = getattr(config.data, split)
+    if not sources:
+        raise RequestError.of(f"data.{split}", "is not set in this run", "name another split, or a file of prompts")
+    for place, raw in islice(read_rows(sources, revision=config.data.revision), count):
+        yield question_of(normalise(raw, config.data.format, config.data.columns, place), place)
+
+
+def question_of(row: dict[str, Any], place: str) -> Question:
+    """A canonical row (see data/formats.py) as a question.
+
+    Raises:
+        RequestError: the row is tokens.
+    """
+    if "messages" in row:
+        messages = row["messages"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        stop = turns[-1] if turns else len(messages)
+        shown = next((str(m.get("content", "")) for m in reversed(messages[:stop]) if m["role"] != "assistant"), "")
+        answer = messages[stop].get("content") if turns else None
+        return Question(messages[:stop], shown, answer, row.get("tools"))
+    if "prompt" in row:
+        return Question(None, row["prompt"], row["completion"])
+    if "text" in row:
+        words = row["text"].split()
+        half = max(1, min(16, len(words) // 2))
+        return Question(None, " ".join(words[:half]), " ".join(words[half:]))
+    raise RequestError.of(place, "is a row of tokens, not of text", "give prompts by prompt=… or prompts=FILE")

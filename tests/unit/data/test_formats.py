@@ -1,0 +1,153 @@
+"""Every format becomes its canonical row; what does not fit names columns and the way out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dist_ft.data.formats import FORMATS, check_task, detect, normalise
+from dist_ft.errors import RequestError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "expected"),
+    [
+        ({"text": "a", "id": 1}, "text", {"text": "a"}),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion", {"prompt": "a", "completion": "b"}),
+        (
+            {"prompt": [USER], "completion": [ANSWER]},
+            "prompt_completion",
+            {"messages": [USER, ANSWER], "context": 1},
+        ),
+        ({"messages": [USER, ANSWER]}, "messages", {"messages": [USER, ANSWER]}),
+        (
+            {"messages": [{**USER, "name": None}, {**ANSWER, "tool_calls": None}], "tools": None},
+            "messages",
+            {"messages": [USER, ANSWER]},
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]},
+            "messages",
+            {"messages": [USER]},
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]}],
+             "tools": '[{"name": "f"}]'},
+            "messages",
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"id": "1", **CALL}], "content": ""}],
+             "tools": [{"type": "function", "function": {"name": "f"}}]},
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "system": "S"},
+            "sharegpt",
+            {"messages": [{"role": "system", "content": "S"}, USER, ANSWER]},
+        ),
+        (
+            {"conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "[2]"},
+                {"from": "gpt", "value": "Ho"}],
+             "tools": "[]"},
+            "sharegpt",
+            {"messages": [
+                USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "[2]"}, ANSWER
+            ]},
+        ),
+        ({"instruction": "Hi", "input": "", "output": "Ho"}, "alpaca", {"messages": [USER, ANSWER]}),
+        (
+            {"instruction": "Hi", "context": "C", "response": "Ho"},
+            "alpaca",
+            {"messages": [{"role": "user", "content": "Hi\n\nC"}, ANSWER]},
+        ),
+        (
+            {"instruction": "Hi", "input": None, "output": "Ho", "history": [["a", "b"]], "system": "S"},
+            "alpaca",
+            {"messages": [
+                {"role": "system", "content": "S"}, {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"}, USER, ANSWER]},
+        ),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, "tokens", {"input_ids": [1, 2], "labels": [-100, 2]}),
+    ],
+)  # fmt: skip
+def test_rows_become_canonical(row: dict[str, Any], format: str, expected: dict[str, Any]) -> None:
+    assert detect(row) == format
+    assert normalise(row, "auto", {}, "f:1") == expected == normalise(row, format, {}, "f:1")
+
+
+def test_columns_rename_and_decide_the_format() -> None:
+    row = {"question": "a", "answer": "b", "text": "c"}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert detect(row) == "text"
+    assert detect(row, columns) == "prompt_completion"
+    assert normalise(row, "auto", columns, "f:1") == {"prompt": "a", "completion": "b"}
+    assert normalise({"a": "b"}, "text", {"text": "a"}, "f:1") == {"text": "b"}
+
+
+def problem(row: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> Any:
+    with pytest.raises(RequestError) as caught:
+        normalise(row, format, columns or {}, "f.jsonl:7")
+    return caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "columns", "rule", "way_out"),
+    [
+        ({"question": 1, "answer": 2}, "auto", {}, "columns question, answer are of", "{prompt: question, completion: answer}"),
+        ({"content": "x"}, "auto", {}, "columns content are", "data.columns={text: content}"),
+        ({"promt": "a", "completion": "b"}, "prompt_completion", {}, "wants prompt", "{prompt: promt"),
+        ({"conversations": []}, "messages", {}, "wants messages; the columns are conversations", "data.format=sharegpt"),
+        ({"text": "a"}, "text", {"text": "body"}, "has no column body; it has text", "data.columns"),
+        ({"text": "a"}, "text", {"prompt": "text"}, "format text has no column prompt", "its columns are text"),
+        ({"text": 3}, "text", {}, "text is 3, not text", "row"),
+        ({"prompt": "a", "completion": None}, "auto", {}, "completion is None", "row"),
+        ({"prompt": [USER], "completion": "x"}, "auto", {}, "both", "row"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "auto", {}, "message 1 has from, value", "sharegpt"),
+        ({"messages": [{"role": "human", "content": "x"}]}, "auto", {}, "the role 'human'", "assistant"),
+        ({"messages": [{"role": "user", "content": None}]}, "auto", {}, "neither content nor tool_calls", "row"),
+        ({"messages": []}, "auto", {}, "at least one message", "row"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "auto", {}, "not text", "row"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "auto", {}, "turn 1 is from 'bot'", "gpt"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "auto", {}, "broken JSON", "row"),
+        ({"conversations": [{"role": "user", "content": "x"}]}, "auto", {}, "not from and value", "messages: conv"),
+        ({"input_ids": [1], "labels": [1, 2]}, "auto", {}, "1 input_ids but 2 labels", "label for each"),
+        ({"input_ids": [-1], "labels": [1]}, "auto", {}, "negative", "row"),
+        ({"input_ids": [1], "labels": [-1]}, "auto", {}, "neither a token id nor -100", "row"),
+        ({"input_ids": [1.0], "labels": [1]}, "auto", {}, "whole numbers", "row"),
+    ],
+)  # fmt: skip
+def test_misfits_name_what_is_there_and_the_way_out(
+    row: dict[str, Any], format: str, columns: dict[str, str], rule: str, way_out: str
+) -> None:
+    found = problem(row, format, columns)
+    assert rule in found.rule and way_out in found.way_out
+    assert found.where in ("f.jsonl:7", "data.columns")
+
+
+def test_tasks_take_their_own_formats() -> None:
+    for task in ("causal_lm", "instruction"):
+        for name, form in FORMATS.items():
+            if task in form.tasks:
+                check_task(name, task, "f:1")
+            else:
+                with pytest.raises(RequestError, match="are not for task"):
+                    check_task(name, task, "f:1")
+    assert [name for name, form in FORMATS.items() if "causal_lm" in form.tasks] == ["tokens", "text"]
+
+
+@pytest.mark.parametrize("name", ["dolly", "oasst_chat", "toolcall_sharegpt"])
+def test_real_sets_are_understood(shared: Any, name: str) -> None:
+    path = shared / "data" / name / "validation.jsonl"
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    canonical = [normalise(row, "auto", {}, "f") for row in rows]
+    assert all(row["messages"][-1]["role"] == "assistant" for row in canonical)
+    calls = sum("tool_calls" in message for row in canonical for message in row["messages"])
+    spoken = sum(turn["from"] == "function_call" for row in rows for turn in row.get("conversations", ()))
+    assert calls == spoken and (calls > 0) == (name == "toolcall_sharegpt")

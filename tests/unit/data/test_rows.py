@@ -1,0 +1,203 @@
+"""Reading rows: every kind of file gives the same rows with their places; what is broken is named by place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_ft.data.rows import fingerprint, read_rows
+from dist_ft.errors import RequestError
+
+ROWS = [{"text": "Hej, \"du\"\nöäå 🙂", "other": "a"}, {"text": "zwei", "other": "b"}, {"text": "x,y", "other": ""}]
+
+
+def read(source: Any, **options: Any) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(source if isinstance(source, list) else str(source), **options)]
+
+
+def fault(source: Any) -> Any:
+    with pytest.raises(RequestError) as caught:
+        read(source)
+    return caught.value.problems[0]
+
+
+def write_csv(path: Path, delimiter: str = ",") -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "other"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    texts = {
+        "a.jsonl": lines,
+        "bom.jsonl": "\ufeff" + lines + "\n\n",
+        "a.ndjson": lines + "\n",
+        "lines.json": lines,
+        "array.json": json.dumps(ROWS),
+        "indented.json": "\n" + json.dumps(ROWS, indent=2),
+        "object.json": json.dumps({"version": 1, "data": ROWS}, indent=1),
+        "flat_object.json": json.dumps({"version": 1, "data": ROWS}),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    write_csv(tmp_path / "a.csv")
+    write_csv(tmp_path / "a.tsv", "\t")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        assert read(path) == ROWS, path.name
+
+
+def test_places_are_lines_and_records(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}\n')
+    write_csv(tmp_path / "a.csv")
+    places = [place.rsplit(":")[-1] for place, _ in read_rows(str(tmp_path / "a.jsonl"))]
+    assert places == ["2", "4"]
+    assert [place.rsplit(":")[-1] for place, _ in read_rows(str(tmp_path / "a.csv"))] == ["2", "4", "5"]
+
+
+def test_text_is_a_document_a_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\none\ntwo\n\n  \n three\n", encoding="utf-8")
+    placed = [(place.rsplit(":")[-1], row) for place, row in read_rows(str(tmp_path / "a.txt"))]
+    assert placed == [("3", {"text": "one\ntwo"}), ("7", {"text": " three"})]
+
+
+def test_globs_and_folders_are_sorted_and_lists_keep_their_order(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"n": name}))
+    (tmp_path / "README.md").write_text("not data")
+    assert [row["n"] for row in read(tmp_path)] == ["a", "b", "c"]
+    assert [row["n"] for row in read(tmp_path / "[ac].jsonl")] == ["a", "c"]
+    assert [row["n"] for row in read([str(tmp_path / "c.jsonl"), str(tmp_path / "a.jsonl")])] == ["c", "a"]
+
+
+def test_a_folder_that_mixes_splits_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+    assert "mixes splits (test.jsonl, train.jsonl)" in fault(tmp_path).rule
+
+
+def test_a_file_of_a_package_is_found() -> None:
+    rows = read("package:dist_ft/data/support_desk/train.jsonl")
+    assert rows and "messages" in rows[0]
+    assert "not installed" in fault("package:no_such_package_here/x.jsonl").rule
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "rule"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2", "broken JSON at column"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', ":2", "a row is a list"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe5"}\n', ":2", "is not UTF-8 (byte 0xe5 at offset 16)"),
+        ("a.jsonl", b"", "", "no rows"),
+        ("a.jsonl", b"\n \n", "", "no rows"),
+        ("a.json", b'[{"a": 1},\n {"a": ]', ":2", "broken JSON in element 2"),
+        ("a.json", b'[{"a": 1}', ":1", "broken JSON in element 2"),
+        ("a.json", b'{"a": 1}', "", "an object with 0 lists"),
+        ("a.json", b'{"a":\n 1,,}', ":2", "broken JSON"),
+        ("a.json", b'[{"a": 1}, 3]', ":2", "a row is a int"),
+        ("a.csv", b"a,b\n1,2\n3\n", ":3", "has 1 fields where the first line names 2"),
+        ("a.csv", b'a,b\n1,"2\n', ":2", "broken CSV"),
+        ("a.csv", b"a,a\n1,2\n", ":1", "columns are named twice: a"),
+        ("a.csv", b"a,b\n", "", "no rows"),
+        ("a.txt", b"\n\n", "", "no rows"),
+        ("a.parquet", b"PAR1 not really", ":1", "is not whole Parquet"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "", "is not whole gzip data"),
+        ("a.jsonl.gz", b'{"a": 1}', "", "is not whole gzip data"),
+        ("a.xlsx", b"x", "", "the ending '.xlsx' tells no kind of data"),
+    ],
+)
+def test_broken_files_are_named_by_place(tmp_path: Path, name: str, content: bytes, place: str, rule: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    problem = fault(path)
+    assert problem.where == f"{path}{place}" and rule in problem.rule and problem.way_out
+
+
+def test_a_missing_file_suggests_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "dialogues.jsonl").write_text("{}")
+    assert str(tmp_path / "dialogues.jsonl") in fault(tmp_path / "dialogue.jsonl").way_out
+    assert "dialogues.jsonl" in fault(tmp_path / "something_else.csv").way_out
+    assert "matches no file" in fault(tmp_path / "*.csv").rule
+    assert "no data file" in fault([str(_made(tmp_path / "empty"))]).rule
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_hub_ids_stream_and_say_when_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return iter(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("owner/name:main/validation", revision="abc") == ROWS
+    assert calls == [(("owner/name", "main"), {"split": "validation", "revision": "abc", "streaming": True})]
+    read("owner/name")
+    assert calls[1] == (("owner/name", None), {"split": "train", "revision": None, "streaming": True})
+
+    def offline(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    problem = fault("owner/name")
+    assert "Couldn't reach" in problem.rule and "name files that are here" in problem.way_out
+
+
+def test_a_large_array_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    row = json.dumps({"text": "x" * 10_000, "n": 1.5})
+    with path.open("w") as file:
+        file.write("[" + ",\n".join([row] * 3000) + "]")
+    tracemalloc.start()
+    count = sum(1 for _ in read_rows(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 3000 and peak < path.stat().st_size / 3
+
+
+def test_an_array_on_one_line_is_understood_across_chunks(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"n": n, "text": "y" * (n % 7919)} for n in range(1500)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    assert read(tmp_path / "a.json") == rows
+
+
+def test_the_fingerprint_follows_content_and_order_and_not_the_folder(tmp_path: Path) -> None:
+    for folder, text in (("one", "{}"), ("two", "{}"), ("three", "{} ")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text(text)
+        (tmp_path / folder / "b.jsonl").write_text('{"b": 1}')
+    one, two, three = (fingerprint(str(tmp_path / folder)) for folder in ("one", "two", "three"))
+    assert one == two != three
+    files = [str(tmp_path / "one" / name) for name in ("a.jsonl", "b.jsonl")]
+    assert fingerprint(files) == one != fingerprint(files[::-1])
+    assert fingerprint("owner/name", "r1") != fingerprint("owner/name", "r2")
+
+
+def test_a_broken_element_is_found_without_reading_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    rows = ['{"text": "' + "x" * 5000 + '"}'] * 2000
+    rows[3] = '{"text": oops}'
+    path.write_text("[" + ",\n".join(rows) + "]")
+    tracemalloc.start()
+    problem = fault(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert problem.where == f"{path}:4" and "element 4" in problem.rule and peak < path.stat().st_size / 2

@@ -1,0 +1,208 @@
+"""The loss of next-token prediction: the same whatever the layout, by an oracle that shifts and sums by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from dist_ft.schema import CausalLMConfig, InstructionConfig
+from dist_ft.state import Batch, LossSum
+from dist_ft.task.causal_lm import CausalLM
+from dist_ft.task.instruction import Instruction
+
+Sample = list[dict[str, np.ndarray]]
+
+
+def segment(ids: list[int], labels: list[int]) -> dict[str, np.ndarray]:
+    return {"input_ids": np.array(ids, dtype=np.int32), "labels": np.array(labels, dtype=np.int32)}
+
+
+SEGMENTS = [
+    segment([5, 6, 7, 8], [-100, -100, 7, 8]),
+    segment([9, 10, 11], [9, 10, -100]),
+    segment([12, 13, 14, 15, 16], [-100, 13, -100, 15, 16]),
+]
+UNPACKED: list[Sample] = [[s] for s in SEGMENTS]
+PACKED: list[Sample] = [SEGMENTS[:2], SEGMENTS[2:]]
+
+
+def task(padding_free: bool) -> Instruction:
+    return Instruction(InstructionConfig(name="instruction"), padding_free=padding_free)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager").train()
+
+
+@pytest.fixture(scope="module")
+def documents_model(tiny_llama: Path) -> nn.Module:
+    from dist_ft.model import attention
+
+    attention.register()
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="documents_eager").train()
+
+
+def oracle(model: nn.Module) -> tuple[float, int]:
+    """One document at a time, without any of the code under test."""
+    total, count = 0.0, 0
+    for s in SEGMENTS:
+        ids, labels = torch.tensor(s["input_ids"])[None].long(), torch.tensor(s["labels"]).long()
+        logits = model(input_ids=ids).logits[0]
+        for t in range(len(labels) - 1):
+            if labels[t + 1] != -100:
+                total -= float(functional.log_softmax(logits[t], dim=-1)[labels[t + 1]])
+                count += 1
+    return total, count
+
+
+def test_the_shift_stays_inside_a_segment() -> None:
+    batch = task(True).collate(PACKED)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]]
+    assert batch.inputs["document_lengths"] == (4, 3, 5)
+    assert batch.targets.tolist() == [7, 8, 10, 13, 15, 16]
+    assert batch.positions.tolist() == [1, 2, 4, 7, 9, 10]
+    assert batch.documents.tolist() == [0, 0, 1, 2, 2, 2]
+    assert (batch.tokens, batch.supervised) == (12, 6)
+
+
+def test_padded_rows_have_the_same_targets() -> None:
+    batch, free = task(False).collate(UNPACKED), task(True).collate(UNPACKED)
+    assert batch.inputs["attention_mask"].sum(dim=1).tolist() == [4, 3, 5]
+    assert batch.inputs["input_ids"].shape == (3, 5)
+    assert batch.targets.tolist() == free.targets.tolist()
+    assert batch.documents.tolist() == free.documents.tolist()
+    before = batch.inputs["input_ids"].view(-1)[batch.positions]
+    assert before.tolist() == free.inputs["input_ids"].view(-1)[free.positions].tolist()
+    assert (batch.tokens, batch.squared_lengths) == (free.tokens, free.squared_lengths) == (12, 50)
+
+
+def test_packed_samples_cannot_be_padded() -> None:
+    with pytest.raises(AssertionError, match="without padding"):
+        task(False).collate(PACKED)
+
+
+@pytest.mark.parametrize("layout", ["padded", "documents", "packed"])
+def test_loss_and_gradient_do_not_depend_on_the_layout(layout: str, model: nn.Module, documents_model: nn.Module) -> None:
+    subject = task(layout != "padded")
+    used = model if layout == "padded" else documents_model
+    used.zero_grad()
+    result = subject.loss(used, subject.collate(PACKED if layout == "packed" else UNPACKED))
+    total, count = oracle(model)
+    assert float(result.weight) == count == 6
+    assert float(result.loss) == pytest.approx(total, rel=1e-5)
+    result.loss.backward()
+    model_loss = model(
+        input_ids=torch.tensor(SEGMENTS[0]["input_ids"])[None].long(),
+    ).logits.sum()
+    assert model_loss.isfinite()
+    norm = torch.stack([p.grad.norm() for p in used.parameters()]).norm()
+    NORMS.setdefault("first", float(norm))
+    assert float(norm) == pytest.approx(NORMS["first"], rel=1e-4)
+
+
+NORMS: dict[str, float] = {}
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_micro_batch_without_targets_gives_zero_and_zero_gradients(
+    padding_free: bool, model: nn.Module, documents_model: nn.Module
+) -> None:
+    used = documents_model if padding_free else model
+    used.zero_grad()
+    subject = task(padding_free)
+    result = subject.loss(used, subject.collate([[segment([1, 2, 3], [-100] * 3)]]))
+    assert (float(result.loss), float(result.weight)) == (0.0, 0.0)
+    result.loss.backward()
+    assert all(p.grad is not None and float(p.grad.abs().sum()) == 0.0 for p in used.parameters())
+    scores = subject.score(used, subject.collate([[segment([1, 2, 3], [-100] * 3)]]))
+    assert {name: int(value) for name, value in scores.counts.items()} == {"correct_tokens": 0, "exact_rows": 0, "rows": 0}
+
+
+class Fixed(nn.Module):
+    """A model that always predicts what `answers` says for the token before."""
+
+    def __init__(self, answers: dict[int, int]) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: Any = None, **kwargs: Any) -> Any:
+        logits = functional.one_hot(input_ids.apply_(lambda t: self.answers.get(t, 0)), 20).float() * 50
+        return SimpleNamespace(logits=logits if logits_to_keep is None else logits[:, logits_to_keep])
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_scores_count_right_tokens_and_rows_that_are_right_throughout(padding_free: bool) -> None:
+    # right for 6→7, 7→8, 9→10; in the third document 12→13 and 14→15 but not 15→16
+    subject, fixed = task(padding_free), Fixed({6: 7, 7: 8, 9: 10, 12: 13, 14: 15, 15: 0})
+    scores = subject.score(fixed, subject.collate(UNPACKED))
+    assert {name: int(value) for name, value in scores.counts.items()} == {"correct_tokens": 5, "exact_rows": 2, "rows": 3}
+    assert float(scores.loss) == pytest.approx(50.0, abs=1e-3)
+    metrics = subject.metrics(scores)
+    assert metrics == pytest.approx(
+        {"loss": 50 / 6, "perplexity": math.exp(50 / 6), "token_accuracy": 5 / 6, "exact_match": 2 / 3}, rel=1e-4
+    )
+
+
+def test_teacher_forced_exactness_is_what_greedy_decoding_gives(model: nn.Module) -> None:
+    prompt = [40, 41, 42]
+    model.eval()
+    with torch.no_grad():
+        answer = model.generate(
+            torch.tensor([prompt]), max_new_tokens=5, do_sample=False, eos_token_id=511, pad_token_id=0
+        )[0, 3:].tolist()
+        subject = task(False)
+        exact = []
+        for wanted in (answer, [*answer[:-1], (answer[-1] + 1) % 512]):
+            batch = subject.collate([[segment(prompt + wanted, [-100] * 3 + wanted)]])
+            exact.append(int(subject.score(model, batch).counts["exact_rows"]))
+    model.train()
+    assert exact == [1, 0]
+
+
+def test_causal_metrics_have_no_exact_match() -> None:
+    counts = {"correct_tokens": torch.tensor(3), "exact_rows": torch.tensor(0), "rows": torch.tensor(1)}
+    totals = LossSum(torch.tensor(8.0), torch.tensor(4.0), counts)
+    subject = CausalLM(CausalLMConfig(name="causal_lm"), padding_free=True)
+    assert subject.metrics(totals) == pytest.approx({"loss": 2.0, "perplexity": math.e**2, "token_accuracy": 0.75})
+
+
+class Recorder:
+    """Stands in for data/template.ChatTokenizer."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments: {"input_ids": [name, *arguments], "labels": []}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "completion": "b"}, ["encode_pair", "a", "b"]),
+        ({"messages": ["m"]}, ["encode_messages", ["m"], None, 0]),
+        ({"messages": ["m"], "tools": ["t"], "context": 2}, ["encode_messages", ["m"], ["t"], 2]),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, [1, 2]),
+    ],
+)
+def test_rows_reach_the_tokenizer_by_their_shape(row: dict[str, Any], expected: list[Any]) -> None:
+    assert task(True).encode(row, Recorder())["input_ids"] == expected
+
+
+def test_text_rows_reach_the_tokenizer() -> None:
+    subject = CausalLM(CausalLMConfig(name="causal_lm"), padding_free=True)
+    assert subject.encode({"text": "x"}, Recorder())["input_ids"] == ["encode_text", "x"]
+    assert subject.encode({"input_ids": [1], "labels": [1]}, None) == {"input_ids": [1], "labels": [1]}
+
+
+def test_batches_are_batches() -> None:
+    assert isinstance(task(True).collate(PACKED), Batch)

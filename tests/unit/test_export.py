@@ -1,0 +1,350 @@
+"""What is exported is what was trained; faults on the way are caught and named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dist_ft.conserve import Account, Fingerprint
+from dist_ft.errors import MachineError, TrainingError
+from dist_ft.export import export_run, publish
+from dist_ft.merge import merge
+from dist_ft.method.full import Full
+from dist_ft.method.lora import Lora
+from dist_ft.probe import Deviation, compare, probe_model
+from dist_ft.schema import FullConfig, LoraConfig, ModelConfig
+
+TOKENS = list(range(5, 45))
+
+
+def train_a_little(model: nn.Module) -> nn.Module:
+    """Every trainable weight moves, zeros of LoRA's B included."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+class Case:
+    """A trained tiny model, and what its export is called with."""
+
+    def __init__(self, folder: Path, out: Path, method: Any, dtype: str = "float32") -> None:
+        self.folder, self.out, self.method = folder, out, method
+        self.config = ModelConfig(name_or_path=str(folder), dtype=dtype)
+        self.model = train_a_little(self.build(True))
+        self.is_adapter = not isinstance(method, Full)
+
+    def build(self, weights: bool) -> nn.Module:
+        base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.config.dtype))
+        if not weights:
+            base = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
+        base.config.use_cache = False
+        model = self.method.apply(base)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return model
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or not self.is_adapter:
+                yield name, parameter.data
+
+    def export(self, **changes: Any) -> Deviation | None:
+        arguments = {
+            "method": self.method,
+            "model_config": self.config,
+            "model_dir": str(self.folder),
+            "build_model": self.build,
+            "tokenizer": AutoTokenizer.from_pretrained(self.folder),
+            "end_token_id": 2,
+            "weights": self.weights(),
+            "out": self.out,
+            "card": "# card\n",
+            "probe": probe_model(self.model, TOKENS),
+        }
+        return export_run(**{**arguments, **changes})
+
+
+def full(folder: Path, out: Path, dtype: str = "float32") -> Case:
+    return Case(folder, out, Full(FullConfig(name="full")), dtype)
+
+
+def lora(folder: Path, out: Path, dtype: str = "float32", **options: Any) -> Case:
+    return Case(folder, out, Lora(LoraConfig(name="lora", r=4, lora_alpha=24, **options)), dtype)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "model"
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([TOKENS])).logits[0].float()
+
+
+def test_a_full_model_is_loaded_by_transformers_alone(tiny_llama: Path, out: Path) -> None:
+    case = full(tiny_llama, out)
+    deviation = case.export()
+    assert deviation is not None and deviation.relative < 1e-6
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits_of(loaded), logits_of(case.model))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight, "tied embeddings stay tied"
+    assert loaded.config.use_cache is True and loaded.dtype == torch.float32
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert not torch.allclose(logits_of(base), logits_of(loaded), atol=1e-2), "the training is in it"
+    written = {file.name for file in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= written
+    assert {file.suffix for file in out.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
+    original, exported = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_llama, out))
+    assert exported.chat_template == original.chat_template
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert [file.name for file in out.parent.iterdir()] == ["model"]
+
+
+LORAS: list[dict[str, Any]] = [
+    {},
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize("options", LORAS, ids=str)
+def test_an_adapter_is_loaded_by_peft_alone(tiny_llama: Path, out: Path, options: dict[str, Any]) -> None:
+    case = lora(tiny_llama, out, **options)
+    deviation = case.export()
+    assert deviation is not None and deviation.relative < 1e-5
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    before = logits_of(base)
+    loaded = peft.PeftModel.from_pretrained(base, out)
+    assert torch.allclose(logits_of(loaded), logits_of(case.model), atol=1e-5)
+    assert not torch.allclose(before, logits_of(loaded), atol=1e-2)
+    stored = load_file(out / "adapter_model.safetensors")
+    assert len(stored) == len(list(case.weights())), "trained tensors once, nothing of the frozen base"
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tiny_llama) and settings["lora_alpha"] == 24
+
+
+def test_an_untied_head_survives(tiny_llama: Path, tmp_path: Path, out: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "untied")
+    case = full(tmp_path / "untied", out)
+    assert "lm_head.weight" in dict(case.weights())
+    case.export()
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(out)), logits_of(case.model))
+
+
+def test_bfloat16_exports_what_it_computed_with(tiny_llama: Path, out: Path) -> None:
+    case = full(tiny_llama, out, "bfloat16")
+    probe = probe_model(case.model.bfloat16(), TOKENS)
+    case.model.float()
+    case.export(probe=probe)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.bfloat16
+    wanted = case.model.bfloat16().state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+
+
+def dropped(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    first = next(weights)[0]
+    assert first
+    yield from weights
+
+
+def swapped(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    given = dict(weights)
+    one, other = (name for name in list(given) if "q_proj" in name and (".lora_A." in name or "lora" not in name))
+    given[one], given[other] = given[other], given[one]
+    yield from given.items()
+
+
+def twice(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        yield name, tensor
+        yield name, tensor
+
+
+def nan(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        yield name, torch.full_like(tensor, float("nan"))
+
+
+@pytest.mark.parametrize("make", [full, lora])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (dropped, "not handed to the export"),
+        (swapped, "other logits after loading"),
+        (twice, "handed to the export twice"),
+        (nan, "nan or infinity"),
+    ],
+)
+def test_a_faulty_stream_is_caught(tiny_llama: Path, out: Path, make: Any, fault: Any, said: str) -> None:
+    case = make(tiny_llama, out)
+    with pytest.raises(TrainingError, match=said):
+        case.export(weights=fault(case.weights()))
+    assert list(out.parent.iterdir()) == [], "nothing half-way is left"
+
+
+def files(folder: Path) -> Path:
+    return next(folder.glob("*.safetensors"))
+
+
+def drop_tensor(state: dict[str, Tensor]) -> str:
+    name = sorted(state)[-1]
+    del state[name]
+    return name
+
+
+def swap_names(state: dict[str, Tensor]) -> str:
+    one, other = sorted(name for name in state if "q_proj" in name and "lora_B" not in name)[:2]
+    state[one], state[other] = state[other], state[one]
+    return one
+
+
+def transpose_square(state: dict[str, Tensor]) -> str:
+    name = next(n for n, t in sorted(state.items()) if t.ndim == 2 and t.shape[0] == t.shape[1])
+    state[name] = state[name].T.contiguous()
+    return name
+
+
+def add_tensor(state: dict[str, Tensor]) -> str:
+    name = sorted(state)[0]
+    state[name.replace("layers.0", "layers.9")] = torch.ones(3)
+    return name.replace("layers.0", "layers.9")
+
+
+@pytest.mark.parametrize("spoil", [drop_tensor, swap_names, transpose_square, add_tensor])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_faulty_file_is_caught_and_its_tensor_named(tiny_llama: Path, out: Path, kind: str, spoil: Any) -> None:
+    """The library, or a disk, does something else with the tensors than it was told."""
+    # rank 32 = width: LoRA's A of q_proj is square
+    case = full(tiny_llama, out) if kind == "full" else Case(tiny_llama, out, Lora(LoraConfig(name="lora", r=32)))
+    spoilt = ""
+
+    class Faulty(type(case.method)):  # type: ignore[misc]
+        def export(self, model: nn.Module, weights: Any, folder: Path) -> None:
+            nonlocal spoilt
+            super().export(model, weights, folder)
+            state = load_file(files(folder))
+            spoilt = spoil(state)
+            save_file(state, files(folder), metadata={"format": "pt"})
+
+    with pytest.raises(TrainingError) as caught:
+        case.export(method=Faulty(case.method.config))
+    said = " ".join(str(problem) for problem in caught.value.problems)
+    assert spoilt.removesuffix(".weight") in said.replace(".default", "")
+    assert not out.exists()
+
+
+def test_lost_scaling_is_caught_by_the_logits(tiny_llama: Path, out: Path) -> None:
+    """All tensors right and adapter_config.json wrong."""
+    case = lora(tiny_llama, out)
+
+    class Faulty(Lora):
+        def export(self, model: nn.Module, weights: Any, folder: Path) -> None:
+            super().export(model, weights, folder)
+            path = folder / "adapter_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 8}))
+
+    with pytest.raises(TrainingError, match="other logits after loading"):
+        case.export(method=Faulty(case.method.config))
+
+
+def test_lost_tie_is_caught(tiny_llama: Path, out: Path) -> None:
+    case = full(tiny_llama, out)
+
+    class Faulty(Full):
+        def export(self, model: nn.Module, weights: Any, folder: Path) -> None:
+            super().export(model, weights, folder)
+            config = folder / "config.json"
+            config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+            state = load_file(files(folder))
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+            save_file(state, files(folder), metadata={"format": "pt"})
+
+    with pytest.raises(TrainingError, match="two after loading"):
+        case.export(method=Faulty(case.method.config))
+
+
+def test_other_ranks_only_take_part_in_the_stream(tiny_llama: Path, out: Path) -> None:
+    case = full(tiny_llama, out)
+    seen: list[str] = []
+    weights = ((seen.append(name) or name, tensor) for name, tensor in case.weights())
+    assert case.export(weights=weights, is_main=False) is None
+    assert len(seen) == len(list(case.weights())) and not out.exists()
+
+
+def test_publishing_replaces_an_older_export_whole(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    fine = Deviation(0.0, 0.0)
+
+    def fill(text: str) -> Any:
+        return lambda folder: (folder / text).write_text(text)
+
+    publish(out, fill("one"), lambda folder: fine, needed_bytes=1)
+    publish(out, fill("two"), lambda folder: fine, needed_bytes=1)
+    assert [file.name for file in out.iterdir()] == ["two"]
+
+    def refuse(folder: Path) -> Deviation:
+        raise TrainingError.of("a", "b", "c")
+
+    with pytest.raises(TrainingError):
+        publish(out, fill("three"), refuse, needed_bytes=1)
+    assert [file.name for file in out.iterdir()] == ["two"] and [file.name for file in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(MachineError, match="GiB are free"):
+        publish(out, fill("four"), refuse, needed_bytes=10**18)
+
+
+@pytest.mark.parametrize("options", LORAS, ids=str)
+def test_merged_equals_unmerged(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Also where training has parted embeddings that were tied in the base."""
+    case = lora(tiny_llama, tmp_path / "model", **options)
+    before = probe_model(case.model, TOKENS)
+    merged = merge(case.model)
+    assert compare(before, probe_model(merged, TOKENS)).relative < 1e-5
+    merged.save_pretrained(tmp_path / "merged")  # type: ignore[operator]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert compare(before, probe_model(loaded, TOKENS)).relative < 1e-5
+
+
+def test_fingerprints_tell_tensors_apart() -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(4, 4)
+    same = Fingerprint.of(tensor)
+    assert same.distance(Fingerprint.of(tensor.clone())) == 0
+    assert same == Fingerprint.of(tensor.T.contiguous().T), "layout in memory does not count"
+    flipped = tensor.clone()
+    flipped.view(torch.int32)[0, 0] ^= 1
+    for other in (flipped, tensor.T, tensor.bfloat16(), tensor.flatten()):
+        assert same.distance(Fingerprint.of(other)) > 0
+    assert Fingerprint.of(torch.zeros(())).shape == ()
+
+
+def test_an_account_names_the_worst_first() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    account = Account()
+    list(account.record(model.named_parameters()))
+    account.check_loaded(model)
+    model[0].weight.data *= 1.01
+    model[1].weight.data *= 9
+    with pytest.raises(TrainingError) as caught:
+        account.check_loaded(model)
+    assert [problem.where for problem in caught.value.problems] == ["1.weight", "0.weight"]
