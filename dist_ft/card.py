@@ -18,6 +18,7 @@ from .track.jsonl import METRICS_FILE, read_evaluations
 
 LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
 SPLITS = ("train", "validation", "test")
+DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")
 
 
 def card_of_run(
@@ -52,13 +53,13 @@ def render_card(
     base = name_base(config.model, prepared.model_dir)
     is_adapter = config.method.name != "full" and not merged
     kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
+    origin = f"{_indefinite(config.method.name)} {kind}, trained from `{config.model.name_or_path}`"
+    origin += f" on the task `{config.task.name}`" + (f", checkpoint `{checkpoint}`" if checkpoint else "")
     sections = [
         _front_matter(plan, is_adapter=is_adapter),
-        f"# {config.run_name}\n\n{_indefinite(config.method.name)} {kind}, trained from `{config.model.name_or_path}` "
-        f"on the task `{config.task.name}`{f', checkpoint `{checkpoint}`' if checkpoint else ''}.",
+        f"# {config.run_name}\n\n{origin}.",
         f"## Load\n\n```python\n{load_lines(base, is_adapter=is_adapter)}\n```",
-        "## Data\n\n"
-        + _table(("split", "source", "rows", "tokens", "supervised", "fingerprint"), _data_rows(plan, prepared)),
+        "## Data\n\n" + _table(DATA_COLUMNS, _data_rows(plan, prepared)),
     ]
     if rows := list(_metric_rows(before, after)):
         steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
@@ -87,10 +88,8 @@ def load_lines(base: str, *, is_adapter: bool) -> str:
 
 def _front_matter(plan: Plan, *, is_adapter: bool) -> str:
     config = plan.config
-    values: dict[str, Any] = {
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-    }
+    library = "peft" if is_adapter else "transformers"
+    values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if is_hub_id(config.model.name_or_path):
         values["base_model"] = config.model.name_or_path
     values["tags"] = ["dist-ft", config.task.name, config.method.name]
@@ -148,9 +147,8 @@ def _version_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
-    )
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _indefinite(method: str) -> str:

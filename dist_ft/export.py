@@ -73,7 +73,7 @@ def export_run(
         return None
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # peft's, said when the run was built
-        model = build_model(False)
+        model: Any = build_model(False)
     adapter = isinstance(model, peft.PeftModel)
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapter}
     # Adapters stay in float32, as they were trained; a whole model gets the dtype that it was asked for in.
@@ -162,16 +162,22 @@ def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str) -> D
     deviation = compare(probe, probe_model(loaded, probe.input_ids))
     if not deviation.relative <= TOLERANCE[dtype]:
         rule = f"gives other logits after loading than in training ({deviation}; {TOLERANCE[dtype]:.0e} is rounding)"
-        raise TrainingError.of(
-            str(folder), rule, "all tensors are alike: see config.json, and versions in `dist-ft doctor`"
-        )
+        way_out = "all tensors are alike: see config.json, and the versions that `dist-ft doctor` shows"
+        raise TrainingError.of(str(folder), rule, way_out)
     return deviation
 
 
 def ties_embeddings(model: nn.Module) -> bool:
     """Whether input and output embeddings are one parameter."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", 0)
+    return head is not None and inner_layer(head).weight is inner_layer(embeddings).weight
+
+
+def inner_layer(module: Any) -> Any:
+    """The layer that an adapter, or a copy that is trained, stands around."""
+    while hasattr(module, "base_layer") or hasattr(module, "original_module"):
+        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
+    return module
 
 
 def add_companions(

@@ -18,6 +18,7 @@ from .schema import ModelConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORT = "model"
+AGAIN = "export anew from a checkpoint: dist-ft export run=… checkpoint=latest"
 
 
 def find_export(run_dir: Path) -> Path:
@@ -68,17 +69,20 @@ def open_export(folder: Path, config: ModelConfig, model_dir: str, **options: An
     if is_adapter(folder):
         base = open_base(config, model_dir, **options)
         return peft.PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=config.trust_remote_code,
-        **{"dtype": "auto", **options},
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=config.trust_remote_code,
+            **{"dtype": "auto", **options},
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TrainingError.of(str(folder), f"cannot be loaded: {error}", AGAIN) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report.get(kind) or ()):
             rule = f"{kind.replace('_', ' ')} on loading: {', '.join(names[:5])} ({len(names)} in all)"
-            raise TrainingError.of(str(folder), rule, "export anew from a checkpoint: dist-ft export checkpoint=latest")
+            raise TrainingError.of(str(folder), rule, AGAIN)
     assert isinstance(model, nn.Module)
     return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import peft
 import torch
@@ -18,7 +18,7 @@ from .card import card_of_run
 from .conserve import Account
 from .data.template import load_tokenizer
 from .errors import RequestError
-from .export import add_companions, check_logits, publish, verify
+from .export import add_companions, check_logits, inner_layer, publish, ties_embeddings, verify
 from .exported import find_export, find_trained_run, is_adapter, name_base, open_export, set_adapter_base
 from .model.load import attention_of
 from .plan import read_plan
@@ -98,11 +98,18 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
 def merge(model: nn.Module) -> nn.Module:
     """The base with the adapter's weights put into it; embeddings that training has parted are no longer tied."""
     assert isinstance(model, peft.PeftModel)
-    merged: nn.Module = model.merge_and_unload(safe_merge=True)
-    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()  # type: ignore[operator]
-    if merged.config.tie_word_embeddings and head.weight is not embeddings.weight:
+    tied = ties_embeddings(model.get_base_model())
+    if tied:  # merging writes in place, and an adapter of one must not change the other
+        head = inner_layer(model.get_base_model().get_output_embeddings())
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    merged: Any = model.merge_and_unload(safe_merge=True)
+    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if tied and torch.equal(head.weight, embeddings.weight):
+        head.weight = embeddings.weight
+    elif tied:
         merged.config.tie_word_embeddings = False
-        merged.all_tied_weights_keys = {}  # type: ignore[assignment]  # else the head is left out of the files
+        merged.all_tied_weights_keys = {}  # else the head is left out of the files
+    assert isinstance(merged, nn.Module)
     return merged
 
 
@@ -138,7 +145,7 @@ def _export_as_is(
 
 
 def _write(
-    model: nn.Module, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
+    model: Any, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
 ) -> Deviation:
     """A whole model by transformers; the account is of the very tensors that are saved."""
     model.to(getattr(torch, dtype))
@@ -148,7 +155,7 @@ def _write(
         pass
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder)
         _accompany(folder, model, config, prepared, card)
 
     def check(folder: Path) -> Deviation:

@@ -38,7 +38,7 @@ class Deviation:
 
 def take_probe(engine: Engine, task: Task, token_ids: Sequence[int] | np.ndarray) -> Probe:
     """Run the first tokens of `token_ids` through the engine's model; every rank takes part and gives the same ones."""
-    ids = np.array(token_ids[:PROBE_TOKENS], dtype=np.int64)
+    ids = np.array([int(token) for token in token_ids[:PROBE_TOKENS]], dtype=np.int64)
     seen: list[Tensor] = []
 
     def capture(model: nn.Module, batch: Batch) -> LossSum:
@@ -53,7 +53,7 @@ def take_probe(engine: Engine, task: Task, token_ids: Sequence[int] | np.ndarray
 @torch.no_grad()
 def probe_model(model: nn.Module, token_ids: Sequence[int] | np.ndarray | Tensor) -> Probe:
     """The same of a model in this process."""
-    ids = torch.as_tensor(np.array(token_ids[:PROBE_TOKENS], dtype=np.int64))
+    ids = torch.tensor([int(token) for token in token_ids[:PROBE_TOKENS]])
     device = next(model.parameters()).device
     was_training = model.training
     logits = model.eval()(input_ids=ids[None].to(device), use_cache=False).logits[0].float().cpu()

@@ -76,9 +76,8 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
 
 def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
     """Whether the run's rows went through the chat template, so that prompts must too."""
-    return (
-        config.task.name == "instruction" and bool(tokenizer.chat_template) and list(formats) != ["prompt_completion"]
-    )
+    is_chat = config.task.name == "instruction" and bool(tokenizer.chat_template)
+    return is_chat and list(formats) != ["prompt_completion"]
 
 
 def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[Question]:

@@ -2,8 +2,8 @@
 
 Collectives wait for the slowest rank, so when one hangs all seem to. Each rank counts its progress (a micro-batch, a
 phase) and publishes the count with what its main thread is doing; each looks at its right-hand neighbour's, so a
-stopped process is seen by one that runs. When nothing has moved for the time-out, the ranks with the smallest count
-are those that the others wait for.
+stopped process is seen by one that runs. When nothing has moved for the time-out, a rank that publishes no more is the one that the
+others wait for; if all still do, it is one with the smallest count that is not itself inside a collective.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .comm import Place
 from .errors import TrainingError
 
 FRAMES = 6
+COLLECTIVES = "torch/distributed/"
 
 
 class Watchdog:
@@ -44,6 +45,8 @@ class Watchdog:
         self.run_dir = run_dir
         self.terminal = terminal
         self.main = threading.main_thread().ident
+        self.interval_s = min(5.0, timeout_s / 4)
+        self.pulses = 0
         self.count = 0
         self.phase = "start"
         self.moved_at = time.monotonic()
@@ -68,23 +71,22 @@ class Watchdog:
     def _watch(self) -> None:
         neighbour = (self.place.rank + 1) % self.place.world_size
         seen: tuple[Any, float] = (None, time.monotonic())
-        interval_s = min(5.0, self.timeout_s / 4)
         try:
-            while not self._ended.wait(interval_s):
+            self._publish("runs")
+            while not self._ended.wait(self.interval_s):
                 self._publish("runs")
                 pulse = self._read(neighbour)
                 if pulse is None or pulse["state"] == "done" or pulse["pulse"] != seen[0]:
                     seen = (pulse and pulse["pulse"], time.monotonic())
-                if time.monotonic() - seen[1] > self.timeout_s:
-                    self._give_up(f"rank {neighbour} has sent no sign of life for {self.timeout_s:g} s", [neighbour])
-                elif time.monotonic() - self.moved_at > self.timeout_s:
-                    self._give_up(f"no progress for {self.timeout_s:g} s", self._slowest())
+                now = time.monotonic()
+                if max(now - seen[1], now - self.moved_at) > self.timeout_s:
+                    self._give_up()
             self._publish("done")
         except RuntimeError:  # the store is gone with its host; the collectives report that
             return
 
     def _publish(self, state: str) -> None:
-        self.pulses = getattr(self, "pulses", 0) + 1
+        self.pulses += 1
         pulse = {
             "state": state,
             "pulse": self.pulses,
@@ -102,23 +104,39 @@ class Watchdog:
         pulse: dict[str, Any] = json.loads(self.store.get(key))
         return pulse
 
-    def _slowest(self) -> list[int]:
-        pulses = {rank: self._read(rank) for rank in range(self.place.world_size)}
-        counts = {rank: pulse["count"] for rank, pulse in pulses.items() if pulse and pulse["state"] != "done"}
-        return [rank for rank, count in counts.items() if count == min(counts.values())]
-
     def _stack(self) -> list[str]:
         frame = sys._current_frames().get(self.main or 0)
         return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)[-FRAMES:]]
 
-    def _give_up(self, what: str, suspects: list[int]) -> None:
+    def _find_suspects(self) -> tuple[str, list[int]]:
+        """What is wrong, and the ranks that the others wait for."""
+        before = self._read_running()
+        time.sleep(2 * self.interval_s)
+        self._publish("runs")
+        pulses = self._read_running()
+        silent = [
+            rank for rank, pulse in pulses.items() if rank in before and pulse["pulse"] == before[rank]["pulse"]
+        ]
+        if silent:
+            return "no sign of life", silent
+        # A rank inside a collective waits; one that is as far behind and is not, is waited for.
+        behind = [rank for rank, pulse in pulses.items() if pulse["count"] == min(p["count"] for p in pulses.values())]
+        busy = [rank for rank in behind if not any(COLLECTIVES in frame for frame in pulses[rank]["stack"])]
+        return "no progress", busy or behind
+
+    def _read_running(self) -> dict[int, dict[str, Any]]:
+        pulses = {rank: self._read(rank) for rank in range(self.place.world_size)}
+        return {rank: pulse for rank, pulse in pulses.items() if pulse and pulse["state"] != "done"}
+
+    def _give_up(self) -> None:
+        what, suspects = self._find_suspects()
         lines = []
         for rank in suspects[:8]:
             pulse = self._read(rank) or {"host": "unknown host", "phase": "start", "stack": []}
-            lines.append(f"rank {rank} on {pulse['host']} is at {pulse['phase']}; its main thread was last seen in")
+            lines.append(f"rank {rank} on {pulse['host']} at {pulse['phase']}; its main thread was last seen in")
             lines.extend(f"      {frame}" for frame in pulse["stack"])
         error = TrainingError.of(
-            what,
+            f"{what} for {self.timeout_s:g} s",
             "the others wait for\n    " + "\n    ".join(lines),
             "see its log; raise train.timeout_s if a step may take so long",
         )

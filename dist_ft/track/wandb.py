@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import netrc
 import re
 import sys
@@ -26,7 +25,6 @@ INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120
 SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 HIDDEN = "[hidden]"
-log = logging.getLogger(__name__)
 
 
 class WandbTracker:
@@ -43,24 +41,23 @@ class WandbTracker:
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """Log under the same names as everywhere; steps that W&B has already are W&B's to ignore."""
-        self._try(lambda: self._run.log(dict(metrics), step=step))
+        self._call("log", dict(metrics), step=step)
 
     def close(self) -> None:
         """Finish the run; what could not be sent stays on disk for `wandb sync`."""
-        self._try(lambda: self._run.finish())
+        self._call("finish")
         self._run = None
 
-    def _try(self, act: Callable[[], object]) -> None:
+    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._run is None:
             return
         try:
-            act()
+            getattr(self._run, method)(*arguments, **options)
         except Exception as error:
             folder = getattr(self._run, "dir", None)
             self._run = None
-            self._warn(
-                f"W&B failed and is given up ({_first_line(error)}); what it has is in {folder}, see `wandb sync`"
-            )
+            reason = _first_line(error)
+            self._warn(f"W&B failed and is given up ({reason}); what it has is in {folder}, see `wandb sync`")
 
 
 def open_wandb(
@@ -146,7 +143,7 @@ def has_key() -> bool:
 
 
 def hide_secrets(value: Any) -> Any:
-    """`value` (nested mappings and lists) with what looks like a secret replaced, in keys' values and within strings."""
+    """`value` (nested) with what looks like a secret replaced: the values of such keys, and parts of strings."""
     if isinstance(value, Mapping):
         return {k: HIDDEN if _names_secret(str(k)) and v else hide_secrets(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -165,7 +162,7 @@ def _names_secret(key: str) -> bool:
 
 def _begin(mode: str, run_dir: Path, arguments: Mapping[str, Any]) -> Any:
     """`wandb.init` with nothing captured: no code, no argv, no console, no machine's package list, no git remote."""
-    wanted = {
+    wanted: dict[str, Any] = {
         "mode": mode,
         "root_dir": str(run_dir),
         "console": "off",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dist_ft.conserve import Account, Fingerprint
 from dist_ft.errors import MachineError, TrainingError
@@ -45,9 +45,12 @@ class Case:
         self.is_adapter = not isinstance(method, Full)
 
     def build(self, weights: bool) -> nn.Module:
-        base = AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.config.dtype))
-        if not weights:
-            base = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
+        dtype = getattr(torch, self.config.dtype)
+        base = (
+            AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+            if weights
+            else AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=dtype)
+        )
         base.config.use_cache = False
         model = self.method.apply(base)
         for parameter in model.parameters():
@@ -226,12 +229,18 @@ def transpose_square(state: dict[str, Tensor]) -> str:
 
 
 def add_tensor(state: dict[str, Tensor]) -> str:
+    name = next(name for name in sorted(state) if "layers.0" in name).replace("layers.0", "layers.9")
+    state[name] = torch.ones(3)
+    return name
+
+
+def reshape_tensor(state: dict[str, Tensor]) -> str:
     name = sorted(state)[0]
-    state[name.replace("layers.0", "layers.9")] = torch.ones(3)
-    return name.replace("layers.0", "layers.9")
+    state[name] = torch.ones(3)
+    return name.rsplit(".", 2)[-2]
 
 
-@pytest.mark.parametrize("spoil", [drop_tensor, swap_names, transpose_square, add_tensor])
+@pytest.mark.parametrize("spoil", [drop_tensor, swap_names, transpose_square, add_tensor, reshape_tensor])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_faulty_file_is_caught_and_its_tensor_named(tiny_llama: Path, out: Path, kind: str, spoil: Any) -> None:
     """The library, or a disk, does something else with the tensors than it was told."""

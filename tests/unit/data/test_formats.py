@@ -57,7 +57,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
              "tools": "[]"},
             "sharegpt",
             {"messages": [
-                USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "[2]"}, ANSWER
+                USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "[2]"},
+                ANSWER,
             ]},
         ),
         ({"instruction": "Hi", "input": "", "output": "Ho"}, "alpaca", {"messages": [USER, ANSWER]}),
@@ -99,10 +100,10 @@ def problem(row: dict[str, Any], format: str = "auto", columns: dict[str, str] |
 @pytest.mark.parametrize(
     ("row", "format", "columns", "rule", "way_out"),
     [
-        ({"question": 1, "answer": 2}, "auto", {}, "columns question, answer are of", "{prompt: question, completion: answer}"),
+        ({"question": 1, "answer": 2}, "auto", {}, "question, answer are of", "{prompt: question, completion: answer}"),
         ({"content": "x"}, "auto", {}, "columns content are", "data.columns={text: content}"),
         ({"promt": "a", "completion": "b"}, "prompt_completion", {}, "wants prompt", "{prompt: promt"),
-        ({"conversations": []}, "messages", {}, "wants messages; the columns are conversations", "data.format=sharegpt"),
+        ({"conversations": []}, "messages", {}, "messages; the columns are conversations", "data.format=sharegpt"),
         ({"text": "a"}, "text", {"text": "body"}, "has no column body; it has text", "data.columns"),
         ({"text": "a"}, "text", {"prompt": "text"}, "format text has no column prompt", "its columns are text"),
         ({"text": 3}, "text", {}, "text is 3, not text", "row"),

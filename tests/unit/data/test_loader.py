@@ -15,7 +15,10 @@ from dist_ft.task.tokens import collate_documents
 LENGTHS = np.random.default_rng(3).integers(2, 30, 23)
 TABLE = TokenTable.of(
     [
-        {"input_ids": [row * 100 + t for t in range(n)], "labels": [-100] * (n // 2) + [row * 100 + t for t in range(n // 2, n)]}
+        {
+            "input_ids": [row * 100 + t for t in range(n)],
+            "labels": [-100] * (n // 2) + [row * 100 + t for t in range(n // 2, n)],
+        }
         for row, n in enumerate(LENGTHS.tolist())
     ]
 )
@@ -28,7 +31,8 @@ def targets(batches: list[Batch]) -> list[int]:
 def loaders(world: int, per_device: int, samples: Samples, global_batch: int = 8) -> list[Loader]:
     order = Order(len(samples), 0, True, global_batch, 20)
     return [
-        Loader(TABLE, samples, collate_documents, order, rank=rank, world=world, per_device=per_device) for rank in range(world)
+        Loader(TABLE, samples, collate_documents, order, rank=rank, world=world, per_device=per_device)
+        for rank in range(world)
     ]
 
 

@@ -48,8 +48,12 @@ def test_permutations_are_pinned() -> None:
 PINNED = [0, 2, 1, 5, 4, 3, 6, 7]
 
 
-@pytest.mark.parametrize(("world", "per_device", "rows"), [(1, 4, 8), (2, 2, 8), (4, 1, 16), (2, 4, 5), (4, 2, 3), (3, 2, 1)])
-def test_dealing_keeps_the_rows_and_gives_every_rank_as_many_micro_batches(world: int, per_device: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "per_device", "rows"), [(1, 4, 8), (2, 2, 8), (4, 1, 16), (2, 4, 5), (4, 2, 3), (3, 2, 1)]
+)
+def test_dealing_keeps_the_rows_and_gives_every_rank_as_many_micro_batches(
+    world: int, per_device: int, rows: int
+) -> None:
     lengths = np.random.default_rng(rows).integers(1, 100, 50)
     indices = np.random.default_rng(1).permutation(50)[:rows]
     dealt = deal(indices, lengths, world, per_device)

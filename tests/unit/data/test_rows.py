@@ -14,7 +14,7 @@ import pytest
 from dist_ft.data.rows import fingerprint, read_rows
 from dist_ft.errors import RequestError
 
-ROWS = [{"text": "Hej, \"du\"\nöäå 🙂", "other": "a"}, {"text": "zwei", "other": "b"}, {"text": "x,y", "other": ""}]
+ROWS = [{"text": 'Hej, "du"\nöäå 🙂', "other": "a"}, {"text": "zwei", "other": "b"}, {"text": "x,y", "other": ""}]
 
 
 def read(source: Any, **options: Any) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from dist_ft.data.template import CHATML_FILE, ChatTokenizer
 from dist_ft.errors import RequestError
 
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -69,7 +70,9 @@ def make_tokenizer(template: str | None, *, eos: str | None = "</s>", adds_bos: 
     )
     bpe.train_from_iterator(CORPUS * 4, trainer)
     if adds_bos:
-        bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))])
+        bpe.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token=eos, unk_token="<unk>")
     tokenizer.chat_template = template
     return tokenizer
@@ -101,21 +104,27 @@ def encode(template: str | None, messages: list[dict[str, Any]], **options: Any)
     [
         (
             CHATML,
-            "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
-            "<|im_start|>assistant\n⟦How are you?<|im_end|>⟧\n<|im_start|>user\nI am well<|im_end|>\n"
-            "<|im_start|>assistant\n⟦It is Paris.<|im_end|>⟧\n",
+            (
+                "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
+                "<|im_start|>assistant\n⟦How are you?<|im_end|>⟧\n<|im_start|>user\nI am well<|im_end|>\n"
+                "<|im_start|>assistant\n⟦It is Paris.<|im_end|>⟧\n"
+            ),
         ),
         (
             LLAMA3,
-            "<s><|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n⟦How are you?<|eot_id|>⟧"
-            "<|start_header_id|>user<|end_header_id|>\n\nI am well<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n⟦It is Paris.<|eot_id|>⟧",
+            (
+                "<s><|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n⟦How are you?<|eot_id|>⟧"
+                "<|start_header_id|>user<|end_header_id|>\n\nI am well<|eot_id|>"
+                "<|start_header_id|>assistant<|end_header_id|>\n\n⟦It is Paris.<|eot_id|>⟧"
+            ),
         ),
         (
             GEMMA,
-            "<s><start_of_turn>user\nHello there<end_of_turn>\n<start_of_turn>model\n⟦How are you?<end_of_turn>⟧\n"
-            "<start_of_turn>user\nI am well<end_of_turn>\n<start_of_turn>model\n⟦It is Paris.<end_of_turn>⟧\n",
+            (
+                "<s><start_of_turn>user\nHello there<end_of_turn>\n<start_of_turn>model\n⟦How are you?<end_of_turn>⟧\n"
+                "<start_of_turn>user\nI am well<end_of_turn>\n<start_of_turn>model\n⟦It is Paris.<end_of_turn>⟧\n"
+            ),
         ),
         (
             MISTRAL,
@@ -123,9 +132,11 @@ def encode(template: str | None, messages: list[dict[str, Any]], **options: Any)
         ),
         (
             QWEN3,
-            "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n⟦How are you?<|im_end|>⟧\n"
-            "<|im_start|>user\nI am well<|im_end|>\n"
-            "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is Paris.<|im_end|>⟧\n",
+            (
+                "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n⟦How are you?<|im_end|>⟧\n"
+                "<|im_start|>user\nI am well<|im_end|>\n"
+                "<|im_start|>assistant\n⟦<think>\n\n</think>\n\nIt is Paris.<|im_end|>⟧\n"
+            ),
         ),
         (PLAIN, "User: Hello there\nBot: ⟦How are you?\n⟧User: I am well\nBot: ⟦It is Paris.</s>⟧"),
     ],
@@ -166,7 +177,8 @@ def test_messages_before_context_carry_no_loss() -> None:
 
 MARKED_CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}TAIL{% endgeneration %}REST{{ '\\n' }}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% generation %}{{ m.content }}TAIL{% endgeneration %}REST{{ '\\n' }}{% else %}"
+    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -196,7 +208,8 @@ def test_prefix_difference_gives_transformers_own_mask_where_there_are_marks() -
 
 def test_an_end_token_that_only_comes_with_the_next_turn_belongs_to_the_turn() -> None:
     template = (
-        "{% for m in messages %}{% if not loop.first %}{{ eos_token }}{% endif %}{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% for m in messages %}{% if not loop.first %}{{ eos_token }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ eos_token }}assistant: {% endif %}"
     )
     assert encode(template, CHAT) == (

@@ -144,6 +144,7 @@ def test_no_network_goes_on_offline(no_key: Path, tmp_path: Path, monkeypatch: p
     found.close()
     assert len(warnings) == 1 and "goes on offline" in warnings[0]
     (offline,) = tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb")
+    print([r.WhichOneof("record_type") for r in records(offline)], offline.read_bytes())
     assert history(offline)[0]["train/loss"] == 4.0
 
 
