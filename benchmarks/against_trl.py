@@ -89,7 +89,8 @@ def run_trl(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
     data = [json.loads(line) for line in Path(rows).read_text().splitlines()]
     data = (data * (1 + steps * GLOBAL_BATCH // len(data)))[: steps * GLOBAL_BATCH]
     masked = [
-        {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]} for row in data
+        {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
+        for row in data
     ]
     marks: list[float] = []
     losses: list[float] = []
@@ -134,7 +135,9 @@ def measure(who: str, rows: str, model: str, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--only", who, "--rows", rows, "--model", model, "--steps", str(steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        result = subprocess.run([*command, "--out", folder], env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*command, "--out", folder], env=environment, capture_output=True, text=True, check=False
+        )
         if result.returncode:
             raise SystemExit(result.stdout[-3000:] + result.stderr[-3000:])
         record: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])

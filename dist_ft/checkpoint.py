@@ -132,7 +132,7 @@ def steps(folder: Path) -> list[Path]:
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[Problem]]:
     """The newest checkpoint that verifies, and what is wrong with newer ones."""
-    torn = []
+    torn: list[Problem] = []
     for path in steps(folder):
         reason = verify(path)
         if reason is None:

@@ -115,6 +115,12 @@ def open_store(place: Place, timeout_s: float) -> Store:
     return store
 
 
+def connect_again(store: Store) -> Store:
+    """A connection of its own to the same store: a call that waits blocks all others on its connection."""
+    clone: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+    return clone
+
+
 def join(place: Place, store: Store, device: torch.device, timeout_s: float) -> None:
     """Form the default process group (gloo; NCCL for tensors on GPUs).
 

@@ -74,6 +74,7 @@ def open_export(folder: Path, config: ModelConfig, model_dir: str, **options: An
             folder,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
             trust_remote_code=config.trust_remote_code,
             **{"dtype": "auto", **options},
         )

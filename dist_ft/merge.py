@@ -106,6 +106,7 @@ def merge(model: nn.Module) -> nn.Module:
     head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
     if tied and torch.equal(head.weight, embeddings.weight):
         head.weight = embeddings.weight
+        merged.config.tie_word_embeddings = True  # peft has seen them apart
     elif tied:
         merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = {}  # else the head is left out of the files

@@ -34,7 +34,9 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.learning_rate
 
 
-def build_adamw(config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]], **options: Any) -> torch.optim.AdamW:
+def build_adamw(
+    config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]], **options: Any
+) -> torch.optim.AdamW:
     """AdamW over named parameters; vectors (biases, norms, magnitudes) are not decayed."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

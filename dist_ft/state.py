@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # torch is slow to import, and the planner must not
     from torch import Tensor, nn
 
 Row = Mapping[str, Any]  # a row of data in its format's canonical shape, see data/formats.py
-Example = Mapping[str, Sequence[int]]  # a tokenised row: ragged integer columns, for language models input_ids and labels
+Example = Mapping[
+    str, Sequence[int]
+]  # a tokenised row: ragged integer columns, for language models input_ids and labels
 Metrics = Mapping[str, float]
 
 

@@ -114,9 +114,7 @@ class Watchdog:
         time.sleep(2 * self.interval_s)
         self._publish("runs")
         pulses = self._read_running()
-        silent = [
-            rank for rank, pulse in pulses.items() if rank in before and pulse["pulse"] == before[rank]["pulse"]
-        ]
+        silent = [rank for rank, pulse in pulses.items() if rank in before and pulse["pulse"] == before[rank]["pulse"]]
         if silent:
             return "no sign of life", silent
         # A rank inside a collective waits; one that is as far behind and is not, is waited for.

@@ -75,7 +75,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     device = comm.find_device(place)
     store = comm.open_store(place, timeout_s)
     comm.join(place, store, device, 2 * timeout_s)  # later than the watchdog, which says more
-    watchdog = Watchdog(place, store.clone(), timeout_s, plan.run_dir, terminal)
+    watchdog = Watchdog(place, comm.connect_again(store), timeout_s, plan.run_dir, terminal)
     watchdog.start()
     with contextlib.closing(watchdog):
         run = build(plan, prepared, place, device, terminal, watchdog.beat)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from ..errors import MachineError, RequestError
 from ..schema import RunConfig
 from .sources import PACKAGE, digest_file, find_package, fingerprint
+from .template_file import read_template
 
 CODE_VERSION = 1  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
 
@@ -91,8 +92,6 @@ def split_folder(config: RunConfig, split: SplitName) -> Path:
     Raises:
         RequestError: the split's data or the tokenizer is not there.
     """
-    from .template import read_template
-
     sources = getattr(config.data, split)
     root = cache_root(config)
     task = config.task.model_dump(mode="json")

@@ -37,6 +37,16 @@ class Closers:
         """Whether the text ends with one of them."""
         return text.endswith(self.tokens)
 
+    def trim(self, text: str) -> str:
+        """The text up to its last such token; empty without one."""
+        return text[: max((text.rfind(token) + len(token) for token in self.tokens if token in text), default=0)]
+
+    def without(self, text: str) -> str:
+        """The text without those at its end."""
+        while token := next((token for token in self.tokens if text.endswith(token)), None):
+            text = text[: -len(token)].rstrip()
+        return text
+
 
 OWN_TEMPLATE = "set task.chat_template to a Jinja file that renders each turn alike wherever it stands, or to chatml"
 
@@ -56,45 +66,52 @@ def find_spans(render: Render, messages: Sequence[Message], turns: Collection[in
 def _find_span(render: Render, messages: Sequence[Message], turn: int, text: str, closers: Closers) -> Span:
     if turn == 0:
         raise RowFault("the conversation starts with an assistant turn", "begin it with a user's, or drop these rows")
-    before = render(messages[:turn], generation=True)
-    if not text.startswith(before):
-        way_out = OWN_TEMPLATE
-        raise RowFault("the chat template's generation prompt is not how it shows that turn afterwards", way_out)
-    after = render(messages[: turn + 1])
-    start = len(before)
-    stop = len(after) if text.startswith(after) else _locate_end(render, messages, turn, text, closers)
+    before, after = render(messages[:turn], generation=True), render(messages[: turn + 1])
+    if not after.startswith(before):
+        tail = before[len(_common(before, after)) :]
+        cause = f"the chat template's generation prompt ends in {tail!r}, which it does not show in the answer"
+        raise RowFault(cause, f"write that into the data, or {OWN_TEMPLATE}")
+    if text.startswith(after):
+        start, stop = len(before), len(after)
+    else:
+        start, stop = _locate(render, messages, turn, before, after, text, closers)
     behind = text[stop:].lstrip()
     if closers.eos and not closers.closes(text[start:stop].rstrip()) and behind.startswith(closers.eos):
         stop = len(text) - len(behind) + len(closers.eos)  # the end token came with what follows the turn
     kept = text[start:stop].rstrip()
     if closers.closes(kept):
         stop = start + len(kept)
-    if stop <= start or not kept:
-        raise RowFault("the chat template does not show an assistant turn", OWN_TEMPLATE)
+    if messages[turn]["content"].strip() and not closers.without(kept).strip():
+        raise RowFault("the chat template does not show the assistant's words", OWN_TEMPLATE)
     if any(call["function"]["name"] not in kept for call in messages[turn].get("tool_calls") or ()):
         way_out = "set task.chat_template to one that renders tool calls, such as chatml"
         raise RowFault("the chat template does not render tool calls", way_out)
     return start, stop
 
 
-def _locate_end(render: Render, messages: Sequence[Message], turn: int, text: str, closers: Closers) -> int:
-    """Where a turn ends that is shown otherwise than when it was the last; its content must be the same."""
+def _locate(
+    render: Render, messages: Sequence[Message], turn: int, before: str, after: str, text: str, closers: Closers
+) -> Span:
+    """Where a turn stands that is shown otherwise than when it was the last; its words and end token must be the same."""
     marked = {"role": "assistant", "content": MARK}
     first, last = _region(text, render([*messages[:turn], marked, *messages[turn + 1 :]]))
-    alone = render(messages[: turn + 1])
-    alone_first, alone_last = _region(alone, render([*messages[:turn], marked]))
-    closer = _common(text[last:], alone[alone_last:]).rstrip()
-    if text[first:last].strip() != alone[alone_first:alone_last].strip() or not closers.closes(closer):
+    after_first, after_last = _region(after, render([*messages[:turn], marked]))
+    closer = closers.trim(_common(text[last:], after[after_last:]))
+    start = len(before) if text.startswith(before) else first
+    if text[first:last].strip() != after[after_first:after_last].strip() or not before.startswith(text[:start]):
         cause = "the chat template rewrites earlier assistant turns (such as dropping their thinking)"
         raise RowFault(cause, f"end a row with the turn to learn, or {OWN_TEMPLATE}")
-    return last + len(closer)
+    if not closer:
+        cause = "the chat template ends earlier assistant turns otherwise than the last"
+        raise RowFault(cause, f"end a row with the turn to learn, or {OWN_TEMPLATE}")
+    return start, last + len(closer)
 
 
 def _region(text: str, marked: str) -> Span:
     """The part of `text` that the mark stands for in `marked`."""
     at = marked.find(MARK)
     if at < 0:
-        raise RowFault("the chat template does not show an assistant turn", OWN_TEMPLATE)
+        raise RowFault("the chat template does not show the assistant's words", OWN_TEMPLATE)
     tail = len(marked) - at - len(MARK)
     stop = len(text) - tail
     if text[:at] == marked[:at] and stop >= at and text[stop:] == marked[at + len(MARK) :]:

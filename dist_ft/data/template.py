@@ -8,38 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from ..errors import RequestError
-from ..schema import InstructionConfig, RunConfig
+from ..schema import RunConfig
 from .faults import RowFault
 from .formats import IGNORED_LABEL
 from .spans import OWN_TEMPLATE, Closers, Message, Span, find_spans
+from .template_file import read_template
 
 Encoded = dict[str, list[int]]
 
-CHATML_FILE = Path(__file__).with_name("chatml.jinja")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
-
-
-def read_template(task: Any) -> str | None:
-    """The text of `task.chat_template`; None where the tokenizer's own is meant.
-
-    Raises:
-        RequestError: the file cannot be read.
-    """
-    if not isinstance(task, InstructionConfig) or task.chat_template is None:
-        return None
-    path = CHATML_FILE if task.chat_template == "chatml" else Path(task.chat_template).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        way_out = "name a Jinja file, or chatml"
-        raise RequestError.of("task.chat_template", f"{path} cannot be read ({error})", way_out) from error
 
 
 def load_tokenizer(config: RunConfig, folder: str) -> Any:
@@ -185,9 +168,12 @@ class ChatTokenizer:
             ends = [token if token == self.eos_id else IGNORED_LABEL for token in ids]
         labels = [token if marked else IGNORED_LABEL for token, marked in zip(ids, mask, strict=True)]
         for i in range(1, len(ids)):
-            left_out = labels[i] == IGNORED_LABEL and labels[i - 1] != IGNORED_LABEL
-            if left_out and ids[i - 1] not in self.closer_ids and ids[i] in self.closer_ids and len(ends) == len(ids):
-                labels[i] = ends[i]
+            is_end = ids[i] in self.closer_ids
+            if labels[i] == IGNORED_LABEL:
+                left_out = is_end and labels[i - 1] != IGNORED_LABEL and ids[i - 1] not in self.closer_ids
+                labels[i] = ends[i] if left_out and len(ends) == len(ids) else IGNORED_LABEL
+            elif ids[i - 1] in self.closer_ids and not is_end and not self.tokenizer.decode([ids[i]]).strip():
+                labels[i] = IGNORED_LABEL  # white space behind the end token is the template's
         return {"input_ids": ids, "labels": labels}
 
     def _closed(self, encoded: Encoded, *, is_last: bool) -> Encoded:

@@ -40,7 +40,7 @@ class Lora:
             use_dora=self.config.use_dora,
             modules_to_save=self.config.modules_to_save or None,
         )
-        return peft.get_peft_model(model, settings)  # type: ignore[arg-type]
+        return peft.get_peft_model(model, settings)
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
         """Write adapter_model.safetensors and adapter_config.json in peft's form."""

@@ -85,7 +85,12 @@ def _takes_documents(model_class: type[PreTrainedModel]) -> bool:
 
 
 def _by_document(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], attend: Callable[..., Tensor]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    attend: Callable[..., Tensor],
 ) -> tuple[Tensor, None]:
     """Call `attend(query, key, value)` with [1, heads, n, dim] slices of each document; join [1, n, heads, dim]."""
     assert query.shape[0] == 1 and query.shape[2] == sum(lengths), "one row that the documents fill"
@@ -117,7 +122,7 @@ def _documents_sdpa(
     forward = ALL_ATTENTION_FUNCTIONS["sdpa"]
     lengths = kwargs.pop("document_lengths", None)
     if lengths is None:  # generation and padded batches
-        return forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ def _documents_eager(
     forward = sys.modules[type(module).__module__].eager_attention_forward
     lengths = kwargs.pop("document_lengths", None)
     if lengths is None:
-        return forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,9 +21,7 @@ def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
         RequestError: there is none that transformers reads.
     """
     try:
-        return AutoConfig.from_pretrained(
-            folder, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError.of(
             "model.name_or_path", f"{folder}: {_first_line(error)}", "name a folder or hub id of a transformers model"
@@ -90,9 +88,7 @@ def _model_class(config: ModelConfig, folder: str) -> type[PreTrainedModel]:
             found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(architecture)]
             return found
         try:
-            return type(
-                AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
-            )
+            return type(AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code))
         except ValueError as error:
             raise RequestError.of(
                 "model.name_or_path",

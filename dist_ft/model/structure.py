@@ -37,9 +37,7 @@ def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def find_routers(model: nn.Module) -> list[nn.Module]:
     """Linear layers that choose experts: direct children of a module that also has a child of several experts."""
     config = getattr(model, "config", None)
-    counts = {
-        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    } - {None}
+    counts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
     return [
         child
         for module in model.modules()

@@ -65,7 +65,7 @@ def _start(rank: int, world_size: int, function: str, payload: Path, port: int) 
 
 def _collect(workers: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> list[Any]:
     try:
-        codes = [worker.wait(timeout_s) for worker in workers]
+        codes: list[int | None] = [worker.wait(timeout_s) for worker in workers]
     except subprocess.TimeoutExpired:
         codes = [None]
     finally:

@@ -49,7 +49,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
 
 
 def config_of(
-    folder: Path, model: str, data: str, engine: str, world: int, accumulation: int, packing: bool, method: dict[str, Any]
+    folder: Path,
+    model: str,
+    data: str,
+    engine: str,
+    world: int,
+    accumulation: int,
+    packing: bool,
+    method: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "run_name": folder.name,

@@ -22,7 +22,11 @@ def next_fit(lengths: list[int], max_length: int) -> list[list[int]]:
 
 def steps_of(rows: list[dict], *, batch: int, steps: int, max_length: int | None) -> list[list[dict]]:
     """The rows of each step in file order, begun anew after the last; with `max_length`, `batch` counts packs."""
-    packs = [[i] for i in range(len(rows))] if max_length is None else next_fit([len(r["input_ids"]) for r in rows], max_length)
+    packs = (
+        [[i] for i in range(len(rows))]
+        if max_length is None
+        else next_fit([len(r["input_ids"]) for r in rows], max_length)
+    )
     return [
         [rows[i] for p in range(step * batch, (step + 1) * batch) for i in packs[p % len(packs)]]
         for step in range(steps)

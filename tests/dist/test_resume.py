@@ -66,7 +66,9 @@ def test_other_engine_and_size_same_curve(model: str, rows: tuple[str, list[dict
             cases.append(case(folder, model, rows[0], engine, world, "full"))
         run(world, cases)
         for engine in ENGINES:
-            got = [v for m in metrics_of(tmp_path / f"{engine}-{world}") for v in (m["train/loss"], m["train/grad_norm"])]
+            got = [
+                v for m in metrics_of(tmp_path / f"{engine}-{world}") for v in (m["train/loss"], m["train/grad_norm"])
+            ]
             assert got == pytest.approx(expected, rel=1e-5), (engine, world)
 
 

@@ -6,6 +6,7 @@ run out of `memory`.
 
 import importlib.machinery
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -17,8 +18,7 @@ def inject(loop):
 
     def faulty(run, at):
         if at == int(step) and run.rank == int(rank):
-            with open(os.environ["DIST_FT_FAULT_MARK"], "w") as mark:
-                mark.write(f"{os.getpid()} {time.time()}")
+            pathlib.Path(os.environ["DIST_FT_FAULT_MARK"]).write_text(f"{os.getpid()} {time.time()}")
             if kind == "raise":
                 raise ValueError("injected fault")
             if kind == "memory":

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dist_ft.data.faults import RowFault
 from dist_ft.data.formats import IGNORED_LABEL
-from dist_ft.data.template import CHATML_FILE, ChatTokenizer
+from dist_ft.data.template import ChatTokenizer
+from dist_ft.data.template_file import CHATML_FILE
 from dist_ft.errors import RequestError
 
 CHATML = (
@@ -167,6 +168,37 @@ def test_a_generation_prompt_unlike_what_follows_is_refused() -> None:
         encode(template, CHAT)
 
 
+PHI3 = (  # EOS stands behind the whole conversation
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_an_eos_behind_the_conversation_is_no_end_of_earlier_turns() -> None:
+    assert encode(PHI3, CHAT).endswith(
+        "⟦How are you?<|im_end|>⟧\n<|im_start|>user\nI am well<|im_end|>\n"
+        "<|im_start|>assistant\n⟦It is Paris.<|im_end|>\n</s>⟧"
+    )
+    with pytest.raises(RowFault, match="ends earlier assistant turns otherwise"):
+        encode(PHI3.replace("<|im_end|>\n{% endfor", "{{ '<|im_end|>' if not loop.last }}{% endfor"), CHAT)
+
+
+def test_an_empty_thinking_block_of_the_generation_prompt_is_context() -> None:
+    """Qwen 3.5: the prompt closes the thinking, and only the last turn shows it."""
+    block = "<think>\n\n</think>\n\n"
+    template = QWEN3.replace("assistant\n{% endif %}", f"assistant\n{block}{{% endif %}}")
+    assert encode(template, CHAT) == (
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n⟦How are you?<|im_end|>⟧\n"
+        f"<|im_start|>user\nI am well<|im_end|>\n<|im_start|>assistant\n{block}⟦It is Paris.<|im_end|>⟧\n"
+    )
+
+
+def test_a_template_that_wants_content_in_parts_shows_no_words() -> None:
+    template = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+    with pytest.raises(RowFault, match="does not show the assistant's words"):
+        encode(template, CHAT)
+
+
 def test_messages_before_context_carry_no_loss() -> None:
     tokenizer = make_tokenizer(MISTRAL)
     encoded = ChatTokenizer(tokenizer).encode_messages(CHAT, context=2)
@@ -183,9 +215,15 @@ MARKED_CHATML = (
 )
 
 
-@pytest.mark.parametrize(("tail", "rest"), [("<|im_end|>", ""), ("", "<|im_end|>")], ids=["end inside", "end outside"])
+@pytest.mark.parametrize(
+    ("tail", "rest"),
+    [("<|im_end|>", ""), ("", "<|im_end|>"), ("<|im_end|>{{ '\\n' }}", "SKIP")],
+    ids=["end inside", "end outside", "line end inside"],
+)
 def test_generation_marks_are_used_and_completed_with_the_end_token(tail: str, rest: str) -> None:
-    template = MARKED_CHATML.replace("TAIL", tail).replace("REST", rest)
+    template = MARKED_CHATML.replace("TAIL", tail).replace(
+        "REST{{ '\\n' }}" if rest == "SKIP" else "REST", "" if rest == "SKIP" else rest
+    )
     tokenizer = make_tokenizer(template)
     encoded = ChatTokenizer(tokenizer).encode_messages(CHAT)
     assert marked(tokenizer, encoded) == (
