@@ -34,7 +34,7 @@ from .probe import take_probe
 from .schema import OptimConfig, RunConfig
 from .state import Engine, Method, Metrics, ModelFactory, OptimFactory, Task, Tracker
 from .track.compose import NullTracker, Trackers
-from .track.jsonl import METRICS_FILE, JsonLines
+from .track.jsonl import METRICS_FILE, JsonLines, read_evaluations
 from .track.progress import open_progress
 from .track.wandb import open_wandb
 from .turns import find_end_token, open_tokenizer
@@ -222,6 +222,15 @@ def describe(plan: Plan, attention: AttentionChoice, device: torch.device, progr
         f"dist-ft: compute {config.model.dtype}, trained weights and AdamW float32; attention {attention.kernel} "
         f"({attention.reason}), {layout}"
     )
+
+
+def summarise(plan: Plan, step: int) -> str:
+    """What came of it: the first and the last evaluation side by side, and where the model is."""
+    before, after = read_evaluations(plan.run_dir / METRICS_FILE)
+    changes = [f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in after if name in before and name != "step"]
+    lines = [f"dist-ft: trained {step} steps" + (": " + ", ".join(changes) if changes else "")]
+    lines.append(f"dist-ft: model in {plan.run_dir / EXPORT}, loaded again to the same logits")
+    return "\n".join(lines)
 
 
 def resume(plan: Plan, engine: Engine, place: Place) -> Progress:

@@ -67,7 +67,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     prepared = prepare(plan.config)  # before any process group: no collective waits for it
     from . import comm
-    from .build import build
+    from .build import build, summarise
     from .loop import fit
     from .watchdog import Watchdog
 
@@ -83,6 +83,8 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
             fit(run)
             watchdog.beat("export")
             run.export()
+            if place.is_main:
+                print(summarise(plan, run.progress.step), file=terminal, flush=True)
         comm.barrier()
     comm.leave()
 

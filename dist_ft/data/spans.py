@@ -68,7 +68,7 @@ def _find_span(render: Render, messages: Sequence[Message], turn: int, text: str
         raise RowFault("the conversation starts with an assistant turn", "begin it with a user's, or drop these rows")
     before, after = render(messages[:turn], generation=True), render(messages[: turn + 1])
     if not after.startswith(before):
-        tail = before[len(_common(before, after)) :]
+        tail = before[max(0, len(_common(before, after)) - 24) :]
         cause = f"the chat template's generation prompt ends in {tail!r}, which it does not show in the answer"
         raise RowFault(cause, f"write that into the data, or {OWN_TEMPLATE}")
     if text.startswith(after):
@@ -92,7 +92,7 @@ def _find_span(render: Render, messages: Sequence[Message], turn: int, text: str
 def _locate(
     render: Render, messages: Sequence[Message], turn: int, before: str, after: str, text: str, closers: Closers
 ) -> Span:
-    """Where a turn stands that is shown otherwise than when it was the last; its words and end token must be the same."""
+    """Where a turn stands that is shown otherwise than when it was the last; its words and end must be the same."""
     marked = {"role": "assistant", "content": MARK}
     first, last = _region(text, render([*messages[:turn], marked, *messages[turn + 1 :]]))
     after_first, after_last = _region(after, render([*messages[:turn], marked]))

@@ -192,11 +192,11 @@ class ChatTokenizer:
     def _once(self, encoded: Encoded) -> Encoded:
         """Without a second BOS at the front, and without EOS behind EOS where there is loss on both."""
         ids, labels = encoded["input_ids"], encoded["labels"]
+        front = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         kept = [
             i
-            for i in range(len(ids))
+            for i in range(max(0, front - 1), len(ids))
             if not (i > 0 and ids[i - 1] == ids[i] == self.eos_id == labels[i] == labels[i - 1])
-            and not (i > 0 and set(ids[: i + 1]) == {self.bos_id})
         ]
         return {"input_ids": [ids[i] for i in kept], "labels": [labels[i] for i in kept]}
 

@@ -46,7 +46,11 @@ class WandbTracker:
     def close(self) -> None:
         """Finish the run; what could not be sent stays on disk for `wandb sync`."""
         self._call("finish")
-        self._run = None
+        if self._run is not None:
+            self._run = None
+            # `finish` returns before W&B's service has written its file, and the service ends with this process.
+            with contextlib.suppress(Exception):
+                wandb.teardown()
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._run is None:

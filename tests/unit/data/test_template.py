@@ -174,13 +174,21 @@ PHI3 = (  # EOS stands behind the whole conversation
 )
 
 
+GPT_OSS = (  # the last answer ends with another token than those before it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ eos_token if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def test_an_eos_behind_the_conversation_is_no_end_of_earlier_turns() -> None:
     assert encode(PHI3, CHAT).endswith(
         "⟦How are you?<|im_end|>⟧\n<|im_start|>user\nI am well<|im_end|>\n"
         "<|im_start|>assistant\n⟦It is Paris.<|im_end|>\n</s>⟧"
     )
     with pytest.raises(RowFault, match="ends earlier assistant turns otherwise"):
-        encode(PHI3.replace("<|im_end|>\n{% endfor", "{{ '<|im_end|>' if not loop.last }}{% endfor"), CHAT)
+        encode(GPT_OSS, CHAT)
+    assert encode(GPT_OSS, CHAT[:2]).endswith("⟦How are you?</s>⟧")
 
 
 def test_an_empty_thinking_block_of_the_generation_prompt_is_context() -> None:
@@ -207,24 +215,21 @@ def test_messages_before_context_carry_no_loss() -> None:
     )
 
 
+NEWLINE = "{{ '\\n' }}"
+END = "{% endgeneration %}"
 MARKED_CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}TAIL{% endgeneration %}REST{{ '\\n' }}{% else %}"
-    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    f"{{% generation %}}{{{{ m.content }}}}<|im_end|>{END}{NEWLINE}"
+    "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 @pytest.mark.parametrize(
-    ("tail", "rest"),
-    [("<|im_end|>", ""), ("", "<|im_end|>"), ("<|im_end|>{{ '\\n' }}", "SKIP")],
-    ids=["end inside", "end outside", "line end inside"],
+    "ending", [f"<|im_end|>{END}{NEWLINE}", f"{END}<|im_end|>{NEWLINE}", f"<|im_end|>{NEWLINE}{END}"]
 )
-def test_generation_marks_are_used_and_completed_with_the_end_token(tail: str, rest: str) -> None:
-    template = MARKED_CHATML.replace("TAIL", tail).replace(
-        "REST{{ '\\n' }}" if rest == "SKIP" else "REST", "" if rest == "SKIP" else rest
-    )
-    tokenizer = make_tokenizer(template)
+def test_generation_marks_are_used_up_to_the_end_token(ending: str) -> None:
+    tokenizer = make_tokenizer(MARKED_CHATML.replace(f"<|im_end|>{END}{NEWLINE}", ending))
     encoded = ChatTokenizer(tokenizer).encode_messages(CHAT)
     assert marked(tokenizer, encoded) == (
         "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n⟦How are you?<|im_end|>⟧\n"
@@ -233,11 +238,10 @@ def test_generation_marks_are_used_and_completed_with_the_end_token(tail: str, r
 
 
 def test_prefix_difference_gives_transformers_own_mask_where_there_are_marks() -> None:
-    template = MARKED_CHATML.replace("TAIL", "<|im_end|>").replace("REST", "")
-    tokenizer = make_tokenizer(template)
+    tokenizer = make_tokenizer(MARKED_CHATML)
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     oracle = tokenizer.apply_chat_template(CHAT, **options)
-    tokenizer.chat_template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer.chat_template = MARKED_CHATML.replace("{% generation %}", "").replace(END, "")
     encoded = ChatTokenizer(tokenizer).encode_messages(CHAT)
     assert encoded["input_ids"] == oracle["input_ids"]
     assert [int(label != IGNORED_LABEL) for label in encoded["labels"]] == oracle["assistant_masks"]

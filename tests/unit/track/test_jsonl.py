@@ -52,7 +52,7 @@ def test_resume_drops_what_comes_again(tmp_path: Path, after_step: int) -> None:
     log.log({"train/loss": -1.0}, step=after_step + 1)
     log.close()
     kept = [step for step in range(4) if step <= after_step] if after_step else []
-    assert [line["step"] for line in lines(path)] == sorted({*kept, after_step}) + [after_step + 1]
+    assert [line["step"] for line in lines(path)] == [*sorted({*kept, after_step}), after_step + 1]
     if 0 < after_step < 4:
         assert lines(path)[after_step] == {"step": after_step, "train/loss": float(after_step), "eval/loss": 1.0}
         assert lines(path)[0] == {"step": 0, "train/loss": 0.0}

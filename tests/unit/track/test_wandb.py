@@ -90,11 +90,14 @@ from dist_ft.schema import TrackConfig
 from dist_ft.track.wandb import open_wandb
 settings = {{"seen": "visible-word", "api_key": "planted-value", "setup": ["export MY_TOKEN=planted-line"],
              "data": "https://me:planted-word@host/f?sig=1&token=planted-query", "note": "is planted-hub here"}}
-t, _ = open_wandb(TrackConfig(wandb="offline"), run_dir=Path({str(tmp_path)!r}), run_name="n", settings=settings, run_id=None)
+t, _ = open_wandb(
+    TrackConfig(wandb="offline"), run_dir=Path({str(tmp_path)!r}), run_name="n", settings=settings, run_id=None
+)
 print("planted-stdout")
 print("planted-stderr", file=sys.stderr)
 t.log({{"train/loss": 1.0}}, step=1)
 t.close()
+os._exit(0)  # as workers end
 """
     run = subprocess.run([sys.executable, "-c", code, "--token=planted-argv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -102,6 +105,7 @@ t.close()
     decoded = "".join(str(record) for record in records(file))
     everything = decoded + "".join(p.read_text("latin1") for p in tmp_path.rglob("*") if p.is_file())
     assert "visible-word" in decoded  # the reader reads
+    assert history(file)[0]["train/loss"] == 1.0
     assert "planted" not in everything
 
 
@@ -144,7 +148,6 @@ def test_no_network_goes_on_offline(no_key: Path, tmp_path: Path, monkeypatch: p
     found.close()
     assert len(warnings) == 1 and "goes on offline" in warnings[0]
     (offline,) = tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb")
-    print([r.WhichOneof("record_type") for r in records(offline)], offline.read_bytes())
     assert history(offline)[0]["train/loss"] == 4.0
 
 
