@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .state import Batch, Engine, LossSum, Task
 
 PROBE_TOKENS = 64
-# Relative deviation that rounding explains, by the precision of the forward; a lost or misplaced tensor of a trained
-# model gives more, and is found bit by bit besides (export.py).
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 3e-3}
+# Relative deviation that rounding explains, by the precision of the forward. Training computes in bfloat16 from float32
+# weights and a loaded model from bfloat16 ones, which measures up to 3e-2 on small models. Tensors are compared bit by
+# bit besides (export.py); this finds what no tensor shows, such as a scale or a tie that was lost.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 
 
 @dataclass(frozen=True)

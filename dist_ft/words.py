@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -48,6 +50,7 @@ def read_words(kind: type[Options], words: Sequence[str]) -> Options:
 
 def run_command(main: Callable[[list[str]], None]) -> int:
     """Call `main` with this process's words; the exit code. A user's fault is shown without a traceback."""
+    hush_libraries()
     try:
         main(sys.argv[1:])
     except DistFtError as error:
@@ -58,6 +61,18 @@ def run_command(main: Callable[[list[str]], None]) -> int:
         print("dist-ft: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def hush_libraries() -> None:
+    """Keep libraries' advice to their callers, and their progress bars, out of what a command prints."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # DeepSpeed, which accelerate imports, sets its logger's level itself; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
 
 
 def split_run(arguments: Sequence[str], command: str) -> tuple[str, Sequence[str]]:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..schema import InstructionConfig
-from ..state import Batch, Example, LossSum, Metrics, Row
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
+from ..state import Example, Row
+from .language_model import LanguageModelTask
 
 
-class Instruction:
-    """The task `instruction`.
+class Instruction(LanguageModelTask):
+    """The task `instruction`."""
 
-    Args:
-        config: its keys.
-        padding_free: lay documents out one after another, for models whose attention keeps them apart.
-    """
-
-    def __init__(self, config: InstructionConfig, *, padding_free: bool) -> None:
-        self.config = config
-        self.padding_free = padding_free
+    answers = True
 
     def encode(self, row: Row, tokenizer: Any) -> Example:
         """Messages or a prompt and its completion by `tokenizer` (see data/template.py); token rows as they are."""
@@ -35,27 +23,3 @@ class Instruction:
         else:
             example = tokenizer.encode_pair(row["prompt"], row["completion"])
         return example
-
-    def collate(self, samples: Sequence[Sequence[Mapping[str, np.ndarray]]]) -> Batch:
-        """A micro-batch."""
-        from . import tokens  # torch is imported by the workers that need it, not where data is prepared
-
-        return (tokens.collate_documents if self.padding_free else tokens.collate_padded)(samples)
-
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of token losses and number of supervised tokens."""
-        from . import tokens
-
-        return tokens.sum_losses(model, batch)
-
-    def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss with counts for `metrics`."""
-        from . import tokens
-
-        return tokens.sum_scores(model, batch)
-
-    def metrics(self, totals: LossSum) -> Metrics:
-        """loss, perplexity, token_accuracy, and exact_match: the share of rows that greedy decoding gets right."""
-        from . import tokens
-
-        return tokens.metrics_of(totals, exact=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import time
+import statistics
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -23,7 +23,7 @@ def open_progress(total_steps: int, *, after_step: int, file: TextIO) -> Tracker
     """
     if file.isatty():
         return Bar(total_steps, after_step=after_step, console=Console(file=file))
-    return Lines(total_steps, after_step=after_step, file=file)
+    return Lines(total_steps, file=file)
 
 
 class Bar:
@@ -60,17 +60,17 @@ class Bar:
 class Lines:
     """One line of plain text a logged step, without control characters."""
 
-    def __init__(self, total_steps: int, *, after_step: int, file: TextIO) -> None:
+    def __init__(self, total_steps: int, *, file: TextIO) -> None:
         self._total_steps = total_steps
-        self._after_step = after_step
-        self._started = time.monotonic()
+        self._step_times_s: list[float] = []
         self._file = file
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """Print a line."""
         words = [format_evaluation(metrics), *format_training(metrics)]
-        if words[1:] and step > self._after_step:
-            left_s = (time.monotonic() - self._started) / (step - self._after_step) * (self._total_steps - step)
+        if "perf/step_time_s" in metrics:
+            self._step_times_s.append(metrics["perf/step_time_s"])
+            left_s = statistics.fmean(self._step_times_s) * (self._total_steps - step)
             words.append(f"eta {datetime.timedelta(seconds=round(left_s))}")
         print(f"step {step}/{self._total_steps}", *filter(None, words), sep="  ", file=self._file, flush=True)
 

@@ -14,6 +14,7 @@ TRAINING = {
     "train/loss": 1.23456,
     "train/learning_rate": 2e-4,
     "perf/tokens_per_second": 12345.6,
+    "perf/step_time_s": 30.0,
     "perf/peak_memory_bytes": 1.5 * 2**30,
 }
 
@@ -27,7 +28,7 @@ def test_plain_lines_without_control_characters() -> None:
     tracker.close()
     first, second = file.getvalue().splitlines()
     assert first == "step 4/10  eval/loss 2.0000  eval/exact_match 0.2500"
-    assert re.fullmatch(r"step 5/10  loss 1\.2346  lr 2\.00e-04  12,346 tokens/s  1\.50 GiB  eta 0:00:0\d", second)
+    assert re.fullmatch(r"step 5/10  loss 1\.2346  lr 2\.00e-04  12,346 tokens/s  1\.50 GiB  eta 0:02:30", second)
     assert file.getvalue().replace("\n", "").isprintable()
 
 

@@ -1,0 +1,103 @@
+"""The plan's tables against models that are really built, and memory against tensors that are really there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from dist_ft import inspection
+from dist_ft.memory import Part, Sizes, estimate_memory
+from dist_ft.method.lora import Lora
+from dist_ft.schema import DdpConfig, FsdpConfig, LoraConfig, Zero3Config, Zero12Config
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_components_of_a_dense_model() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, tie_word_embeddings=False), dtype=torch.bfloat16)
+    shares = inspection.count_components(model)
+    attention = 3 * (16 * 16 * 2 + 16 * 8 * 2)
+    wanted = {
+        "embeddings": 64 * 16,
+        "attention": attention,
+        "mlp": 3 * 3 * 16 * 24,
+        "norms": 16 * (2 * 3 + 1),
+        "head": 64 * 16,
+    }
+    assert {kind: share.parameters for kind, share in shares.items()} == wanted
+    assert sum(wanted.values()) == model.num_parameters()
+    assert shares["attention"].bytes_by_dtype == {"bfloat16": 2 * attention}
+
+
+def test_components_of_a_mixture_and_its_adapters() -> None:
+    base = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4, tie_word_embeddings=True))
+    shares = inspection.count_components(base)
+    assert shares["router"].parameters == 3 * 4 * 16 and shares["experts"].parameters == 3 * 4 * 3 * 16 * 24
+    assert "head" not in shares and shares["embeddings"].parameters == 64 * 16
+    total = sum(share.parameters for share in shares.values())
+    assert total == sum(p.numel() for p in base.parameters())
+    model = Lora(LoraConfig(name="lora", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).apply(base)
+    adapted = inspection.count_components(model)
+    assert adapted["adapters"].parameters == adapted["adapters"].trainable == 3 * (2 * 16 + 16 * 2)
+    assert adapted["head"].trainable == 64 * 16 and adapted["attention"].parameters == shares["attention"].parameters
+    assert sum(share.parameters for share in adapted.values()) == sum(p.numel() for p in model.parameters())
+    assert inspection.count_trainable(model) == {
+        "model.layers.*.self_attn.q_proj.lora_A.weight": (3, (2, 16), 3 * 32),
+        "model.layers.*.self_attn.q_proj.lora_B.weight": (3, (16, 2), 3 * 32),
+        "lm_head.weight": (1, (64, 16), 64 * 16),
+    }
+
+
+def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    tensors = [p for p in module.parameters()] + [p.grad for p in module.parameters() if p.grad is not None]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_memory_of_one_process_is_what_torch_holds() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False).bfloat16().requires_grad_(False), nn.Linear(8, 8, bias=False))
+    optimizer = torch.optim.AdamW(model[1].parameters())
+    model[1](torch.ones(8)).sum().backward()
+    optimizer.step()
+    sizes = Sizes(frozen_bytes=2 * 64, trained=64, compute_bytes=2, largest_block=64)
+    assert total(estimate_memory(DdpConfig(name="ddp"), 4, sizes)) == held_bytes(model, optimizer)
+    assert total(estimate_memory(FsdpConfig(name="fsdp"), 1, sizes)) == held_bytes(model, optimizer)
+
+
+def total(parts: list[Part]) -> int:
+    return sum(part.device + part.host for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_parameter"),
+    # the table of Rajbhandari et al. 2020, section 5: 2 + 2 + 12 bytes, of which stages 1, 2, 3 share out more and more
+    [("zero1", 2 + 2 + 12 / 64), ("zero2", 2 + (2 + 12) / 64), ("zero3", 16 / 64)],
+)
+def test_zero_shards_as_the_paper_says(name: str, per_parameter: float) -> None:
+    trained = 7_500_000_000
+    config = Zero3Config(name="zero3") if name == "zero3" else Zero12Config(name=name)  # type: ignore[arg-type]
+    parts = estimate_memory(config, 64, Sizes(0, trained, 2, 0))
+    assert total(parts) == pytest.approx(per_parameter * trained)
+    assert sum(part.host for part in parts) == 0
+
+
+def test_offloading_moves_to_the_host() -> None:
+    sizes = Sizes(100, 1000, 2, 10)
+    kept = total(estimate_memory(FsdpConfig(name="fsdp"), 2, sizes))
+    parts = estimate_memory(FsdpConfig(name="fsdp", offload="params"), 2, sizes)
+    assert total(parts) == kept and [part.name for part in parts if part.device] == ["gathered blocks"]
+    optimizer = estimate_memory(Zero12Config(name="zero2", offload="optimizer"), 2, sizes)
+    assert {part.name: bool(part.host) for part in optimizer} == {
+        "weights": False,
+        "gradients": True,
+        "float32 weights and AdamW moments": True,
+    }

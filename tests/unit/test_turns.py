@@ -1,0 +1,60 @@
+"""Prompts are rendered as in training, and answers end where training ended them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from dist_ft.errors import RequestError
+from dist_ft.schema import CausalLMConfig, InstructionConfig
+from dist_ft.turns import Question, find_end_token, question_of
+
+TASK = InstructionConfig(name="instruction")
+
+
+def test_a_chat_prompt_is_the_template_s(tiny_tokenizer: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    ids = Question.of_text("Hello", chat=True).encode(tokenizer)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(Question.of_text("Hello", chat=False).encode(tokenizer)) == "Hello"
+
+
+def test_a_plain_prompt_begins_with_bos_once(tiny_tokenizer: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer, bos_token="<|im_start|>")
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<|im_start|> $0", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert tokenizer("a")["input_ids"][0] == 1
+    for text in ("Hello", "<|im_start|>Hello"):
+        ids = Question.of_text(text, chat=False).encode(tokenizer)
+        assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_the_end_is_the_template_s_end_of_turn(tiny_tokenizer: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    assert find_end_token(tokenizer, TASK) == 2
+    tokenizer.eos_token = "<|pad|>"  # a base model's own end of text
+    assert find_end_token(tokenizer, TASK) == 2, "the template closes a turn by <|im_end|>"
+    assert find_end_token(tokenizer, CausalLMConfig(name="causal_lm")) == 0
+    assert find_end_token(None, TASK) is None
+
+
+def test_rows_as_questions() -> None:
+    said = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four"},
+    ]
+    question = question_of({"messages": said}, "x")
+    assert (list(question.messages or []), question.text, question.answer) == (said[:3], "three", "four")
+    open_ended = question_of({"messages": said[:3]}, "x")
+    assert (open_ended.text, open_ended.answer) == ("three", None)
+    assert question_of({"prompt": "p", "completion": "c"}, "x") == Question(None, "p", "c")
+    assert question_of({"text": "a b c d"}, "x") == Question(None, "a b", "c d")
+    with pytest.raises(RequestError, match="row of tokens"):
+        question_of({"input_ids": [1], "labels": [1]}, "x")

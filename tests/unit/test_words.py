@@ -1,0 +1,55 @@
+"""KEY=VALUE words: strict, all faults at once."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from pydantic import Field
+
+from dist_ft.errors import MachineError, RequestError
+from dist_ft.schema import Strict
+from dist_ft.words import read_words, run_command, split_run
+
+
+class Options(Strict):
+    prompt: str | None = None
+    count: int = Field(3, description="how many", ge=1)
+    loud: bool = False
+
+
+def test_values_have_their_types_and_text_stays_text() -> None:
+    assert read_words(Options, ["prompt=1=2: yes", "count=5", "loud=true"]) == Options(
+        prompt="1=2: yes", count=5, loud=True
+    )
+    assert read_words(Options, ["prompt=null"]).prompt == "null"
+
+
+def test_all_faults_at_once() -> None:
+    with pytest.raises(RequestError) as caught:
+        read_words(Options, ["cuont=1", "hello", "count=2", "count=3"])
+    assert [problem.where for problem in caught.value.problems] == ["cuont=1", "hello", "count=3"]
+    assert "count=…" in caught.value.problems[0].way_out
+    with pytest.raises(RequestError) as caught:
+        read_words(Options, ["count=0", "loud=perhaps"])
+    assert [problem.where for problem in caught.value.problems] == ["count", "loud"]
+    assert "count: how many" in caught.value.problems[0].way_out
+
+
+def test_the_run_comes_first() -> None:
+    assert split_run(["a/run.yaml", "x=1"], "evaluate") == ("a/run.yaml", ["x=1"])
+    for words in ([], ["x=1"]):
+        with pytest.raises(RequestError, match=r"dist_ft\.evaluate"):
+            split_run(words, "evaluate")
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "word"])
+
+    def fail(words: list[str]) -> None:
+        assert words == ["word"]
+        raise MachineError.of("disk", "is full", "make room")
+
+    assert run_command(fail) == 3
+    assert capsys.readouterr().err == "dist-ft: the environment is wrong\ndisk: is full\n    → make room\n"
+    assert run_command(lambda words: None) == 0
