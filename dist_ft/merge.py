@@ -149,7 +149,8 @@ def _write(
     model: Any, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
 ) -> Deviation:
     """A whole model by transformers; the account is of the very tensors that are saved."""
-    model.to(getattr(torch, dtype))
+    for parameter in model.parameters():  # not `model.to`: it would round the rotary embedding's buffers as well
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     model.config.use_cache = True
     account = Account()
     for _ in account.record(model.named_parameters()):

@@ -83,3 +83,38 @@ def test_lora_is_the_same_on_every_engine(model: str, rows: tuple[str, list[dict
     assert reference[0] != pytest.approx(reference[-2], rel=1e-3), "nothing was learned"
     for case, curve in curves.items():
         assert curve == pytest.approx(reference, **PARITY), case
+
+
+def test_offloading_changes_no_number(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
+    cases = [("ddp", "none"), ("fsdp", "params"), ("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "params")]
+
+    def make(out: Path, engine: str, offload: str) -> dict[str, Any]:
+        config = config_of(out, model, rows[0], engine, 2, 2, False, {"name": "full"})
+        if engine != "ddp":
+            config["engine"]["offload"] = offload
+        return config
+
+    runs = run_matrix(tmp_path, 2, cases, make)
+    curves = {
+        case: [v for m in metrics_of(folder) for v in (m["train/loss"], m["train/grad_norm"])]
+        for case, folder in runs.items()
+    }
+    for case, curve in curves.items():
+        assert curve == pytest.approx(curves["ddp", "none"], **PARITY), case
+
+
+def test_bfloat16_stays_near_float32(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
+    def make(out: Path, engine: str, dtype: str) -> dict[str, Any]:
+        config = config_of(out, model, rows[0], engine, 2, 2, True, {"name": "full"})
+        config["model"]["dtype"] = dtype
+        return config
+
+    cases = [("ddp", "float32"), *((engine, "bfloat16") for engine in ENGINES)]
+    runs = run_matrix(tmp_path, 2, cases, make)
+    expected = [m["train/loss"] for m in metrics_of(runs["ddp", "float32"])]
+    for case in cases[1:]:
+        losses = [m["train/loss"] for m in metrics_of(runs[case])]
+        assert losses == pytest.approx(expected, rel=3e-3), case
+        assert losses != expected, "bfloat16 was not used"
+        weights = torch.load(runs[case] / "weights.pt", weights_only=True)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}, "master weights are float32"

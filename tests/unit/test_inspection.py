@@ -58,7 +58,7 @@ def test_components_of_a_mixture_and_its_adapters() -> None:
 
 
 def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    tensors = [p for p in module.parameters()] + [p.grad for p in module.parameters() if p.grad is not None]
+    tensors = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
     tensors += [t for state in optimizer.state.values() for t in state.values() if t.ndim]
     return sum(t.numel() * t.element_size() for t in tensors)
 

@@ -52,8 +52,8 @@ def test_rows_as_questions() -> None:
     ]
     question = question_of({"messages": said}, "x")
     assert (list(question.messages or []), question.text, question.answer) == (said[:3], "three", "four")
-    open_ended = question_of({"messages": said[:3]}, "x")
-    assert (open_ended.text, open_ended.answer) == ("three", None)
+    open_ended = question_of({"messages": said[:1]}, "x")
+    assert (open_ended.text, open_ended.answer) == ("one", None)
     assert question_of({"prompt": "p", "completion": "c"}, "x") == Question(None, "p", "c")
     assert question_of({"text": "a b c d"}, "x") == Question(None, "a b", "c d")
     with pytest.raises(RequestError, match="row of tokens"):
