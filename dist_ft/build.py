@@ -203,7 +203,7 @@ def build_tracker(
         config.track,
         run_dir=plan.run_dir,
         run_name=config.run_name,
-        settings=config.model_dump(mode="json"),
+        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}}),  # lines may hold secrets
         run_id=progress.tracker_id,
         warn=lambda sentence: print(f"dist-ft: {sentence}", file=terminal, flush=True),
     )

@@ -95,9 +95,9 @@ def evaluate_run(
     return found
 
 
-def render_table(found: Mapping[str, Metrics], title: str) -> Table:
+def render_table(found: Mapping[str, Metrics]) -> Table:
     """A row a metric, a column a model."""
-    table = Table(title=title, title_justify="left", box=None)
+    table = Table(box=None)
     table.add_column("")
     for which in found:
         table.add_column(which, justify="right")
@@ -118,7 +118,8 @@ def main(arguments: list[str]) -> None:
     found = evaluate_run(plan.config, prepared, run_dir, options)
     ledger = find_split(prepared, options.split).ledger
     title = f"{options.split}: {ledger['samples']:,} samples, {ledger['supervised_tokens']:,} supervised tokens"
-    Console(highlight=False).print(render_table(found, title))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(title, render_table(found), sep="\n")
     write_result(run_dir / f"eval-{options.split}.json", found, ledger)
 
 

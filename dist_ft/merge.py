@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -58,10 +59,12 @@ def export_again(arguments: Sequence[str]) -> None:
     if out.exists():
         raise RequestError.of(str(out), "is there already", "name a new folder by out=…, or remove it")
     prepared = prepare(config)
+    dtype = options.dtype or config.model.dtype
+    if options.merge:  # in float32, and rounded once, when it is written
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     model = open_trained(config, prepared, run_dir, options.checkpoint)
     probe = probe_model(model, prepared.train.open_table().example(0)["input_ids"])
     card = card_of_run(plan, prepared, run_dir, merged=options.merge, checkpoint=options.checkpoint)
-    dtype = options.dtype or config.model.dtype
     deviation = (
         _export_merged(model, config, prepared, out, card, probe, dtype)
         if options.merge
@@ -91,7 +94,9 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
     if held != set(tensors):
         rule = f"holds other tensors than the run's configuration trains ({len(held ^ set(tensors))} differ)"
         raise RequestError.of(str(path), rule, "use the run.yaml that the checkpoint was made with")
-    dcp.load(tensors, storage_reader=checkpoint.SafeReader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this is a single process
+        dcp.load(tensors, storage_reader=checkpoint.SafeReader(path), no_dist=True)
     return model
 
 
@@ -102,7 +107,9 @@ def merge(model: nn.Module) -> nn.Module:
     if tied:  # merging writes in place, and an adapter of one must not change the other
         head = inner_layer(model.get_base_model().get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that they are no longer tied, which is seen to below
+        merged: Any = model.merge_and_unload(safe_merge=True)
     head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
     if tied and torch.equal(head.weight, embeddings.weight):
         head.weight = embeddings.weight
@@ -167,9 +174,9 @@ def _write(
         account.check_files(folder, exact=False)
         account.check_loaded(loaded)
         check_logits(folder, rounded, loaded, "float32")  # the same tensors, the same precision
-        # What the dtype itself costs is told, not judged: it was asked for.
-        asked_for = dtype != config.model.dtype
-        return compare(probe, rounded) if asked_for else check_logits(folder, probe, loaded, dtype)
+        # What a coarser dtype costs is told, not judged: it was asked for.
+        is_coarser = dtype != config.model.dtype
+        return compare(probe, rounded) if is_coarser else check_logits(folder, probe, loaded, dtype)
 
     return publish(out, fill, check, needed_bytes=_bytes(model.parameters()))
 

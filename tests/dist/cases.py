@@ -52,3 +52,16 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     """The training lines of metrics.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "train/loss" in line]
+
+
+def buffers_after_setup(place: Place, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The dtypes and sums of the model's buffers once the engine holds it, for each configuration."""
+    found = []
+    for given in configs:
+        config = RunConfig.model_validate(given)
+        plan = make_plan(config, nodes=1, workers_per_node=place.world_size, origins={})
+        write_plan(plan)
+        run = build(plan, prepare(config), place, torch.device("cpu"), sys.stderr, lambda phase: None)
+        model: Any = run.engine.model  # type: ignore[attr-defined]
+        found.append({name: [str(b.dtype), float(b.double().sum())] for name, b in model.named_buffers()})
+    return found

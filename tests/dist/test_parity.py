@@ -118,3 +118,14 @@ def test_bfloat16_stays_near_float32(model: str, rows: tuple[str, list[dict]], t
         assert losses != expected, "bfloat16 was not used"
         weights = torch.load(runs[case] / "weights.pt", weights_only=True)
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}, "master weights are float32"
+
+
+def test_position_frequencies_keep_their_precision(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
+    def make(name: str, dtype: str) -> dict[str, Any]:
+        config = config_of(tmp_path / name, model, rows[0], name, 1, 1, False, {"name": "full"})
+        config["model"]["dtype"] = dtype
+        return config
+
+    configs = [make("ddp", "float32"), *(make(engine, "bfloat16") for engine in ENGINES[1:])]
+    (exact, *others) = spawn(1, "tests.dist.cases:buffers_after_setup", configs)[0]
+    assert exact and all(other == exact for other in others)
