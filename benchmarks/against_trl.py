@@ -2,8 +2,8 @@
 
     pip install trl==1.16.0 && python benchmarks/against_trl.py --steps 6 --repeats 3
 
-Both get the same token rows and labels, model, adapter, effective batch, micro-batch, optimizer and one thread, and take
-turns in processes of their own; the first step is not counted. Losses of both are printed: they must agree.
+Both get the same token rows and labels, model, adapter, effective batch, micro-batch, optimizer and one thread, and
+take turns in processes of their own; the first step is not counted. Losses of both are printed: they must agree.
 """
 
 from __future__ import annotations

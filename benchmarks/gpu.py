@@ -124,7 +124,9 @@ def main() -> None:
         for case in CASES:
             words = ",".join(map(str, case))
             command = [sys.executable, __file__, "--case", words, "--folder", folder, "--steps", str(given.steps)]
-            result = subprocess.run([*command, *(["--tiny"] if given.tiny else [])], capture_output=True, text=True)
+            result = subprocess.run(
+                [*command, *(["--tiny"] if given.tiny else [])], capture_output=True, text=True, check=False
+            )
             outcome = result.stdout.strip().splitlines()[-1] if result.returncode == 0 else result.stderr[-2000:]
             print(f"{words:24} {outcome}", flush=True)
 

@@ -271,7 +271,7 @@ def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place
 def export(
     plan: Plan, prepared: Prepared, place: Place, engine: Engine, task: Task, method: Method, factory: ModelFactory
 ) -> None:
-    """Write the trained model into the run's folder, and see that it loads to the same logits. Every rank takes part."""
+    """Write the trained model into the run's folder, and see that it loads to the same logits; all ranks take part."""
     config = plan.config
     probe = take_probe(engine, task, prepared.train.open_table().example(0)["input_ids"])
     tokenizer = open_tokenizer(config, prepared.tokenizer_dir) if place.is_main else None

@@ -1,4 +1,4 @@
-"""The loop: what happens in a run, in the order it happens. It knows protocols and never asks which engine it drives."""
+"""The loop: what happens in a run, in the order it happens. It knows protocols, and never which engine it drives."""
 
 from __future__ import annotations
 

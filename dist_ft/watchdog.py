@@ -2,8 +2,9 @@
 
 Collectives wait for the slowest rank, so when one hangs all seem to. Each rank counts its progress (a micro-batch, a
 phase) and publishes the count with what its main thread is doing; each looks at its right-hand neighbour's, so a
-stopped process is seen by one that runs. When nothing has moved for the time-out, a rank that publishes no more is the one that the
-others wait for; if all still do, it is one with the smallest count that is not itself inside a collective.
+stopped process is seen by one that runs. When nothing has moved for the time-out, a rank that publishes no more is
+the one that the others wait for; if all still do, it is one with the smallest count that is not itself inside a
+collective.
 """
 
 from __future__ import annotations

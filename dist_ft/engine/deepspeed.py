@@ -66,15 +66,11 @@ class Zero:
         """Build the model (rank 0 with weights); DeepSpeed sends the others theirs while it partitions."""
         model = build_model(self.place.is_main)
         deepspeed.init_distributed(dist_init_required=False)
-        # Position frequencies and the like keep their precision; DeepSpeed would round them with the weights.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        for parameter in model.parameters():
+        for parameter in model.parameters():  # not buffers: position frequencies keep their precision
             parameter.data = parameter.data.to(self.dtype)
         optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
         self.model: nn.Module = self.engine.module
-        for name, buffer in self.model.named_buffers():
-            buffer.data = buffers[name].to(buffer.device)
         self.engine.train()
         self.mesh = init_device_mesh(self.device.type, (self.place.world_size,))
         self.trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

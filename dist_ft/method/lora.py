@@ -82,7 +82,7 @@ def _ambiguous(linears: dict[str, nn.Linear], model: nn.Module) -> bool:
 
 
 def _check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str]) -> None:
-    """Each of `wanted` must be a module's name or the end of one, at a dot; `usual` names are shown where none is near."""
+    """Each of `wanted` must be a module's name or the end of one, at a dot; `usual` ones are shown if none is near."""
     problems = []
     names = [name for name, _ in model.named_modules() if name]
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
