@@ -22,6 +22,8 @@ from .errors import MachineError, RequestError
 from .export import export_run
 from .exported import EXPORT
 from .loop import Run
+from .method.bitfit import Bitfit
+from .method.freeze import Freeze
 from .method.full import Full
 from .method.lora import Lora
 from .model.attention import AttentionChoice
@@ -41,7 +43,12 @@ from .turns import find_end_token, open_tokenizer
 
 CHECKPOINTS = "checkpoints"
 
-METHODS: dict[str, Callable[..., Method]] = {"full": Full, "lora": Lora}
+METHODS: dict[str, Callable[..., Method]] = {
+    "full": Full,
+    "freeze": Freeze,
+    "bitfit": Bitfit,
+    "lora": Lora,
+}
 
 
 def build_task(config: RunConfig, *, padding_free: bool) -> Task:
@@ -273,7 +280,7 @@ def export(
         build_model=factory,
         tokenizer=tokenizer,
         end_token_id=find_end_token(tokenizer, config.task),
-        weights=engine.weights(trainable=config.method.name != "full"),
+        weights=engine.weights(trainable=not config.method.whole),
         out=plan.run_dir / EXPORT,
         card=card_of_run(plan, prepared, plan.run_dir) if place.is_main else "",
         probe=probe,

@@ -153,8 +153,7 @@ def check_machine(config: RunConfig) -> list[Problem]:
     if not os.access(folder, os.W_OK | os.X_OK):
         return [Problem("output_dir", f"{folder} cannot be written to", "set output_dir to a folder of yours")]
     weights = weight_bytes(config.model.name_or_path)
-    full = config.method.name == "full"
-    needed = max(LEAST_ROOM_BYTES, (weights or 0) * FULL_COPIES if full else 0)
+    needed = max(LEAST_ROOM_BYTES, (weights or 0) * FULL_COPIES if config.method.whole else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         rule = f"{free // MIB} MiB are free in {folder}; the run needs some {needed // MIB} MiB"

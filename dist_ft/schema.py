@@ -6,7 +6,7 @@ Names are those of Hugging Face and TRL wherever the meaning is the same. The gr
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -75,14 +75,57 @@ class DataConfig(Strict):
     cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
 
 
-class FullConfig(Strict):
+class MethodChoice(Strict):
+    """What the house asks of a method without knowing which it is."""
+
+    whole: ClassVar[bool] = False  # its export is a model, not an adapter for the base
+    virtual_tokens: ClassVar[bool] = False  # it puts learned positions in front of every row
+    mergeable: ClassVar[bool] = False  # its adapter can be put into the base's weights
+
+    @property
+    def exact(self) -> bool:
+        """Whether the export holds the trained tensors bit by bit, and not what they were turned into."""
+        return True
+
+    def lr_scale(self, parameter: str) -> float:
+        """By what the learning rate of a parameter, given by name, is multiplied."""
+        return 1.0
+
+
+class FullConfig(MethodChoice):
     """Every weight learns."""
+
+    whole: ClassVar[bool] = True
 
     name: Literal["full"]
 
 
-class LoraConfig(Strict):
+class FreezeConfig(MethodChoice):
+    """Only the last blocks learn, or what patterns name; with neither, the head on frozen features."""
+
+    whole: ClassVar[bool] = True
+
+    name: Literal["freeze"]
+    num_layers: Annotated[int, Field(ge=0)] = Field(2, description="Blocks that learn, counted from the last.")
+    trainable: list[str] = Field(
+        default_factory=list, description="Regular expressions; a parameter learns where one is found in its name."
+    )
+    train_embeddings: bool = Field(False, description="The input embeddings learn.")
+    train_head: bool = Field(False, description="The output head learns.")
+
+
+class BitfitConfig(MethodChoice):
+    """Only biases learn (Ben Zaken et al. 2022)."""
+
+    whole: ClassVar[bool] = True
+
+    name: Literal["bitfit"]
+
+
+class LoraConfig(MethodChoice):
     """Low-rank adapters beside frozen weights (Hu et al. 2021); names and meanings are PEFT's."""
+
+    mergeable: ClassVar[bool] = True
 
     name: Literal["lora"]
     r: Count = 16
@@ -96,7 +139,10 @@ class LoraConfig(Strict):
     modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
 
 
-MethodConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="name")]
+MethodConfig = Annotated[
+    FullConfig | FreezeConfig | BitfitConfig | LoraConfig,
+    Field(discriminator="name"),
+]
 
 
 class DdpConfig(Strict):
