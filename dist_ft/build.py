@@ -25,7 +25,12 @@ from .loop import Run
 from .method.bitfit import Bitfit
 from .method.freeze import Freeze
 from .method.full import Full
+from .method.ia3 import Ia3
+from .method.ln_tuning import LnTuning
 from .method.lora import Lora
+from .method.p_tuning import PTuning
+from .method.prefix import Prefix
+from .method.prompt import Prompt
 from .model.attention import AttentionChoice
 from .model.flops import StepCost, count_step_cost, peak_flops
 from .model.load import attention_of, load_model
@@ -47,6 +52,11 @@ METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
     "freeze": Freeze,
     "bitfit": Bitfit,
+    "ln_tuning": LnTuning,
+    "ia3": Ia3,
+    "prompt": Prompt,
+    "prefix": Prefix,
+    "p_tuning": PTuning,
     "lora": Lora,
 }
 
@@ -66,6 +76,12 @@ def build_task(config: RunConfig, *, padding_free: bool) -> Task:
 def build_method(config: RunConfig) -> Method:
     """The method of the configuration."""
     return METHODS[config.method.name](config.method)
+
+
+def choose_attention(config: RunConfig, folder: str, device: torch.device) -> AttentionChoice:
+    """How the model attends, and whether documents are laid out without padding: not behind virtual tokens."""
+    attention = attention_of(config.model, folder, device)
+    return attention.padded() if config.method.virtual_tokens else attention
 
 
 def build_engine(plan: Plan, place: Place, device: torch.device) -> Engine:
@@ -160,7 +176,7 @@ def build(
     `terminal` is where rank 0 shows progress; `beat` tells a watchdog how far this rank has come.
     """
     config = plan.config
-    attention = attention_of(config.model, prepared.model_dir, device)
+    attention = choose_attention(config, prepared.model_dir, device)
     task = build_task(config, padding_free=attention.padding_free)
     loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +13,27 @@ from pydantic import Field
 from torch import nn
 
 from . import checkpoint
-from .build import CHECKPOINTS, build_method, model_factory
+from .build import CHECKPOINTS, build_method, choose_attention, model_factory
 from .card import card_of_run
 from .conserve import Account
 from .data.template import load_tokenizer
 from .errors import RequestError
-from .export import add_companions, check_logits, inner_layer, publish, ties_embeddings, verify
+from .export import (
+    add_companions,
+    build_bare,
+    check_logits,
+    inner_layer,
+    publish,
+    stored_dtypes,
+    ties_embeddings,
+    verify,
+)
 from .exported import find_export, find_trained_run, is_adapter, name_base, open_export, set_adapter_base
-from .model.load import attention_of
 from .plan import read_plan
 from .prepare import Prepared, prepare
 from .probe import Deviation, Probe, compare, probe_model
 from .schema import RunConfig, Strict
+from .state import ModelFactory
 from .turns import find_end_token
 from .words import read_words, split_run
 
@@ -85,7 +93,7 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
     if reason := checkpoint.verify(path.resolve()):
         raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
-    model = _build(config, prepared, weights=True)
+    model = _factory(config, prepared)(True)
     tensors = {f"model/{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
     held = {n for n in checkpoint.SafeReader(path).read_metadata().state_dict_metadata if n.startswith("model/")}
     if held != set(tensors):
@@ -95,17 +103,9 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
     return model
 
 
-def trained_names(config: RunConfig, prepared: Prepared) -> set[str]:
-    """Names of the parameters that the run trains; a loaded adapter is frozen and does not tell."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # peft's, said when the run was built
-        model = _build(config, prepared, weights=False)
-    return {name for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _build(config: RunConfig, prepared: Prepared, *, weights: bool) -> nn.Module:
-    attention = attention_of(config.model, prepared.model_dir, torch.device("cpu"))
-    return model_factory(config, prepared.model_dir, attention, build_method(config))(weights)
+def _factory(config: RunConfig, prepared: Prepared) -> ModelFactory:
+    attention = choose_attention(config, prepared.model_dir, torch.device("cpu"))
+    return model_factory(config, prepared.model_dir, attention, build_method(config))
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -143,8 +143,10 @@ def _export_as_is(
 ) -> Deviation:
     if config.method.whole:
         return _write(model, config, prepared, out, card, probe, dtype)
-    account = Account()
-    method, learned = build_method(config), trained_names(config, prepared)
+    account = Account(stored_dtypes(config.method, config.model))
+    method = build_method(config)
+    bare = build_bare(_factory(config, prepared))  # a loaded adapter is frozen and does not tell what was trained
+    learned = {name for name, p in bare.named_parameters() if p.requires_grad}
     wanted = {name: p for name, p in model.named_parameters() if name in learned}
 
     def fill(folder: Path) -> None:

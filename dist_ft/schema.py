@@ -6,19 +6,22 @@ Names are those of Hugging Face and TRL wherever the meaning is the same. The gr
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Strict(BaseModel):
-    """A frozen record without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
-
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
+from .schema_method import (
+    BitfitConfig,
+    FreezeConfig,
+    FullConfig,
+    Ia3Config,
+    LnTuningConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+)
+from .strict import Count, Share, Strict
 
 
 class ModelConfig(Strict):
@@ -75,72 +78,16 @@ class DataConfig(Strict):
     cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
 
 
-class MethodChoice(Strict):
-    """What the house asks of a method without knowing which it is."""
-
-    whole: ClassVar[bool] = False  # its export is a model, not an adapter for the base
-    virtual_tokens: ClassVar[bool] = False  # it puts learned positions in front of every row
-    mergeable: ClassVar[bool] = False  # its adapter can be put into the base's weights
-
-    @property
-    def exact(self) -> bool:
-        """Whether the export holds the trained tensors bit by bit, and not what they were turned into."""
-        return True
-
-    def lr_scale(self, parameter: str) -> float:
-        """By what the learning rate of a parameter, given by name, is multiplied."""
-        return 1.0
-
-
-class FullConfig(MethodChoice):
-    """Every weight learns."""
-
-    whole: ClassVar[bool] = True
-
-    name: Literal["full"]
-
-
-class FreezeConfig(MethodChoice):
-    """Only the last blocks learn, or what patterns name; with neither, the head on frozen features."""
-
-    whole: ClassVar[bool] = True
-
-    name: Literal["freeze"]
-    num_layers: Annotated[int, Field(ge=0)] = Field(2, description="Blocks that learn, counted from the last.")
-    trainable: list[str] = Field(
-        default_factory=list, description="Regular expressions; a parameter learns where one is found in its name."
-    )
-    train_embeddings: bool = Field(False, description="The input embeddings learn.")
-    train_head: bool = Field(False, description="The output head learns.")
-
-
-class BitfitConfig(MethodChoice):
-    """Only biases learn (Ben Zaken et al. 2022)."""
-
-    whole: ClassVar[bool] = True
-
-    name: Literal["bitfit"]
-
-
-class LoraConfig(MethodChoice):
-    """Low-rank adapters beside frozen weights (Hu et al. 2021); names and meanings are PEFT's."""
-
-    mergeable: ClassVar[bool] = True
-
-    name: Literal["lora"]
-    r: Count = 16
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: str | list[str] = Field(
-        "all-linear", description="`all-linear` (neither head nor router), name endings, or one regular expression."
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
-    use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
-    modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
-
-
 MethodConfig = Annotated[
-    FullConfig | FreezeConfig | BitfitConfig | LoraConfig,
+    FullConfig
+    | FreezeConfig
+    | BitfitConfig
+    | LnTuningConfig
+    | Ia3Config
+    | PromptConfig
+    | PrefixConfig
+    | PTuningConfig
+    | LoraConfig,
     Field(discriminator="name"),
 ]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch is slow to import, and the planner must not
     import numpy as np
     from torch import Tensor, nn
 
-    from .schema import MethodChoice
+    from .schema_method import MethodChoice
 
 Row = Mapping[str, Any]  # a row of data in its format's canonical shape, see data/formats.py
 Example = Mapping[

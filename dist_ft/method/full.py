@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..schema import FullConfig, MethodChoice
+from ..schema_method import FullConfig, MethodChoice
 from ..state import Weights
 
 
