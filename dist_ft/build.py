@@ -22,8 +22,15 @@ from .errors import MachineError, RequestError
 from .export import export_run
 from .exported import EXPORT
 from .loop import Run
+from .method.bitfit import Bitfit
+from .method.freeze import Freeze
 from .method.full import Full
+from .method.ia3 import Ia3
+from .method.ln_tuning import LnTuning
 from .method.lora import Lora
+from .method.p_tuning import PTuning
+from .method.prefix import Prefix
+from .method.prompt import Prompt
 from .model.attention import AttentionChoice
 from .model.flops import StepCost, count_step_cost, peak_flops
 from .model.load import attention_of, load_model
@@ -41,7 +48,17 @@ from .turns import find_end_token, open_tokenizer
 
 CHECKPOINTS = "checkpoints"
 
-METHODS: dict[str, Callable[..., Method]] = {"full": Full, "lora": Lora}
+METHODS: dict[str, Callable[..., Method]] = {
+    "full": Full,
+    "freeze": Freeze,
+    "bitfit": Bitfit,
+    "ln_tuning": LnTuning,
+    "ia3": Ia3,
+    "prompt": Prompt,
+    "prefix": Prefix,
+    "p_tuning": PTuning,
+    "lora": Lora,
+}
 
 
 def build_task(config: RunConfig, *, padding_free: bool) -> Task:
@@ -59,6 +76,12 @@ def build_task(config: RunConfig, *, padding_free: bool) -> Task:
 def build_method(config: RunConfig) -> Method:
     """The method of the configuration."""
     return METHODS[config.method.name](config.method)
+
+
+def choose_attention(config: RunConfig, folder: str, device: torch.device) -> AttentionChoice:
+    """How the model attends, and whether documents are laid out without padding: not behind virtual tokens."""
+    attention = attention_of(config.model, folder, device)
+    return attention.padded() if config.method.virtual_tokens else attention
 
 
 def build_engine(plan: Plan, place: Place, device: torch.device) -> Engine:
@@ -153,7 +176,7 @@ def build(
     `terminal` is where rank 0 shows progress; `beat` tells a watchdog how far this rank has come.
     """
     config = plan.config
-    attention = attention_of(config.model, prepared.model_dir, device)
+    attention = choose_attention(config, prepared.model_dir, device)
     task = build_task(config, padding_free=attention.padding_free)
     loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
@@ -282,7 +305,7 @@ def export(
         build_model=factory,
         tokenizer=tokenizer,
         end_token_id=find_end_token(tokenizer, config.task),
-        weights=engine.weights(trainable=config.method.name != "full"),
+        weights=engine.weights(trainable=not config.method.whole),
         out=plan.run_dir / EXPORT,
         card=card_of_run(plan, prepared, plan.run_dir) if place.is_main else "",
         probe=probe,

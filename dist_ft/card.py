@@ -51,7 +51,7 @@ def render_card(
     """Markdown with the front matter that the hub reads; `before` and `after` have `step` and `eval/…`."""
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
-    is_adapter = config.method.name != "full" and not merged
+    is_adapter = not config.method.whole and not merged
     kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
     origin = f"{_indefinite(config.method.name)} {kind}, trained from `{config.model.name_or_path}`"
     origin += f" on the task `{config.task.name}`" + (f", checkpoint `{checkpoint}`" if checkpoint else "")

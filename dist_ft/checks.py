@@ -96,6 +96,24 @@ READ_WHEN = [
         "rows of tokens are used as they are",
         "remove it, or give rows of text",
     ),
+    ReadWhen(
+        "method.prompt_tuning_init_text",
+        lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
+        "the prompt starts at random",
+        "set method.prompt_tuning_init=TEXT, or remove it",
+    ),
+    ReadWhen(
+        "method.tokenizer_name_or_path",
+        lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
+        "there is no text to read",
+        "set method.prompt_tuning_init=TEXT, or remove it",
+    ),
+    ReadWhen(
+        "method.encoder_hidden_size",
+        lambda c: getattr(c.method, "prefix_projection", True),
+        "without method.prefix_projection there is no network",
+        "set method.prefix_projection=true, or remove it",
+    ),
     ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
     ReadWhen("train.eval_steps", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
     ReadWhen("train.per_device_eval_batch_size", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
@@ -135,6 +153,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
     return [
         *_unread_problems(config, origins),
         *_length_problems(config, origins),
+        *_method_problems(config, origins),
         *_format_problems(config),
         *model_problems(config.model),
         *_data_problems(config),
@@ -153,8 +172,7 @@ def check_machine(config: RunConfig) -> list[Problem]:
     if not os.access(folder, os.W_OK | os.X_OK):
         return [Problem("output_dir", f"{folder} cannot be written to", "set output_dir to a folder of yours")]
     weights = weight_bytes(config.model.name_or_path)
-    full = config.method.name == "full"
-    needed = max(LEAST_ROOM_BYTES, (weights or 0) * FULL_COPIES if full else 0)
+    needed = max(LEAST_ROOM_BYTES, (weights or 0) * FULL_COPIES if config.method.whole else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         rule = f"{free // MIB} MiB are free in {folder}; the run needs some {needed // MIB} MiB"
@@ -184,6 +202,21 @@ def _length_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if train.max_steps is None and train.num_train_epochs is None:
         rule = "the length of the run is not given"
         yield Problem("train", rule, "set train.max_steps or train.num_train_epochs")
+
+
+def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """What a method cannot be combined with."""
+    method = config.method
+    if method.virtual_tokens and config.task.packing:
+        rule = f"method={method.name} puts virtual tokens in front of each row, and a packed row has many documents"
+        yield Problem(_where("task.packing", origins), rule, "set task.packing=false, or choose another method")
+    if method.name == "prefix" and config.model.gradient_checkpointing:
+        rule = "the prefix reaches attention as a cache of keys and values, which recomputed blocks do not get"
+        way_out = "set model.gradient_checkpointing=false, or choose method=prompt"
+        yield Problem(_where("model.gradient_checkpointing", origins), rule, way_out)
+    if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
+        rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
+        yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")
 
 
 def _format_problems(config: RunConfig) -> Iterator[Problem]:

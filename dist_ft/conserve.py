@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +51,11 @@ class Account:
     """What was handed over for export.
 
     Args:
-        dtype: floating-point tensors are exported in; None keeps each as it is.
+        dtype_of: what a floating-point tensor, given by name, is exported in; None keeps it as it is.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype_of: Callable[[str], torch.dtype | None] = lambda name: None) -> None:
+        self.dtype_of = dtype_of
         self.entries: dict[str, Fingerprint] = {}
 
     def record(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -67,7 +67,7 @@ class Account:
         for name, tensor in weights:
             if name in self.entries:
                 raise TrainingError.of(name, "was handed to the export twice", WAY_OUT)
-            dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+            dtype = (tensor.is_floating_point() and self.dtype_of(name)) or tensor.dtype
             given = tensor.detach().to("cpu", dtype, copy=True).contiguous()
             if not bool(torch.isfinite(given).all()):
                 raise TrainingError.of(name, f"holds nan or infinity in {dtype}", "resume from an earlier checkpoint")

@@ -14,18 +14,27 @@ from pydantic import Field
 from torch import nn
 
 from . import checkpoint
-from .build import CHECKPOINTS, build_method, model_factory
+from .build import CHECKPOINTS, build_method, choose_attention, model_factory
 from .card import card_of_run
 from .conserve import Account
 from .data.template import load_tokenizer
 from .errors import RequestError
-from .export import add_companions, check_logits, inner_layer, publish, ties_embeddings, verify
+from .export import (
+    add_companions,
+    build_bare,
+    check_logits,
+    inner_layer,
+    publish,
+    stored_dtypes,
+    ties_embeddings,
+    verify,
+)
 from .exported import find_export, find_trained_run, is_adapter, name_base, open_export, set_adapter_base
-from .model.load import attention_of
 from .plan import read_plan
 from .prepare import Prepared, prepare
 from .probe import Deviation, Probe, compare, probe_model
 from .schema import RunConfig, Strict
+from .state import ModelFactory
 from .turns import find_end_token
 from .words import read_words, split_run
 
@@ -50,10 +59,10 @@ def export_again(arguments: Sequence[str]) -> None:
     options = read_words(ExportOptions, words)
     plan = read_plan(run_file)
     config, run_dir = plan.config, find_trained_run(plan, run_file)
-    is_lora = config.method.name != "full"
-    if options.merge and not is_lora:
-        raise RequestError.of("merge", "a full fine-tuning has no adapter to merge", "leave merge out")
-    if options.dtype and is_lora and not options.merge:
+    if options.merge and not config.method.mergeable:
+        kept = "has no adapter to merge" if config.method.whole else "cannot be put into the base's weights"
+        raise RequestError.of("merge", f"method={config.method.name} {kept}", "leave merge out")
+    if options.dtype and not config.method.whole and not options.merge:
         raise RequestError.of("dtype", "an adapter stays in the precision it was trained in", "add merge=true")
     out = Path(options.out) if options.out else run_dir / _name(options)
     if out.exists():
@@ -87,8 +96,7 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
     if reason := checkpoint.verify(path.resolve()):
         raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
-    attention = attention_of(config.model, prepared.model_dir, torch.device("cpu"))
-    model = model_factory(config, prepared.model_dir, attention, build_method(config))(True)
+    model = _factory(config, prepared)(True)
     tensors = {f"model/{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
     held = {n for n in checkpoint.SafeReader(path).read_metadata().state_dict_metadata if n.startswith("model/")}
     if held != set(tensors):
@@ -98,6 +106,11 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         warnings.simplefilter("ignore", UserWarning)  # that this is a single process
         dcp.load(tensors, storage_reader=checkpoint.SafeReader(path), no_dist=True)
     return model
+
+
+def _factory(config: RunConfig, prepared: Prepared) -> ModelFactory:
+    attention = choose_attention(config, prepared.model_dir, torch.device("cpu"))
+    return model_factory(config, prepared.model_dir, attention, build_method(config))
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -135,19 +148,22 @@ def _export_merged(
 def _export_as_is(
     model: nn.Module, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
 ) -> Deviation:
-    if not isinstance(model, peft.PeftModel):
+    if config.method.whole:
         return _write(model, config, prepared, out, card, probe, dtype)
-    account = Account()
-    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad or _is_adapters(n)}
+    account = Account(stored_dtypes(config.method, config.model))
+    method = build_method(config)
+    bare = build_bare(_factory(config, prepared))  # a loaded adapter is frozen and does not tell what was trained
+    learned = {name for name, p in bare.named_parameters() if p.requires_grad}
+    wanted = {name: p for name, p in model.named_parameters() if name in learned}
 
     def fill(folder: Path) -> None:
-        build_method(config).export(model, account.record((n, p.data) for n, p in wanted.items()), folder)
+        method.export(model, account.record((n, p.data) for n, p in wanted.items()), folder)
         set_adapter_base(folder, name_base(config.model, prepared.model_dir), config.model.revision)
         _accompany(folder, model, config, prepared, card)
 
     def check(folder: Path) -> Deviation:
         assert is_adapter(folder)
-        return verify(folder, account, model, config.model, prepared.model_dir, probe)
+        return verify(folder, account, model, config.model, prepared.model_dir, probe, exact=config.method.exact)
 
     return publish(out, fill, check, needed_bytes=_bytes(wanted.values()))
 
@@ -184,11 +200,6 @@ def _write(
 def _accompany(folder: Path, model: nn.Module, config: RunConfig, prepared: Prepared, card: str) -> None:
     tokenizer = load_tokenizer(config, prepared.tokenizer_dir)
     add_companions(folder, model, prepared.model_dir, tokenizer, find_end_token(tokenizer, config.task), card)
-
-
-def _is_adapters(name: str) -> bool:
-    """Whether a parameter of a loaded adapter, frozen by then, belongs to it."""
-    return "lora_" in name or ".modules_to_save." in name
 
 
 def _bytes(parameters: object) -> int:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Strict(BaseModel):
-    """A frozen record without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
-
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
+from .schema_method import (
+    BitfitConfig,
+    FreezeConfig,
+    FullConfig,
+    Ia3Config,
+    LnTuningConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    PTuningConfig,
+)
+from .strict import Count, Share, Strict
 
 
 class ModelConfig(Strict):
@@ -75,28 +78,18 @@ class DataConfig(Strict):
     cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
 
 
-class FullConfig(Strict):
-    """Every weight learns."""
-
-    name: Literal["full"]
-
-
-class LoraConfig(Strict):
-    """Low-rank adapters beside frozen weights (Hu et al. 2021); names and meanings are PEFT's."""
-
-    name: Literal["lora"]
-    r: Count = 16
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    target_modules: str | list[str] = Field(
-        "all-linear", description="`all-linear` (neither head nor router), name endings, or one regular expression."
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
-    use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
-    modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
-
-
-MethodConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="name")]
+MethodConfig = Annotated[
+    FullConfig
+    | FreezeConfig
+    | BitfitConfig
+    | LnTuningConfig
+    | Ia3Config
+    | PromptConfig
+    | PrefixConfig
+    | PTuningConfig
+    | LoraConfig,
+    Field(discriminator="name"),
+]
 
 
 class DdpConfig(Strict):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # torch is slow to import, and the planner must not
     import numpy as np
     from torch import Tensor, nn
 
+    from .schema_method import MethodChoice
+
 Row = Mapping[str, Any]  # a row of data in its format's canonical shape, see data/formats.py
 Example = Mapping[
     str, Sequence[int]
@@ -122,6 +124,8 @@ class Engine(Protocol):
 class Method(Protocol):
     """Which weights learn."""
 
+    @property
+    def config(self) -> MethodChoice: ...
     def apply(self, model: nn.Module) -> nn.Module: ...
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None: ...
 

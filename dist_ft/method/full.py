@@ -6,12 +6,14 @@ from pathlib import Path
 
 from torch import nn
 
-from ..schema import FullConfig
+from ..schema_method import FullConfig, MethodChoice
 from ..state import Weights
 
 
 class Full:
     """See the module."""
+
+    config: MethodChoice
 
     def __init__(self, config: FullConfig) -> None:
         self.config = config

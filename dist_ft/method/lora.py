@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from pathlib import Path
 from typing import cast
 
 import peft
 from torch import nn
 
-from ..errors import Problem, RequestError
+from ..errors import RequestError
 from ..model.structure import find_linears
 from ..schema import LoraConfig
-from ..state import Weights
+from .through_peft import ThroughPeft, check_names
 
 
-class Lora:
+class Lora(ThroughPeft):
     """See the module; DoRA and rsLoRA are settings of it."""
+
+    config: LoraConfig
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
@@ -29,7 +29,7 @@ class Lora:
             RequestError: a target, or a module to save, matches nothing.
         """
         targets = _resolve_targets(self.config.target_modules, model)
-        _check_names("method.modules_to_save", self.config.modules_to_save, model, [])
+        check_names("method.modules_to_save", self.config.modules_to_save, model, [])
         settings = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             r=self.config.r,
@@ -41,13 +41,6 @@ class Lora:
             modules_to_save=self.config.modules_to_save or None,
         )
         return peft.get_peft_model(model, settings)
-
-    def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
-        """Write adapter_model.safetensors and adapter_config.json in peft's form."""
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
-        assert isinstance(model, peft.PeftModel)
-        # The embeddings are either untouched or in modules_to_save; peft must not go and look at the hub for them.
-        model.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
 
 
 def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[str]:
@@ -68,7 +61,7 @@ def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[s
             )
         return targets
     names = [targets] if isinstance(targets, str) else list(targets)
-    _check_names("method.target_modules", names, model, sorted({name.rsplit(".", 1)[-1] for name in linears}))
+    check_names("method.target_modules", names, model, sorted({name.rsplit(".", 1)[-1] for name in linears}))
     return names
 
 
@@ -79,16 +72,3 @@ def _ambiguous(linears: dict[str, nn.Linear], model: nn.Module) -> bool:
         isinstance(module, nn.Linear) and name not in linears and name.rsplit(".", 1)[-1] in endings
         for name, module in model.named_modules()
     )
-
-
-def _check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str]) -> None:
-    """Each of `wanted` must be a module's name or the end of one, at a dot; `usual` ones are shown if none is near."""
-    problems = []
-    names = [name for name, _ in model.named_modules() if name]
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    for want in wanted:
-        if not any(name == want or name.endswith("." + want) for name in names):
-            near = difflib.get_close_matches(want, endings, n=3) or usual or [e for e in endings if not e.isdigit()]
-            problems.append(Problem(key, f"{want!r} matches no module", f"the model has {', '.join(near[:12])}"))
-    if problems:
-        raise RequestError(*problems)

@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class AttentionChoice:
     implementation: str  # what transformers is told
     padding_free: bool
     reason: str
+
+    def padded(self) -> AttentionChoice:
+        """The same kernel over padded rows with a mask."""
+        return replace(self, implementation=self.kernel, padding_free=False)
 
 
 def choose_attention(

@@ -45,3 +45,9 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
         for child in module.children()
         if isinstance(child, nn.Linear) and child.out_features in counts
     ]
+
+
+def find_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Norms by name: modules of a class called so that have a weight for each feature of their own."""
+    norms = {name: module for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    return {name: module for name, module in norms.items() if getattr(getattr(module, "weight", None), "ndim", 0) == 1}

@@ -113,7 +113,8 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
         logits: Tensor = model(**batch.inputs, use_cache=False, logits_to_keep=batch.positions).logits[0]
         return logits
     padded: Tensor = model(**batch.inputs, use_cache=False).logits
-    return padded.flatten(0, 1)[batch.positions]
+    width = batch.inputs["input_ids"].shape[1]  # a method may have put virtual tokens in front
+    return padded[:, -width:].flatten(0, 1)[batch.positions]
 
 
 def _loss(logits: Tensor, batch: Batch) -> LossSum:

@@ -38,6 +38,23 @@ UNREAD = {
         ["task=causal_lm", "task.packing=false", "task.overlong=drop"],
     ),
     "task.chat_template": (["task.chat_template=chatml", "data.format=tokens"], ["task.chat_template=chatml"]),
+    "method.prompt_tuning_init_text": (
+        ["method=prompt", "method.prompt_tuning_init_text=Hello"],
+        ["method=prompt", "method.prompt_tuning_init=TEXT", "method.prompt_tuning_init_text=Hello"],
+    ),
+    "method.tokenizer_name_or_path": (
+        ["method=prompt", "method.tokenizer_name_or_path=a/b"],
+        [
+            "method=prompt",
+            "method.prompt_tuning_init=TEXT",
+            "method.prompt_tuning_init_text=Hello",
+            "method.tokenizer_name_or_path=a/b",
+        ],
+    ),
+    "method.encoder_hidden_size": (
+        ["method=prefix", "method.encoder_hidden_size=64"],
+        ["method=prefix", "method.encoder_hidden_size=64", "method.prefix_projection=true"],
+    ),
     "data.revision": (["data.revision=abc"], ["data.revision=abc", "data.validation=a/b"]),
     "train.eval_steps": (["train.eval_steps=3"], ["train.eval_steps=3", "data.validation=rows.jsonl"]),
     "train.per_device_eval_batch_size": (
@@ -75,6 +92,24 @@ def test_the_table_names_real_keys_and_each_has_a_case():
 def test_values_that_stand_in_our_files_are_not_the_users():
     assert found("track=off") == {}  # track/off.yaml leaves project as it is
     assert found("experiment=quickstart", "task=causal_lm", "data.validation=null")  # an experiment's keys count
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+def test_virtual_tokens_and_packing_do_not_go_together(method):
+    problems = found(f"method={method}", "task.packing=true")
+    assert list(problems) == ["task.packing (command line)"] and "set task.packing=false" in str(problems)
+    assert found(f"method={method}") == {}
+
+
+def test_a_prefix_and_recomputation_do_not_go_together():
+    assert list(found("method=prefix", "model.gradient_checkpointing=true")) == [
+        "model.gradient_checkpointing (command line)"
+    ]
+    assert found("method=prompt", "model.gradient_checkpointing=true") == {}
+
+
+def test_a_prompt_that_starts_from_text_needs_one():
+    assert list(found("method=prompt", "method.prompt_tuning_init=TEXT")) == ["method.prompt_tuning_init_text"]
 
 
 def test_length_is_given_once():

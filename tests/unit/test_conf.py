@@ -8,8 +8,10 @@ import yaml
 from dist_ft.checks import check
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.launch.environ import Site
+from dist_ft.launch.keys import members, names
 from dist_ft.launch.paths import CONF_DIR
 from dist_ft.plan import make_plan
+from dist_ft.schema import RunConfig
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
 FILES = sorted(CONF_DIR.glob("*/*.yaml"))
@@ -72,7 +74,7 @@ def test_holds_no_target_and_no_resolver():
 def test_groups_are_those_of_the_schema():
     groups = list_groups()
     assert groups["task"] == ["causal_lm", "instruction"]
-    assert groups["method"] == ["full", "lora"]
+    assert groups["method"] == sorted(n for r in members(RunConfig.model_fields["method"].annotation) for n in names(r))
     assert groups["engine"] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
     assert groups["launch"] == ["deepspeed", "local", "slurm"]
     assert set(groups) == {"model", "task", "data", "method", "engine", "optim", "track", "launch", "experiment"}

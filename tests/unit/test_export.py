@@ -74,7 +74,7 @@ class Case:
             "weights": self.weights(),
             "out": self.out,
             "card": "# card\n",
-            "probe": probe_model(self.model, TOKENS),
+            "probe": changes.get("probe") or probe_model(self.model, TOKENS),
         }
         return export_run(**{**arguments, **changes})
 

@@ -1,0 +1,33 @@
+"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): the biases of all layers and norms learn, nothing else."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import RequestError
+from ..schema import BitfitConfig
+from .full import Full
+
+
+class Bitfit(Full):
+    """See the module. Exported as a whole model, as biases have no place of their own in a model's folder."""
+
+    config: BitfitConfig
+
+    def __init__(self, config: BitfitConfig) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The same model, parameters called `bias` trainable.
+
+        Raises:
+            RequestError: there are none.
+        """
+        model.requires_grad_(False)
+        biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
+        if not biases:
+            rule = f"{type(model).__name__} has no biases, so bitfit would train nothing"
+            raise RequestError.of("method", rule, "choose method=ln_tuning or method=ia3, which are as small")
+        for bias in biases:
+            bias.requires_grad_(True)
+        return model

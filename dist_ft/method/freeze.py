@@ -1,0 +1,83 @@
+"""A part of the model learns: its last blocks, what patterns name, embeddings, head; the rest gives features."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from ..errors import Problem, RequestError
+from ..model.structure import find_blocks
+from ..schema import FreezeConfig
+from .full import Full
+
+
+class Freeze(Full):
+    """See the module. Exported as a whole model: what is frozen is in it as it was."""
+
+    config: FreezeConfig
+
+    def __init__(self, config: FreezeConfig) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The same model with the chosen parameters trainable.
+
+        Raises:
+            RequestError: there are fewer blocks, a pattern matches nothing, or nothing would learn.
+        """
+        config = self.config
+        blocks = find_blocks(model)
+        problems = [
+            *_block_problems(config, len(blocks)),
+            *_pattern_problems(config, model),
+            *_tie_problems(config, model),
+        ]
+        if problems:
+            raise RequestError(*problems)
+        model.requires_grad_(False)
+        for block in blocks[len(blocks) - config.num_layers :]:
+            block.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            if any(re.search(pattern, name) for pattern in config.trainable):
+                parameter.requires_grad_(True)
+        if config.train_embeddings:
+            model.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
+        if config.train_head:
+            model.get_output_embeddings().requires_grad_(True)  # type: ignore[operator]
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            way_out = "set method.num_layers=2, method.train_head=true, or patterns in method.trainable"
+            raise RequestError.of("method", "nothing would learn: no layers, patterns, embeddings or head", way_out)
+        return model
+
+
+def _block_problems(config: FreezeConfig, blocks: int) -> list[Problem]:
+    if config.num_layers <= blocks:
+        return []
+    rule = f"the model has {blocks} layers, {config.num_layers} were to learn"
+    return [Problem("method.num_layers", rule, f"set it to at most {blocks}, or method=full")]
+
+
+def _pattern_problems(config: FreezeConfig, model: nn.Module) -> list[Problem]:
+    names = [name for name, _ in model.named_parameters()]
+    problems = []
+    for pattern in config.trainable:
+        try:
+            if any(re.search(pattern, name) for name in names):
+                continue
+            rule = f"{pattern!r} is found in no parameter's name"
+        except re.error as error:
+            rule = f"{pattern!r} is no regular expression: {error}"
+        problems.append(Problem("method.trainable", rule, f"names look like {', '.join(names[:4])}, …"))
+    return problems
+
+
+def _tie_problems(config: FreezeConfig, model: nn.Module) -> list[Problem]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if config.train_head and head is None:
+        return [Problem("method.train_head", "the model has no output head", "set it to false")]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    if head is None or head.weight is not embeddings.weight or config.train_head == config.train_embeddings:
+        return []
+    rule = "input embeddings and head of this model are one tensor, and only one of them was to learn"
+    return [Problem("method.train_head", rule, "set method.train_embeddings and method.train_head alike")]

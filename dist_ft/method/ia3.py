@@ -1,0 +1,47 @@
+"""(IA)³ by peft (Liu et al. 2022, arXiv 2205.05638): learned factors on keys, values and inner activations."""
+
+from __future__ import annotations
+
+import peft
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
+from torch import nn
+
+from ..errors import RequestError
+from ..schema import Ia3Config
+from .through_peft import ThroughPeft, check_names
+
+
+class Ia3(ThroughPeft):
+    """See the module."""
+
+    config: Ia3Config
+
+    def __init__(self, config: Ia3Config) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and put factors, at first 1, on the target modules.
+
+        Raises:
+            RequestError: a target matches nothing, or peft knows none for this kind of model.
+        """
+        kind = model.config.model_type  # type: ignore[union-attr]
+        targets = self.config.target_modules or TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind)
+        inner = self.config.feedforward_modules
+        if inner is None:
+            usual = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
+            inner = [name for name in usual if name in (targets or [])]
+        if not targets:
+            way_out = "name the key and value projections and the MLP's output, such as [k_proj, v_proj, down_proj]"
+            raise RequestError.of("method.target_modules", f"peft knows none for a model of type {kind}", way_out)
+        check_names("method.target_modules", targets, model, [])
+        if strange := sorted(set(inner) - set(targets)):
+            rule = f"{', '.join(strange)}: not among the target modules"
+            raise RequestError.of("method.feedforward_modules", rule, "add them to method.target_modules")
+        settings = peft.IA3Config(
+            task_type=peft.TaskType.CAUSAL_LM, target_modules=list(targets), feedforward_modules=list(inner)
+        )
+        return peft.get_peft_model(model, settings)

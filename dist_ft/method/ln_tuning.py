@@ -1,0 +1,35 @@
+"""Norm tuning by peft (Zhao et al. 2023, arXiv 2312.11420): copies of the norms learn."""
+
+from __future__ import annotations
+
+import peft
+from torch import nn
+
+from ..errors import RequestError
+from ..model.structure import find_norms
+from ..schema import LnTuningConfig
+from .through_peft import ThroughPeft, check_names
+
+
+class LnTuning(ThroughPeft):
+    """See the module."""
+
+    config: LnTuningConfig
+
+    def __init__(self, config: LnTuningConfig) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and put trainable copies beside its norms.
+
+        Raises:
+            RequestError: a target matches nothing, or the model has no norm with weights.
+        """
+        endings = sorted({name.rsplit(".", 1)[-1] for name in find_norms(model)})
+        if not endings:
+            raise RequestError.of("method", "the model has no norm with weights", "choose method=lora")
+        targets = self.config.target_modules or endings
+        check_names("method.target_modules", targets, model, endings)
+        return peft.get_peft_model(
+            model, peft.LNTuningConfig(task_type=peft.TaskType.CAUSAL_LM, target_modules=targets)
+        )

@@ -1,0 +1,30 @@
+"""P-tuning by peft (Liu et al. 2021, arXiv 2103.10385): a small network gives embeddings in front of a row."""
+
+from __future__ import annotations
+
+import peft
+from torch import nn
+
+from ..schema import PTuningConfig
+from .virtual_tokens import VirtualTokens
+
+
+class PTuning(VirtualTokens):
+    """See the module; the network is an MLP."""
+
+    config: PTuningConfig
+
+    def __init__(self, config: PTuningConfig) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and put what the network gives in front of its input."""
+        return peft.get_peft_model(
+            model,
+            peft.PromptEncoderConfig(
+                task_type=peft.TaskType.CAUSAL_LM,
+                num_virtual_tokens=self.config.num_virtual_tokens,
+                encoder_hidden_size=self.config.encoder_hidden_size,
+                encoder_dropout=self.config.encoder_dropout,
+            ),
+        )

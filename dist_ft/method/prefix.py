@@ -1,0 +1,30 @@
+"""Prefix tuning by peft (Li and Liang 2021, arXiv 2101.00190): keys and values in front of every row learn."""
+
+from __future__ import annotations
+
+import peft
+from torch import nn
+
+from ..schema import PrefixConfig
+from .virtual_tokens import VirtualTokens
+
+
+class Prefix(VirtualTokens):
+    """See the module."""
+
+    config: PrefixConfig
+
+    def __init__(self, config: PrefixConfig) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and put learned keys and values in front of those of every layer."""
+        return peft.get_peft_model(
+            model,
+            peft.PrefixTuningConfig(
+                task_type=peft.TaskType.CAUSAL_LM,
+                num_virtual_tokens=self.config.num_virtual_tokens,
+                prefix_projection=self.config.prefix_projection,
+                encoder_hidden_size=self.config.encoder_hidden_size,
+            ),
+        )

@@ -1,0 +1,39 @@
+"""Prompt tuning by peft (Lester et al. 2021, arXiv 2104.08691): input embeddings in front of every row learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+from torch import nn
+
+from ..schema import PromptConfig
+from .virtual_tokens import VirtualTokens
+
+
+class Prompt(VirtualTokens):
+    """See the module."""
+
+    config: PromptConfig
+
+    def __init__(self, config: PromptConfig) -> None:
+        self.config = config
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Freeze the model and put learned embeddings in front of its input."""
+        settings: dict[str, Any] = {}
+        if self.config.prompt_tuning_init == "TEXT":
+            own = model.config._name_or_path  # type: ignore[union-attr]
+            settings = {
+                "prompt_tuning_init_text": self.config.prompt_tuning_init_text,
+                "tokenizer_name_or_path": self.config.tokenizer_name_or_path or own,
+            }
+        return peft.get_peft_model(
+            model,
+            peft.PromptTuningConfig(
+                task_type=peft.TaskType.CAUSAL_LM,
+                num_virtual_tokens=self.config.num_virtual_tokens,
+                prompt_tuning_init=self.config.prompt_tuning_init,
+                **settings,
+            ),
+        )

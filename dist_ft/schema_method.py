@@ -1,0 +1,135 @@
+"""The keys of every method, with PEFT's names where it has the method, and what the house asks of a choice."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from .strict import Count, Strict
+
+
+class MethodChoice(Strict):
+    """What the house asks of a method without knowing which it is."""
+
+    whole: ClassVar[bool] = False  # its export is a model, not an adapter for the base
+    virtual_tokens: ClassVar[bool] = False  # it puts learned positions in front of every row
+    mergeable: ClassVar[bool] = False  # its adapter can be put into the base's weights
+
+    @property
+    def exact(self) -> bool:
+        """Whether the export holds the trained tensors bit by bit, and not what they were turned into."""
+        return True
+
+    def lr_scale(self, parameter: str) -> float:
+        """By what the learning rate of a parameter, given by name, is multiplied."""
+        return 1.0
+
+
+class FullConfig(MethodChoice):
+    """Every weight learns."""
+
+    whole: ClassVar[bool] = True
+
+    name: Literal["full"]
+
+
+class FreezeConfig(MethodChoice):
+    """Only the last blocks learn, or what patterns name; with neither, the head on frozen features."""
+
+    whole: ClassVar[bool] = True
+
+    name: Literal["freeze"]
+    num_layers: Annotated[int, Field(ge=0)] = Field(2, description="Blocks that learn, counted from the last.")
+    trainable: list[str] = Field(
+        default_factory=list, description="Regular expressions; a parameter learns where one is found in its name."
+    )
+    train_embeddings: bool = Field(False, description="The input embeddings learn.")
+    train_head: bool = Field(False, description="The output head learns.")
+
+
+class BitfitConfig(MethodChoice):
+    """Only biases learn (Ben Zaken et al. 2022)."""
+
+    whole: ClassVar[bool] = True
+
+    name: Literal["bitfit"]
+
+
+class LnTuningConfig(MethodChoice):
+    """Only norms learn, in copies beside the base's (Zhao et al. 2023, arXiv 2312.11420)."""
+
+    mergeable: ClassVar[bool] = True
+
+    name: Literal["ln_tuning"]
+    target_modules: list[str] | None = Field(None, description="Name endings; all norms if not given.")
+
+
+class Ia3Config(MethodChoice):
+    """Learned factors on keys, values and inner activations (Liu et al. 2022, arXiv 2205.05638)."""
+
+    mergeable: ClassVar[bool] = True
+
+    name: Literal["ia3"]
+    target_modules: list[str] | None = Field(None, description="Name endings; PEFT's for the model if not given.")
+    feedforward_modules: list[str] | None = Field(None, description="Those of them whose input is scaled.")
+
+
+class VirtualTokensChoice(MethodChoice):
+    """What methods with learned positions in front of every row have in common."""
+
+    virtual_tokens: ClassVar[bool] = True
+
+    num_virtual_tokens: Count = Field(20, description="Learned positions in front of every row.")
+
+
+class PromptConfig(VirtualTokensChoice):
+    """Prompt tuning: learned input embeddings (Lester et al. 2021)."""
+
+    name: Literal["prompt"]
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
+    prompt_tuning_init_text: str | None = Field(None, description="Where to start; repeated or cut to the length.")
+    tokenizer_name_or_path: str | None = Field(None, description="Reads that text; the model's own if not given.")
+
+
+class PrefixConfig(VirtualTokensChoice):
+    """Prefix tuning: learned keys and values in every layer (Li and Liang 2021)."""
+
+    name: Literal["prefix"]
+    prefix_projection: bool = Field(False, description="Learn through a two-layer network, which is dropped at export.")
+    encoder_hidden_size: Count | None = Field(None, description="That network's width; the model's if not given.")
+
+    @property
+    def exact(self) -> bool:
+        """The network is dropped and what it gives is kept."""
+        return not self.prefix_projection
+
+
+class PTuningConfig(VirtualTokensChoice):
+    """P-tuning: input embeddings that a small network gives, which is dropped at export (Liu et al. 2021)."""
+
+    name: Literal["p_tuning"]
+    encoder_hidden_size: Count | None = Field(None, description="That network's width; the model's if not given.")
+    encoder_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """The network is dropped and what it gives is kept."""
+        return False
+
+
+class LoraConfig(MethodChoice):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021); names and meanings are PEFT's."""
+
+    mergeable: ClassVar[bool] = True
+
+    name: Literal["lora"]
+    r: Count = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | list[str] = Field(
+        "all-linear", description="`all-linear` (neither head nor router), name endings, or one regular expression."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
+    use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
+    modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
