@@ -22,6 +22,7 @@ from .errors import MachineError, RequestError
 from .export import export_run
 from .exported import EXPORT
 from .loop import Run
+from .method.adapter import Adapter
 from .method.bitfit import Bitfit
 from .method.freeze import Freeze
 from .method.full import Full
@@ -57,6 +58,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "prompt": Prompt,
     "prefix": Prefix,
     "p_tuning": PTuning,
+    "adapter": Adapter,
     "lora": Lora,
 }
 

@@ -14,6 +14,7 @@ class MethodChoice(Strict):
 
     whole: ClassVar[bool] = False  # its export is a model, not an adapter for the base
     virtual_tokens: ClassVar[bool] = False  # it puts learned positions in front of every row
+    library: ClassVar[str] = "peft"  # loads its adapter
     mergeable: ClassVar[bool] = False  # its adapter can be put into the base's weights
 
     @property
@@ -73,6 +74,19 @@ class Ia3Config(MethodChoice):
     name: Literal["ia3"]
     target_modules: list[str] | None = Field(None, description="Name endings; PEFT's for the model if not given.")
     feedforward_modules: list[str] | None = Field(None, description="Those of them whose input is scaled.")
+
+
+class AdapterConfig(MethodChoice):
+    """Bottleneck networks behind the sublayers of every block; keys and values are those of the adapters library."""
+
+    library: ClassVar[str] = "dist_ft"
+
+    name: Literal["adapter"]
+    configuration: Literal["houlsby", "pfeiffer"] = Field(
+        "pfeiffer", description="Behind attention and MLP (Houlsby et al. 2019), or the MLP (Pfeiffer et al. 2020)."
+    )
+    reduction_factor: Annotated[float, Field(ge=1)] = Field(16, description="Model width / bottleneck width.")
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
 
 
 class VirtualTokensChoice(MethodChoice):
