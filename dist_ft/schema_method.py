@@ -147,3 +147,19 @@ class LoraConfig(MethodChoice):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
     modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
+    exclude_modules: str | list[str] | None = Field(None, description="Not adapted: endings, or a regular expression.")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Blocks, counted from 0.")
+    rank_pattern: dict[str, Count] = Field(default_factory=dict, description="Name ending → its own r.")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Name ending → its own lora_alpha."
+    )
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
+        True, description="true: as Microsoft's LoRA. All start at the base model."
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."
+    )
+
+    def lr_scale(self, parameter: str) -> float:
+        """LoRA+ lets B, which starts at zero, learn faster than A."""
+        return self.loraplus_lr_ratio or 1.0 if ".lora_B." in parameter else 1.0

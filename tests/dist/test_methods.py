@@ -29,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "features": {"name": "freeze", "num_layers": 0, "train_head": True, "train_embeddings": True},
     "bitfit": {"name": "bitfit"},
     "adapter": {"name": "adapter", "configuration": "houlsby", "reduction_factor": 4},
+    "lora": {"name": "lora", "r": 4, "loraplus_lr_ratio": 8, "rank_pattern": {"q_proj": 2}, "layers_to_transform": [1]},
+    "saved": {"name": "lora", "r": 4, "init_lora_weights": "orthogonal", "modules_to_save": ["embed_tokens"]},
     "ln_tuning": {"name": "ln_tuning"},
     "ia3": {"name": "ia3"},
     "prompt": {"name": "prompt", "num_virtual_tokens": 5},
