@@ -22,6 +22,7 @@ from .errors import MachineError, RequestError
 from .export import export_run
 from .exported import EXPORT
 from .loop import Run
+from .method.adapter import Adapter
 from .method.bitfit import Bitfit
 from .method.freeze import Freeze
 from .method.full import Full
@@ -38,7 +39,7 @@ from .optim import build_adamw, learning_rate
 from .plan import Plan
 from .prepare import TASKS, Prepared, Split
 from .probe import take_probe
-from .schema import OptimConfig, RunConfig
+from .schema import RunConfig
 from .state import Engine, Method, Metrics, ModelFactory, OptimFactory, Task, Tracker
 from .track.compose import NullTracker, Trackers
 from .track.jsonl import METRICS_FILE, JsonLines, read_evaluations
@@ -57,6 +58,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "prompt": Prompt,
     "prefix": Prefix,
     "p_tuning": PTuning,
+    "adapter": Adapter,
     "lora": Lora,
 }
 
@@ -125,11 +127,12 @@ def model_factory(config: RunConfig, folder: str, attention: AttentionChoice, me
     return build_model
 
 
-def optim_factory(config: OptimConfig, device: torch.device) -> OptimFactory:
+def optim_factory(config: RunConfig, device: torch.device) -> OptimFactory:
     """How an engine makes the optimizer over the parameters as it holds them."""
 
     def build_optim(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        return build_adamw(config, parameters, fused=device.type in ("cpu", "cuda"))
+        fused = device.type in ("cpu", "cuda")
+        return build_adamw(config.optim, parameters, config.method.lr_scale, fused=fused)
 
     return build_optim
 
@@ -190,7 +193,7 @@ def build(
         costs.append(count_step_cost(model))
         return model
 
-    engine.setup(build_model, optim_factory(config.optim, device))
+    engine.setup(build_model, optim_factory(config, device))
     progress = resume(plan, engine, place)
     if place.is_main:
         print(describe(plan, attention, device, progress, steps), file=terminal, flush=True)

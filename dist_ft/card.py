@@ -52,13 +52,14 @@ def render_card(
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
     is_adapter = not config.method.whole and not merged
+    library = config.method.library if is_adapter else "transformers"
     kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
     origin = f"{_indefinite(config.method.name)} {kind}, trained from `{config.model.name_or_path}`"
     origin += f" on the task `{config.task.name}`" + (f", checkpoint `{checkpoint}`" if checkpoint else "")
     sections = [
-        _front_matter(plan, is_adapter=is_adapter),
+        _front_matter(plan, library),
         f"# {config.run_name}\n\n{origin}.",
-        f"## Load\n\n```python\n{load_lines(base, is_adapter=is_adapter)}\n```",
+        f"## Load\n\n```python\n{load_lines(base, library)}\n```",
         "## Data\n\n" + _table(DATA_COLUMNS, _data_rows(plan, prepared)),
     ]
     if rows := list(_metric_rows(before, after)):
@@ -71,13 +72,19 @@ def render_card(
     return "\n\n".join(sections) + "\n"
 
 
-def load_lines(base: str, *, is_adapter: bool) -> str:
+def load_lines(base: str, library: str) -> str:
     """Three lines of Python that load the model; run them in the export's folder, or put its name for the dot."""
-    if not is_adapter:
+    if library == "transformers":
         return (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             'model = AutoModelForCausalLM.from_pretrained(".")\n'
             'tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
+    if library == "dist_ft":
+        return (
+            "import dist_ft.method.adapter, transformers\n"
+            f"base = transformers.AutoModelForCausalLM.from_pretrained({base!r})\n"
+            'model = dist_ft.method.adapter.load_adapter(base, ".")'
         )
     return (
         "import peft, transformers\n"
@@ -86,9 +93,8 @@ def load_lines(base: str, *, is_adapter: bool) -> str:
     )
 
 
-def _front_matter(plan: Plan, *, is_adapter: bool) -> str:
+def _front_matter(plan: Plan, library: str) -> str:
     config = plan.config
-    library = "peft" if is_adapter else "transformers"
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if is_hub_id(config.model.name_or_path):
         values["base_model"] = config.model.name_or_path

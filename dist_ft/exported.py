@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .errors import RequestError, TrainingError
+from .method.adapter import is_bottleneck, load_adapter
 from .plan import Plan
 from .pretrained import is_hub_id
 from .schema import ModelConfig
@@ -68,6 +69,8 @@ def open_export(folder: Path, config: ModelConfig, model_dir: str, **options: An
     """
     if is_adapter(folder):
         base = open_base(config, model_dir, **options)
+        if is_bottleneck(folder):
+            return load_adapter(base, folder)
         return peft.PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

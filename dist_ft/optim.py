@@ -7,7 +7,7 @@ the same curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,20 +35,22 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
 
 def build_adamw(
-    config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]], **options: Any
+    config: OptimConfig,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+    **options: Any,
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters; vectors (biases, norms, magnitudes) are not decayed."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for _, parameter in parameters:
+    """AdamW over named parameters; vectors (biases, norms, magnitudes) are not decayed.
+
+    Each group carries its `lr_scale`: engines set the group's rate to the step's rate times this.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
         # Engines may have flattened or sharded it already; `ndim` of the tensor itself still tells a vector.
-        (decayed if parameter.ndim > 1 else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((decay, lr_scale(name)), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": held, "weight_decay": decay, "lr_scale": scale} for (decay, scale), held in groups.items()],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .schema_method import (
+    AdapterConfig,
     BitfitConfig,
     FreezeConfig,
     FullConfig,
@@ -87,6 +88,7 @@ MethodConfig = Annotated[
     | PromptConfig
     | PrefixConfig
     | PTuningConfig
+    | AdapterConfig
     | LoraConfig,
     Field(discriminator="name"),
 ]

@@ -14,6 +14,7 @@ class MethodChoice(Strict):
 
     whole: ClassVar[bool] = False  # its export is a model, not an adapter for the base
     virtual_tokens: ClassVar[bool] = False  # it puts learned positions in front of every row
+    library: ClassVar[str] = "peft"  # loads its adapter
     mergeable: ClassVar[bool] = False  # its adapter can be put into the base's weights
 
     @property
@@ -75,6 +76,19 @@ class Ia3Config(MethodChoice):
     feedforward_modules: list[str] | None = Field(None, description="Those of them whose input is scaled.")
 
 
+class AdapterConfig(MethodChoice):
+    """Bottleneck networks behind the sublayers of every block; keys and values are those of the adapters library."""
+
+    library: ClassVar[str] = "dist_ft"
+
+    name: Literal["adapter"]
+    configuration: Literal["houlsby", "pfeiffer"] = Field(
+        "pfeiffer", description="Behind attention and MLP (Houlsby et al. 2019), or the MLP (Pfeiffer et al. 2020)."
+    )
+    reduction_factor: Annotated[float, Field(ge=1)] = Field(16, description="Model width / bottleneck width.")
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+
+
 class VirtualTokensChoice(MethodChoice):
     """What methods with learned positions in front of every row have in common."""
 
@@ -133,3 +147,19 @@ class LoraConfig(MethodChoice):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
     modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
+    exclude_modules: str | list[str] | None = Field(None, description="Not adapted: endings, or a regular expression.")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Blocks, counted from 0.")
+    rank_pattern: dict[str, Count] = Field(default_factory=dict, description="Name ending → its own r.")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Name ending → its own lora_alpha."
+    )
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
+        True, description="true: as Microsoft's LoRA. All start at the base model."
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."
+    )
+
+    def lr_scale(self, parameter: str) -> float:
+        """LoRA+ lets B, which starts at zero, learn faster than A."""
+        return self.loraplus_lr_ratio or 1.0 if ".lora_B." in parameter else 1.0

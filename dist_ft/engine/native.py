@@ -65,7 +65,7 @@ class NativeEngine:
     def step(self, learning_rate: float) -> StepStats:
         """Clip by the global norm, update, clear."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         parameters = [p for _, p in self.trained]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):

@@ -8,8 +8,8 @@ from typing import cast
 import peft
 from torch import nn
 
-from ..errors import RequestError
-from ..model.structure import find_linears
+from ..errors import Problem, RequestError
+from ..model.structure import find_blocks, find_linears
 from ..schema import LoraConfig
 from .through_peft import ThroughPeft, check_names
 
@@ -26,21 +26,79 @@ class Lora(ThroughPeft):
         """Freeze the model and put adapters beside the target modules.
 
         Raises:
-            RequestError: a target, or a module to save, matches nothing.
+            RequestError: a target, a pattern, a layer or a module to save matches nothing.
         """
-        targets = _resolve_targets(self.config.target_modules, model)
-        check_names("method.modules_to_save", self.config.modules_to_save, model, [])
+        config = self.config
+        targets = _resolve_targets(config.target_modules, model)
+        check_names("method.modules_to_save", config.modules_to_save, model, [])
+        if problems := [*_layer_problems(config, model, targets), *_exclusion_problems(config, model)]:
+            raise RequestError(*problems)
+        if config.layers_to_transform is not None and isinstance(targets, list):
+            targets = _within(config.layers_to_transform, targets)
         settings = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
-            r=self.config.r,
-            lora_alpha=cast(int, self.config.lora_alpha),
-            lora_dropout=self.config.lora_dropout,
+            r=config.r,
+            lora_alpha=cast(int, config.lora_alpha),
+            lora_dropout=config.lora_dropout,
             target_modules=targets,
-            use_rslora=self.config.use_rslora,
-            use_dora=self.config.use_dora,
-            modules_to_save=self.config.modules_to_save or None,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            modules_to_save=config.modules_to_save or None,
+            exclude_modules=config.exclude_modules,
+            layers_to_transform=config.layers_to_transform,
+            rank_pattern=dict(config.rank_pattern),
+            alpha_pattern=dict(config.alpha_pattern),
+            init_lora_weights=config.init_lora_weights,
         )
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)
+        if problems := _pattern_problems(config, adapted.targeted_module_names):
+            raise RequestError(*problems)
+        return adapted
+
+
+def _layer_problems(config: LoraConfig, model: nn.Module, targets: str | list[str]) -> list[Problem]:
+    problems = []
+    if config.layers_to_transform is not None:
+        blocks = len(find_blocks(model))
+        if not config.layers_to_transform or max(config.layers_to_transform) >= blocks:
+            rule = f"{config.layers_to_transform} names none, or more, of the model's layers 0 to {blocks - 1}"
+            problems.append(Problem("method.layers_to_transform", rule, "name some of them, or remove it"))
+        if isinstance(targets, str):
+            rule = "a regular expression in method.target_modules says itself which layers it means"
+            problems.append(Problem("method.layers_to_transform", rule, "write the layers into it, or name endings"))
+    ranks = {config.r, *config.rank_pattern.values()}
+    if config.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+        rule = "an orthogonal start needs even ranks"
+        problems.append(Problem("method.init_lora_weights", rule, "set method.r to an even number"))
+    return problems
+
+
+def _exclusion_problems(config: LoraConfig, model: nn.Module) -> list[Problem]:
+    excluded = config.exclude_modules
+    if isinstance(excluded, list):
+        check_names("method.exclude_modules", excluded, model, [])
+    elif excluded is not None and not any(re.fullmatch(excluded, name) for name, _ in model.named_modules()):
+        rule = f"the regular expression {excluded!r} matches no module's full name"
+        return [Problem("method.exclude_modules", rule, "correct or remove it")]
+    return []
+
+
+def _within(layers: list[int], targets: list[str]) -> list[str]:
+    """Endings as they are; of full names, which peft takes without looking at layers, those of the layers."""
+    numbers = {target: re.search(r"\.(\d+)\.", target) for target in targets}
+    return [target for target, number in numbers.items() if number is None or int(number[1]) in layers]
+
+
+def _pattern_problems(config: LoraConfig, adapted: list[str]) -> list[Problem]:
+    """Patterns, matched as peft does, that no adapted module has."""
+    problems = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapted}))
+                rule = f"{pattern!r} matches no adapted module"
+                problems.append(Problem(f"method.{key}", rule, f"adapted are {endings}"))
+    return problems
 
 
 def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[str]:

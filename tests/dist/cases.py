@@ -17,10 +17,14 @@ from dist_ft.loop import fit
 from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import prepare
 from dist_ft.schema import RunConfig
+from dist_ft.state import Weights
 
 
 def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
-    """Train as `case["config"]` says; `stop_after` ends early, as if the run had been stopped there."""
+    """Train as `case["config"]` says; `stop_after` ends early, as if the run had been stopped there.
+
+    `export` writes the trained model too, as a worker does at the end.
+    """
     config = RunConfig.model_validate(case["config"])
     plan = make_plan(config, nodes=1, workers_per_node=place.world_size, origins={})
     if place.is_main:
@@ -33,14 +37,19 @@ def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
         run.total_steps = case["stop_after"]  # the schedule still aims at the configured end
     with contextlib.closing(run.tracker):
         progress = fit(run)
-    weights = {}
-    for name, tensor in run.engine.weights(trainable=True):
-        if place.is_main:
-            weights[name] = tensor.detach().clone().cpu()
-    if place.is_main:
-        torch.save(weights, plan.run_dir / "weights.pt")
+        if case.get("export"):
+            run.export()
+    keep_weights(place, run.engine.weights(trainable=True), plan.run_dir / "weights.pt")
+    keep_weights(place, run.engine.weights(trainable=False), plan.run_dir / "all_weights.pt")
     comm.barrier()
     return {"step": progress.step, "engine": type(run.engine).__name__}
+
+
+def keep_weights(place: Place, weights: Weights, path: Path) -> None:
+    """Rank 0 writes what every rank takes part in giving."""
+    kept = {name: tensor.detach().clone().cpu() for name, tensor in weights}
+    if place.is_main:
+        torch.save(kept, path)
 
 
 def run_cases(place: Place, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,138 @@
+"""Every method on every engine: the single process's curve, the intended parameters, a small checkpoint, an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dist_ft.build import METHODS
+from dist_ft.checkpoint import SafeReader
+from dist_ft.exported import open_export
+from dist_ft.schema import MethodConfig, ModelConfig
+from dist_ft.testing.spawn import spawn
+from tests.dist.cases import metrics_of
+from tests.dist.conftest import config_of
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+
+ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+STEPS = 6
+PARITY = {"rel": 1e-5}
+KINDS = ("model", "exp_avg", "exp_avg_sq")
+CASES: dict[str, dict[str, Any]] = {
+    "freeze": {"name": "freeze", "num_layers": 1},
+    "features": {"name": "freeze", "num_layers": 0, "train_head": True, "train_embeddings": True},
+    "bitfit": {"name": "bitfit"},
+    "adapter": {"name": "adapter", "configuration": "houlsby", "reduction_factor": 4},
+    "lora": {"name": "lora", "r": 4, "loraplus_lr_ratio": 8, "rank_pattern": {"q_proj": 2}, "layers_to_transform": [1]},
+    "saved": {"name": "lora", "r": 4, "init_lora_weights": "orthogonal", "modules_to_save": ["embed_tokens"]},
+    "ln_tuning": {"name": "ln_tuning"},
+    "ia3": {"name": "ia3"},
+    "prompt": {"name": "prompt", "num_virtual_tokens": 5},
+    "prefix": {"name": "prefix", "num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 7},
+    "p_tuning": {"name": "p_tuning", "num_virtual_tokens": 5},
+}
+RATE = {"ln_tuning": 1e-2, "ia3": 1e-2, "bitfit": 1e-2, "prompt": 3e-2, "prefix": 3e-2, "p_tuning": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with biases and tied embeddings."""
+    folder = tmp_path_factory.mktemp("biased")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=211,
+        max_position_embeddings=64,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(biased: str, rows: tuple[str, list[dict]], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
+    """One group of workers for each world size runs all methods on all engines."""
+    folders: dict[tuple, Path] = {}
+    for world in (1, 2):
+        top = tmp_path_factory.mktemp(f"world-{world}")
+        cases = []
+        for method, settings in CASES.items():
+            for engine in ENGINES:
+                folder = top / f"{method}-{engine}"
+                config = config_of(folder, biased, rows[0], engine, world, 2, False, settings)
+                config["optim"]["learning_rate"] = RATE.get(method, 3e-3)
+                config["train"]["max_steps"] = STEPS
+                cases.append({"config": config, "export": exports(engine, world)})
+                folders[method, engine, world] = folder
+        spawn(world, "tests.dist.cases:run_cases", cases, timeout_s=600)
+    return folders
+
+
+def exports(engine: str, world: int) -> bool:
+    """Alone the engines hold the same, so one of them is exported there; it takes longer than to train."""
+    return world == 2 or engine == "ddp"
+
+
+def curve(run_dir: Path) -> list[float]:
+    return [value for m in metrics_of(run_dir) for value in (m["train/loss"], m["train/grad_norm"])]
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_curve_is_that_of_one_process_and_falls(method: str, runs: dict[tuple, Path]) -> None:
+    reference = curve(runs[method, "ddp", 1])
+    losses = reference[::2]
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 1e-3, losses
+    for (name, engine, world), run_dir in runs.items():
+        if name == method:
+            assert curve(run_dir) == pytest.approx(reference, **PARITY), (engine, world)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_only_what_is_meant_changes_is_kept_and_comes_back(
+    method: str, runs: dict[tuple, Path], biased: str
+) -> None:
+    config = TypeAdapter(MethodConfig).validate_python(CASES[method])
+    base = AutoModelForCausalLM.from_pretrained(biased)
+    before = {bits(tensor) for tensor in base.state_dict().values()}
+    meant = {n for n, p in METHODS[config.name](config).apply(base).named_parameters() if p.requires_grad}
+    reference = None
+    for (name, engine, world), run_dir in runs.items():
+        if name != method:
+            continue
+        where = (engine, world)
+        trained = torch.load(run_dir / "weights.pt", weights_only=True)
+        assert set(trained) == meant, where
+        assert not any(bits(tensor) in before for tensor in trained.values()), where
+        everything = torch.load(run_dir / "all_weights.pt", weights_only=True)
+        frozen = {bits(tensor) for n, tensor in everything.items() if n not in meant}
+        assert len(everything) > len(meant) and frozen <= before, where
+        assert kept_in(run_dir / "checkpoints" / "latest") == {f"{kind}/{n}" for kind in KINDS for n in meant}, where
+        if not exports(engine, world):
+            continue
+        loaded = open_export(run_dir / "model", ModelConfig(name_or_path=biased), biased)
+        with torch.no_grad():
+            logits = loaded.eval()(input_ids=torch.arange(3, 30)[None]).logits
+        reference = logits if reference is None else reference
+        assert torch.allclose(logits, reference, rtol=0, atol=1e-3), where
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().numpy().tobytes()
+
+
+def kept_in(checkpoint: Path) -> set[str]:
+    """The weights and moments that a checkpoint holds."""
+    names = SafeReader(checkpoint.resolve()).read_metadata().state_dict_metadata
+    return {name for name in names if name.split("/")[0] in KINDS}
