@@ -29,6 +29,7 @@ from . import comm
 from .errors import MachineError, Problem, RequestError, TrainingError
 from .state import NamedState
 
+CHECKPOINTS = "checkpoints"  # the folder of them in a run's
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ROOM_FACTOR = 1.1  # what must be free, in sizes of the checkpoint

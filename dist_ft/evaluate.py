@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .build import build_task
 from .comm import Place, find_device
 from .data.loader import evaluation_batches
 from .errors import RequestError
 from .exported import find_export, find_trained_run, open_base, open_export
+from .families import build_task, choose_attention
 from .model.attention import AttentionChoice
-from .model.load import attention_of
 from .plan import read_plan
 from .prepare import Prepared, Split, prepare
 from .schema import RunConfig, Strict
@@ -72,7 +71,7 @@ def open_model(
     which: str, config: RunConfig, prepared: Prepared, run_dir: Path, device: torch.device
 ) -> tuple[nn.Module, AttentionChoice]:
     """`export` or `base`, ready to compute on `device` with the attention that the run's configuration gives there."""
-    attention = attention_of(config.model, prepared.model_dir, device)
+    attention = choose_attention(config, prepared.model_dir, device)
     options = {"attn_implementation": attention.implementation}
     if which == "base":
         return open_base(config.model, prepared.model_dir, **options).to(device), attention

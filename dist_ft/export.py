@@ -1,7 +1,6 @@
 """The trained model as a Hugging Face folder that is loaded again, and gives the same logits, before it is called done.
 
-`python -m dist_ft.export RUN_YAML [merge=true] [checkpoint=step-N|latest|best] [out=DIR] [dtype=bfloat16]` writes one
-from a run that was; a run writes its own at its end by `export_run`.
+A run writes its own at its end by `export_run`; of a run that was, merge.py writes one.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,6 @@ from .probe import TOLERANCE, Deviation, Probe, compare, probe_model
 from .schema import ModelConfig
 from .schema_method import MethodChoice
 from .state import Method, ModelFactory, Weights
-from .words import run_command
 
 ROOM_FACTOR = 1.05
 
@@ -221,14 +218,3 @@ def add_companions(
     # Written as it is: transformers refuses to save settings that it loads with a warning.
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def main(arguments: list[str]) -> None:
-    """Export from a run's folder."""
-    from .merge import export_again
-
-    export_again(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

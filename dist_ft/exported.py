@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoint import CHECKPOINTS
 from .errors import RequestError, TrainingError
 from .method.adapter import is_bottleneck, load_adapter
 from .plan import Plan
@@ -39,7 +40,7 @@ def find_trained_run(plan: Plan, run_file: str) -> Path:
     """The folder of a run: where its file is, unless that is a copy elsewhere."""
     beside = Path(run_file)
     beside = beside if beside.is_dir() else beside.parent
-    return beside if (beside / EXPORT).exists() or (beside / "checkpoints").exists() else plan.run_dir
+    return beside if (beside / EXPORT).exists() or (beside / CHECKPOINTS).exists() else plan.run_dir
 
 
 def is_adapter(folder: Path) -> bool:

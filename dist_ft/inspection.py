@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .build import build_method, model_factory
+from .families import build_method, model_factory
 from .memory import Sizes, estimate_memory
 from .model.load import attention_of
 from .model.structure import find_blocks, find_routers

@@ -1,7 +1,11 @@
-"""An export of a run that was: from its exported adapter or a checkpoint, as it is or merged into a whole model."""
+"""An export of a run that was: from its exported adapter or a checkpoint, as it is or merged into a whole model.
+
+`python -m dist_ft.merge RUN_YAML [merge=true] [checkpoint=step-N|latest|best] [out=DIR] [dtype=bfloat16]`
+"""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +18,6 @@ from pydantic import Field
 from torch import nn
 
 from . import checkpoint
-from .build import CHECKPOINTS, build_method, choose_attention, model_factory
 from .card import card_of_run
 from .conserve import Account
 from .data.template import load_tokenizer
@@ -30,13 +33,14 @@ from .export import (
     verify,
 )
 from .exported import find_export, find_trained_run, is_adapter, name_base, open_export, set_adapter_base
+from .families import build_method, choose_attention, model_factory
 from .plan import read_plan
 from .prepare import Prepared, prepare
 from .probe import Deviation, Probe, compare, probe_model
 from .schema import RunConfig, Strict
 from .state import ModelFactory
 from .turns import find_end_token
-from .words import read_words, split_run
+from .words import read_words, run_command, split_run
 
 
 class ExportOptions(Strict):
@@ -48,8 +52,8 @@ class ExportOptions(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of a merged or full model")
 
 
-def export_again(arguments: Sequence[str]) -> None:
-    """Do what `python -m dist_ft.export` was asked to, and say how exact the result is.
+def main(arguments: Sequence[str]) -> None:
+    """Do what `dist-ft export` was asked to, and say how exact the result is.
 
     Raises:
         RequestError: there is nothing to export, or no new folder to put it in.
@@ -90,9 +94,9 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
     """
     if name is None:
         return open_export(find_export(run_dir), config.model, prepared.model_dir)
-    path = run_dir / CHECKPOINTS / name
+    path = run_dir / checkpoint.CHECKPOINTS / name
     if not path.is_dir():
-        found = ", ".join(sorted(p.name for p in (run_dir / CHECKPOINTS).glob("*"))) or "none"
+        found = ", ".join(sorted(p.name for p in (run_dir / checkpoint.CHECKPOINTS).glob("*"))) or "none"
         raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
     if reason := checkpoint.verify(path.resolve()):
         raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
@@ -209,3 +213,7 @@ def _bytes(parameters: object) -> int:
 def _name(options: ExportOptions) -> str:
     parts = ["model", options.checkpoint, "merged" if options.merge else None, options.dtype]
     return "-".join(part for part in parts if part) if any(parts[1:]) else "model-again"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

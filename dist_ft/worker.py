@@ -67,8 +67,9 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     prepared = prepare(plan.config)  # before any process group: no collective waits for it
     from . import comm
-    from .build import build, summarise
+    from .build import build
     from .loop import fit
+    from .report import summarise
     from .watchdog import Watchdog
 
     timeout_s = plan.config.train.timeout_s

@@ -119,7 +119,7 @@ def outcome(options: argparse.Namespace) -> int:
     wrong = [word for word in rest if "=" not in word]
     if wrong:
         raise RequestError.of(wrong[0], "is not KEY=VALUE", f"see `dist-ft {options.command} --help`")
-    module = {"eval": "dist_ft.evaluate", "generate": "dist_ft.generate", "export": "dist_ft.export"}[options.command]
+    module = {"eval": "dist_ft.evaluate", "generate": "dist_ft.generate", "export": "dist_ft.merge"}[options.command]
     # The file that was named, not where the plan says it was written: a run's folder may have been moved.
     return run_module([module, _run_file(runs[0]), *rest])
 

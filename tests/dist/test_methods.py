@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.build import METHODS
+from dist_ft.families import METHODS
 from dist_ft.checkpoint import SafeReader
 from dist_ft.exported import open_export
 from dist_ft.schema import MethodConfig, ModelConfig

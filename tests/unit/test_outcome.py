@@ -13,12 +13,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_ft import checkpoint, comm, evaluate, generate, inspection
-from dist_ft.build import build_method, model_factory
 from dist_ft.checkpoint import Progress
 from dist_ft.comm import Place
 from dist_ft.errors import RequestError, TrainingError
 from dist_ft.export import export_run
-from dist_ft.export import main as export_main
+from dist_ft.families import build_method, model_factory
+from dist_ft.merge import main as export_main
 from dist_ft.model.load import attention_of
 from dist_ft.plan import Plan, read_plan, write_plan
 from dist_ft.prepare import prepare

@@ -11,9 +11,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_ft.build import METHODS
 from dist_ft.errors import TrainingError
 from dist_ft.exported import open_export
+from dist_ft.families import METHODS
 from dist_ft.merge import merge
 from dist_ft.probe import compare, probe_model
 from dist_ft.schema import MethodConfig

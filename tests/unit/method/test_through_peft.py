@@ -20,8 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dist_ft.build import METHODS
 from dist_ft.errors import RequestError
+from dist_ft.families import METHODS
 from dist_ft.schema import MethodConfig
 from dist_ft.task import tokens
 

@@ -1,0 +1,116 @@
+"""The families by name: the only place that knows every task, method and engine, each by a literal table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .comm import Place
+from .errors import RequestError
+from .method.adapter import Adapter
+from .method.bitfit import Bitfit
+from .method.freeze import Freeze
+from .method.full import Full
+from .method.ia3 import Ia3
+from .method.ln_tuning import LnTuning
+from .method.lora import Lora
+from .method.p_tuning import PTuning
+from .method.prefix import Prefix
+from .method.prompt import Prompt
+from .model.attention import AttentionChoice
+from .model.load import attention_of, load_model
+from .optim import build_adamw
+from .plan import Plan
+from .prepare import TASKS
+from .schema import RunConfig
+from .state import Engine, Method, ModelFactory, OptimFactory, Task
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "full": Full,
+    "freeze": Freeze,
+    "bitfit": Bitfit,
+    "ln_tuning": LnTuning,
+    "ia3": Ia3,
+    "prompt": Prompt,
+    "prefix": Prefix,
+    "p_tuning": PTuning,
+    "adapter": Adapter,
+    "lora": Lora,
+}
+
+
+def build_task(config: RunConfig, *, padding_free: bool) -> Task:
+    """The task, laying out micro-batches for a model that takes documents without padding, or not.
+
+    Raises:
+        RequestError: packing was asked for with a model whose attention cannot keep documents apart.
+    """
+    if config.task.packing and not padding_free:
+        rule = f"{config.model.name_or_path}'s attention cannot keep packed documents apart"
+        raise RequestError.of("task.packing", rule, "set task.packing=false")
+    return TASKS[config.task.name](config.task, padding_free=padding_free)
+
+
+def build_method(config: RunConfig) -> Method:
+    """The method of the configuration."""
+    return METHODS[config.method.name](config.method)
+
+
+def choose_attention(config: RunConfig, folder: str, device: torch.device) -> AttentionChoice:
+    """How the model attends, and whether documents are laid out without padding: not behind virtual tokens."""
+    attention = attention_of(config.model, folder, device)
+    return attention.padded() if config.method.virtual_tokens else attention
+
+
+def build_engine(plan: Plan, place: Place, device: torch.device) -> Engine:
+    """The engine of the configuration; DeepSpeed is imported only for its own."""
+    config = plan.config
+    options: dict[str, Any] = {
+        "device": device,
+        "place": place,
+        "dtype": getattr(torch, config.model.dtype),
+        "max_grad_norm": config.optim.max_grad_norm,
+    }
+    if config.engine.name == "ddp":
+        from .engine.ddp import Ddp
+
+        return Ddp(**options)
+    if config.engine.name == "fsdp":
+        from .engine.fsdp import Fsdp
+
+        return Fsdp(config.engine, **options)
+    from .engine.deepspeed import Zero
+
+    options |= {
+        "micro_batch_size": config.train.per_device_train_batch_size,
+        "accumulation_steps": plan.accumulation_steps,
+    }
+    return Zero(config.engine, **options)
+
+
+def model_factory(config: RunConfig, folder: str, attention: AttentionChoice, method: Method) -> ModelFactory:
+    """How every rank builds the same modules; see state.ModelFactory."""
+
+    def build_model(weights: bool) -> nn.Module:
+        model = load_model(config.model, folder, attention, weights=weights)
+        torch.manual_seed(config.train.seed)  # what a method adds starts alike on every rank
+        model = method.apply(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # master precision; engines compute in model.dtype
+        return model
+
+    return build_model
+
+
+def optim_factory(config: RunConfig, device: torch.device) -> OptimFactory:
+    """How an engine makes the optimizer over the parameters as it holds them."""
+
+    def build_optim(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        fused = device.type in ("cpu", "cuda")
+        return build_adamw(config.optim, parameters, config.method.lr_scale, fused=fused)
+
+    return build_optim

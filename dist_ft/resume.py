@@ -1,0 +1,50 @@
+"""Where a run goes on, and what it leaves to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+from . import checkpoint, comm
+from .checkpoint import CHECKPOINTS, Progress
+from .comm import Place
+from .errors import RequestError
+from .plan import Plan
+from .state import Engine
+
+
+def resume(plan: Plan, engine: Engine, place: Place, terminal: TextIO) -> Progress:
+    """Bring the engine to where the run stands, and say where that is; a new run stands at step 0.
+
+    Checkpoints that are not sound are named on `terminal`.
+
+    Raises:
+        RequestError: the checkpoint named by train.resume is not sound.
+    """
+    wish, folder = plan.config.train.resume, plan.run_dir / CHECKPOINTS
+    path: Path | None = None
+    if place.is_main and wish == "auto":
+        path, torn = checkpoint.newest_sound(folder)
+        for problem in torn:
+            print(f"dist-ft: {problem}", file=terminal, flush=True)
+    elif wish not in ("auto", "never"):
+        path = Path(wish)
+        if reason := checkpoint.verify(path):
+            raise RequestError.of("train.resume", f"{path}: {reason}", "name a sound checkpoint, or use auto")
+    path = comm.from_main(path)
+    if path is None:
+        return Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
+    state = engine.state()
+    checkpoint.load(path, state)
+    engine.load(state)
+    return checkpoint.read_progress(path)
+
+
+def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place) -> None:
+    """Write a checkpoint, point `best` at it if it is the best, and remove what is no longer kept."""
+    folder = plan.run_dir / CHECKPOINTS
+    path = checkpoint.save(folder, engine.state(), progress)
+    if place.is_main:
+        if progress.best_step == progress.step:
+            checkpoint.point(folder / "best", path)
+        checkpoint.prune(folder, plan.config.train.save_total_limit, progress.best_step)
