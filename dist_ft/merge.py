@@ -16,7 +16,6 @@ from . import checkpoint
 from .build import CHECKPOINTS, build_method, choose_attention, model_factory
 from .card import card_of_run
 from .conserve import Account
-from .data.template import load_tokenizer
 from .errors import RequestError
 from .export import (
     add_companions,
@@ -34,7 +33,7 @@ from .prepare import Prepared, prepare
 from .probe import Deviation, Probe, compare, probe_model
 from .schema import RunConfig, Strict
 from .state import ModelFactory
-from .turns import find_end_token
+from .turns import find_end_token, open_tokenizer
 from .words import read_words, split_run
 
 
@@ -186,7 +185,7 @@ def _write(
 
 
 def _accompany(folder: Path, model: nn.Module, config: RunConfig, prepared: Prepared, card: str) -> None:
-    tokenizer = load_tokenizer(config, prepared.tokenizer_dir)
+    tokenizer = open_tokenizer(config, prepared.tokenizer_dir)
     add_companions(folder, model, prepared.model_dir, tokenizer, find_end_token(tokenizer, config.task), card)
 
 
