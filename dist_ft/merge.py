@@ -20,7 +20,6 @@ from torch import nn
 from . import checkpoint
 from .card import card_of_run
 from .conserve import Account
-from .data.template import load_tokenizer
 from .errors import RequestError
 from .export import (
     add_companions,
@@ -39,7 +38,7 @@ from .prepare import Prepared, prepare
 from .probe import Deviation, Probe, compare, probe_model
 from .schema import RunConfig, Strict
 from .state import ModelFactory
-from .turns import find_end_token
+from .turns import find_end_token, open_tokenizer
 from .words import read_words, run_command, split_run
 
 
@@ -202,7 +201,7 @@ def _write(
 
 
 def _accompany(folder: Path, model: nn.Module, config: RunConfig, prepared: Prepared, card: str) -> None:
-    tokenizer = load_tokenizer(config, prepared.tokenizer_dir)
+    tokenizer = open_tokenizer(config, prepared.tokenizer_dir)
     add_companions(folder, model, prepared.model_dir, tokenizer, find_end_token(tokenizer, config.task), card)
 
 

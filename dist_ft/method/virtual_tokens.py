@@ -22,8 +22,9 @@ class VirtualTokens:
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
         """Write adapter_model.safetensors and adapter_config.json in peft's form."""
         assert isinstance(model, peft.PeftModel)
+        state = {name.removeprefix(ENCODER): tensor.detach().cpu() for name, tensor in weights}
         encoder = model.prompt_encoder["default"].to_empty(device="cpu")
-        encoder.load_state_dict({name.removeprefix(ENCODER): tensor.detach().cpu() for name, tensor in weights})
+        encoder.load_state_dict(state)
         model.prompt_tokens["default"] = torch.arange(self.config.num_virtual_tokens)
         encoder.eval()  # without the encoder's dropout
         model.save_pretrained(str(out), save_embedding_layers=False)

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dist_ft.families import METHODS
 from dist_ft.checkpoint import SafeReader
+from dist_ft.errors import RequestError
 from dist_ft.exported import open_export
+from dist_ft.merge import export_again
 from dist_ft.schema import MethodConfig, ModelConfig
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
@@ -136,3 +138,24 @@ def kept_in(checkpoint: Path) -> set[str]:
     """The weights and moments that a checkpoint holds."""
     names = SafeReader(checkpoint.resolve()).read_metadata().state_dict_metadata
     return {name for name in names if name.split("/")[0] in KINDS}
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_run_is_exported_again_from_its_checkpoint_and_merged_where_it_can_be(
+    method: str, runs: dict[tuple, Path], tmp_path: Path
+) -> None:
+    """`export_again` loads what it wrote and compares logits by itself; see also that nothing is left out."""
+    run_dir = runs[method, "zero3", 2]
+    config = TypeAdapter(MethodConfig).validate_python(CASES[method])
+    for words in (["checkpoint=latest"], []):
+        out = tmp_path / f"again-{len(words)}"
+        export_again([str(run_dir / "run.yaml"), *words, f"out={out}"])
+        first, again = (sorted(file.name for file in folder.iterdir()) for folder in (run_dir / "model", out))
+        assert first == again
+    merged = [str(run_dir / "run.yaml"), "merge=true", f"out={tmp_path / 'merged'}"]
+    if config.mergeable:
+        export_again(merged)
+        assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    else:
+        with pytest.raises(RequestError, match=r"adapter to merge|cannot be put into the base's weights"):
+            export_again(merged)
