@@ -14,7 +14,7 @@ from dist_ft.families import METHODS
 from dist_ft.checkpoint import SafeReader
 from dist_ft.errors import RequestError
 from dist_ft.exported import open_export
-from dist_ft.merge import export_again
+from dist_ft.merge import main as export_again
 from dist_ft.schema import MethodConfig, ModelConfig
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
