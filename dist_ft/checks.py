@@ -214,6 +214,18 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
         rule = "the prefix reaches attention as a cache of keys and values, which recomputed blocks do not get"
         way_out = "set model.gradient_checkpointing=false, or choose method=prompt"
         yield Problem(_where("model.gradient_checkpointing", origins), rule, way_out)
+    quantization = config.model.quantization or "none"
+    if method.name == "qlora" and quantization == "none":
+        rule = "method=qlora is LoRA over a quantised base, and none was asked for"
+        yield Problem(_where("model.quantization", origins), rule, "set it to nf4 or int8, or choose method=lora")
+    if quantization != "none" and method.name not in ("lora", "qlora"):
+        rule = f"a base in {quantization} cannot learn, and method={method.name} " + (
+            "trains its weights" if method.whole else "is proven over whole weights only"
+        )
+        yield Problem(_where("model.quantization", origins), rule, "choose method=qlora, or set it to none")
+    if quantization != "none" and getattr(method, "use_dora", False):
+        rule = "DoRA needs the norms of whole weights, which a quantised base does not hold"
+        yield Problem(_where("method.use_dora", origins), rule, "set method.use_dora=false")
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
         yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .checkpoint import CHECKPOINTS
 from .errors import RequestError, TrainingError
 from .method.adapter import is_bottleneck, load_adapter
+from .model.quantize import quantize
 from .plan import Plan
 from .pretrained import is_hub_id
 from .schema import ModelConfig
@@ -54,11 +55,12 @@ def name_base(config: ModelConfig, model_dir: str) -> str:
 
 
 def open_base(config: ModelConfig, model_dir: str, **options: Any) -> PreTrainedModel:
-    """The base model as transformers loads it."""
+    """The base model as transformers loads it, quantised as the run's was."""
     options.setdefault("dtype", getattr(torch, config.dtype))
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_dir, use_safetensors=True, trust_remote_code=config.trust_remote_code, **options
     )
+    quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=True)
     return model
 
 

@@ -39,6 +39,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "p_tuning": PTuning,
     "adapter": Adapter,
     "lora": Lora,
+    "qlora": Lora,
 }
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from .families import build_method, model_factory
 from .memory import Sizes, estimate_memory
 from .model.load import attention_of
+from .model.quantize import QuantizedLinear
 from .model.structure import find_blocks, find_routers
 from .plan import Plan, read_plan
 from .prepare import prepare
@@ -55,13 +56,17 @@ def count_components(model: nn.Module) -> dict[str, Share]:
     """Parameters by component, found from the model's structure; a tied head counts with the embeddings."""
     shares: dict[str, Share] = {}
     kinds = _component_of_modules(model)
+    packed = {id(m.weight): m for m in model.modules() if isinstance(m, QuantizedLinear)}
     for name, parameter in model.named_parameters():
         parent = name.rpartition(".")[0]
         kind = "adapters" if _ADAPTERS.search(name) else _nearest(parent, kinds)
         share = shares.setdefault(kind, Share())
-        share.parameters += parameter.numel()
+        layer = packed.get(id(parameter))
+        share.parameters += layer.in_features * layer.out_features if layer else parameter.numel()
         share.trainable += parameter.numel() if parameter.requires_grad else 0
-        share.bytes_by_dtype[_dtype(parameter)] += parameter.numel() * parameter.element_size()
+        share.bytes_by_dtype[layer.scheme if layer else _dtype(parameter)] += (
+            parameter.numel() * parameter.element_size()
+        )
     return {kind: shares[kind] for kind in COMPONENTS if kind in shares}
 
 

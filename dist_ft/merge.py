@@ -75,6 +75,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.merge:  # in float32, and rounded once, when it is written
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     model = open_trained(config, prepared, run_dir, options.checkpoint)
+    if options.merge and config.model.quantization != "none":
+        config, model = _leave_quantization(model, config, prepared, run_dir, options.checkpoint)
     probe = probe_model(model, prepared.train.open_table().example(0)["input_ids"])
     card = card_of_run(plan, prepared, run_dir, merged=options.merge, checkpoint=options.checkpoint)
     deviation = (
@@ -83,6 +85,22 @@ def main(arguments: Sequence[str]) -> None:
         else _export_as_is(model, config, prepared, out, card, probe, dtype)
     )
     print(f"{out}: {'merged' if options.merge else 'exported'} in {dtype}, loaded again; logits differ by {deviation}")
+
+
+def _leave_quantization(
+    trained: nn.Module, config: RunConfig, prepared: Prepared, run_dir: Path, name: str | None
+) -> tuple[RunConfig, nn.Module]:
+    """The adapter on the base as it was before quantisation, and by how much that changes the trained model.
+
+    It was trained to the quantised base's errors, which the whole base does not make.
+    """
+    scheme = config.model.quantization
+    config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
+    model = open_trained(config, prepared, run_dir, name)
+    token_ids = prepared.train.open_table().example(0)["input_ids"]
+    deviation = compare(probe_model(trained, token_ids), probe_model(model, token_ids))
+    print(f"against the dequantised {scheme} base that was trained on: logits differ by {deviation}")
+    return config, model
 
 
 def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str | None) -> nn.Module:

@@ -41,12 +41,13 @@ def describe(plan: Plan, attention: AttentionChoice, device: torch.device, progr
     """What runs, in two lines: also what every `auto` became."""
     config = plan.config
     layout = "documents without padding" if attention.padding_free else "padded rows"
+    base = config.model.dtype if config.model.quantization in (None, "none") else config.model.quantization
     begin = f"from the checkpoint of step {progress.step}" if progress.step else "from the start"
     return (
         f"dist-ft: {config.method.name} of {config.model.name_or_path} by {config.engine.name} on {plan.world_size} "
         f"{device.type} worker(s), {steps} steps {begin}; output in {plan.run_dir}\n"
-        f"dist-ft: compute {config.model.dtype}, trained weights and AdamW float32; attention {attention.kernel} "
-        f"({attention.reason}), {layout}"
+        f"dist-ft: compute {config.model.dtype}, base weights {base}, trained weights and AdamW float32; "
+        f"attention {attention.kernel} ({attention.reason}), {layout}"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .schema_method import (
     AdapterConfig,
@@ -21,6 +21,7 @@ from .schema_method import (
     PrefixConfig,
     PromptConfig,
     PTuningConfig,
+    QloraConfig,
 )
 from .strict import Count, Share, Strict
 
@@ -33,6 +34,9 @@ class ModelConfig(Strict):
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer; the model's own if not given.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Forward and backward, and frozen weights; trained weights and AdamW stay in float32."
+    )
+    quantization: Literal["none", "nf4", "int8"] | None = Field(
+        None, description="Of the frozen linear layers; if not given, nf4 for method=qlora and none otherwise."
     )
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     gradient_checkpointing: bool = Field(False, description="Recompute activations block by block in the backward.")
@@ -89,7 +93,8 @@ MethodConfig = Annotated[
     | PrefixConfig
     | PTuningConfig
     | AdapterConfig
-    | LoraConfig,
+    | LoraConfig
+    | QloraConfig,
     Field(discriminator="name"),
 ]
 
@@ -222,6 +227,15 @@ class RunConfig(Strict):
     train: TrainConfig
     track: TrackConfig
     launch: LaunchConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def settle_quantization(cls, values: Any) -> Any:
+        """What is not given becomes what the method means, so that a plan says it."""
+        model, method = (values.get(key) for key in ("model", "method")) if isinstance(values, dict) else (None, None)
+        if not isinstance(model, dict) or not isinstance(method, dict) or model.get("quantization") is not None:
+            return values
+        return {**values, "model": {**model, "quantization": "nf4" if method.get("name") == "qlora" else "none"}}
 
 
 def json_schema() -> dict[str, Any]:

@@ -132,12 +132,11 @@ class PTuningConfig(VirtualTokensChoice):
         return False
 
 
-class LoraConfig(MethodChoice):
+class LoraKeys(MethodChoice):
     """Low-rank adapters beside frozen weights (Hu et al. 2021); names and meanings are PEFT's."""
 
     mergeable: ClassVar[bool] = True
 
-    name: Literal["lora"]
     r: Count = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -163,3 +162,15 @@ class LoraConfig(MethodChoice):
     def lr_scale(self, parameter: str) -> float:
         """LoRA+ lets B, which starts at zero, learn faster than A."""
         return self.loraplus_lr_ratio or 1.0 if ".lora_B." in parameter else 1.0
+
+
+class LoraConfig(LoraKeys):
+    """LoRA; over a quantised base too, where model.quantization says so."""
+
+    name: Literal["lora"]
+
+
+class QloraConfig(LoraKeys):
+    """LoRA over a quantised base (Dettmers et al. 2023): NF4 with double quantisation unless told otherwise."""
+
+    name: Literal["qlora"]

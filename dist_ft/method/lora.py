@@ -10,16 +10,16 @@ from torch import nn
 
 from ..errors import Problem, RequestError
 from ..model.structure import find_blocks, find_linears
-from ..schema import LoraConfig
+from ..schema_method import LoraKeys
 from .through_peft import ThroughPeft, check_names
 
 
 class Lora(ThroughPeft):
     """See the module; DoRA and rsLoRA are settings of it."""
 
-    config: LoraConfig
+    config: LoraKeys
 
-    def __init__(self, config: LoraConfig) -> None:
+    def __init__(self, config: LoraKeys) -> None:
         self.config = config
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -56,7 +56,7 @@ class Lora(ThroughPeft):
         return adapted
 
 
-def _layer_problems(config: LoraConfig, model: nn.Module, targets: str | list[str]) -> list[Problem]:
+def _layer_problems(config: LoraKeys, model: nn.Module, targets: str | list[str]) -> list[Problem]:
     problems = []
     if config.layers_to_transform is not None:
         blocks = len(find_blocks(model))
@@ -73,7 +73,7 @@ def _layer_problems(config: LoraConfig, model: nn.Module, targets: str | list[st
     return problems
 
 
-def _exclusion_problems(config: LoraConfig, model: nn.Module) -> list[Problem]:
+def _exclusion_problems(config: LoraKeys, model: nn.Module) -> list[Problem]:
     excluded = config.exclude_modules
     if isinstance(excluded, list):
         check_names("method.exclude_modules", excluded, model, [])
@@ -89,7 +89,7 @@ def _within(layers: list[int], targets: list[str]) -> list[str]:
     return [target for target, number in numbers.items() if number is None or int(number[1]) in layers]
 
 
-def _pattern_problems(config: LoraConfig, adapted: list[str]) -> list[Problem]:
+def _pattern_problems(config: LoraKeys, adapted: list[str]) -> list[Problem]:
     """Patterns, matched as peft does, that no adapted module has."""
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):

@@ -40,9 +40,9 @@ def count_step_cost(model: nn.Module) -> StepCost:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             if module.weight.requires_grad:
-                trained += module.weight.numel()
+                trained += module.in_features * module.out_features
             else:
-                frozen += module.weight.numel()
+                frozen += module.in_features * module.out_features
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)

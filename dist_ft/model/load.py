@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 from ..errors import Problem, RequestError
 from ..schema import ModelConfig
 from .attention import AttentionChoice, choose_attention
+from .quantize import quantize
 
 
 def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
@@ -38,8 +39,9 @@ def attention_of(config: ModelConfig, folder: str, device: torch.device) -> Atte
 def load_model(config: ModelConfig, folder: str, attention: AttentionChoice, *, weights: bool) -> PreTrainedModel:
     """The model on the CPU in `config.dtype`.
 
-    With `weights` false, modules and buffers are the same and parameters are uninitialised memory, which the
-    operating system does not even allocate until it is written: ranks that are sent their weights cost nothing here.
+    Linear layers are quantised one by one as `config.quantization` says. With `weights` false, modules and buffers are
+    the same and parameters are uninitialised memory, which the operating system does not even allocate until it is
+    written: ranks that are sent their weights cost nothing here.
 
     Raises:
         RequestError: weights are missing, have other shapes, or belong to another architecture.
@@ -56,6 +58,7 @@ def load_model(config: ModelConfig, folder: str, attention: AttentionChoice, *, 
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(architecture, **options)
         model.tie_weights()
+    quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=weights)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -260,3 +260,23 @@ def test_disk(tmp_path, monkeypatch):
     assert "10 MiB are free" in machine(f"output_dir={tmp_path}/a")[0]
     monkeypatch.setattr(checks.os, "access", lambda *_: False)
     assert "cannot be written to" in machine(f"output_dir={tmp_path}/a")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["method=full", "model.quantization=nf4"], "trains its weights"),
+        (["method=ia3", "model.quantization=int8"], "proven over whole weights"),
+        (["method=qlora", "model.quantization=none"], "none was asked for"),
+        (["method=qlora", "method.use_dora=true"], "DoRA needs the norms"),
+    ],
+)
+def test_what_a_quantised_base_cannot_do_is_refused(words: list[str], rule: str) -> None:
+    composed = compose(["track=off", *words])
+    assert any(rule in problem.rule for problem in check(composed.config, composed.origins))
+
+
+def test_qlora_means_nf4_unless_told_otherwise() -> None:
+    assert compose(["method=qlora"]).config.model.quantization == "nf4"
+    assert compose(["method=qlora", "model.quantization=int8"]).config.model.quantization == "int8"
+    assert compose(["method=lora"]).config.model.quantization == "none"

@@ -116,10 +116,12 @@ def group_rows() -> list[str]:
             continue
         shared = [key for key in records[0].model_fields if all(key in r.model_fields for r in records)]
         keys = [f"`{key}`" for key in shared if key != "name"]
+        alike: dict[str, list[str]] = {}  # keys → the choices that have just these
         for record in records:
-            own = [f"`{key}`" for key in record.model_fields if key not in shared]
+            own = " ".join(f"`{key}`" for key in record.model_fields if key not in shared and key != "name")
             if own:
-                keys.append(f"{' and '.join(names(record))}: {' '.join(own)}")
+                alike.setdefault(own, []).extend(names(record))
+        keys += [f"{' and '.join(choices)}: {own}" for own, choices in alike.items()]
         text = "; ".join([" ".join(k for k in keys if k.startswith("`")), *(k for k in keys if not k.startswith("`"))])
         choices = list_groups().get(group, [])
         rows.append(f"| `{group}` | {' '.join(f'`{c}`' for c in choices)} | {text.removeprefix('; ')} |")

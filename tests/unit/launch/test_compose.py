@@ -47,7 +47,7 @@ def test_every_problem_is_reported_at_once():
         "engine=zero4": "did you mean engine=zero3? known: ddp, fsdp, zero1, zero2, zero3",
         "enigne (command line)": "unknown key → did you mean engine?",
         "train.max_step (command line)": "unknown key → did you mean train.max_steps?",
-        "method.r (command line)": "belongs to method=lora; method=full does not read it",
+        "method.r (command line)": "belongs to method=lora or method=qlora; method=full does not read it",
         "model.dtype (command line)": "'float16' is wrong: it must be one of float32, bfloat16",
         "train.seed (command line)": "'abc' is wrong: it must be a valid integer",
         "launch.port (command line)": "99999 is wrong: it must be less than or equal to 65535",
