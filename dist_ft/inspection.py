@@ -30,7 +30,7 @@ from .view import ledger_table
 from .words import run_command, split_run
 
 COMPONENTS = ("embeddings", "attention", "mlp", "experts", "router", "norms", "head", "other", "adapters")
-_ADAPTERS = re.compile(r"\.lora_|\.prompt_encoder\.")
+_COPIES = re.compile(r"\.modules_to_save\.|\.ln_tuning_layers\.")  # of the base's own modules
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.default\b|\.original_module|\.modules_to_save")
 
 
@@ -52,14 +52,20 @@ def build_meta(config: RunConfig, model_dir: str) -> nn.Module:
         return build_model(False)
 
 
-def count_components(model: nn.Module) -> dict[str, Share]:
-    """Parameters by component, found from the model's structure; a tied head counts with the embeddings."""
+def count_components(model: nn.Module, *, whole: bool = True) -> dict[str, Share]:
+    """Parameters by component, found from the model's structure; a tied head counts with the embeddings.
+
+    Args:
+        model: with the method applied.
+        whole: the method trains the model's own weights; else what learns was added to it, and counts as adapters.
+    """
     shares: dict[str, Share] = {}
     kinds = _component_of_modules(model)
     packed = {id(m.weight): m for m in model.modules() if isinstance(m, QuantizedLinear)}
     for name, parameter in model.named_parameters():
         parent = name.rpartition(".")[0]
-        kind = "adapters" if _ADAPTERS.search(name) else _nearest(parent, kinds)
+        added = parameter.requires_grad and not whole and not _COPIES.search(name)
+        kind = "adapters" if added else _nearest(parent, kinds)
         share = shares.setdefault(kind, Share())
         layer = packed.get(id(parameter))
         share.parameters += layer.in_features * layer.out_features if layer else parameter.numel()
@@ -99,7 +105,7 @@ def measure_sizes(model: nn.Module, config: RunConfig) -> Sizes:
 
 def render(plan: Plan, model: nn.Module) -> Iterator[Table]:
     """The tables of the model."""
-    shares = count_components(model)
+    shares = count_components(model, whole=plan.config.method.whole)
     dtypes = sorted({dtype for share in shares.values() for dtype in share.bytes_by_dtype})
     total = sum(share.parameters for share in shares.values())
     table = _table("model", "parameters", "trainable", *dtypes)

@@ -46,7 +46,7 @@ def test_components_of_a_mixture_and_its_adapters() -> None:
     total = sum(share.parameters for share in shares.values())
     assert total == sum(p.numel() for p in base.parameters())
     model = Lora(LoraConfig(name="lora", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).apply(base)
-    adapted = inspection.count_components(model)
+    adapted = inspection.count_components(model, whole=False)
     assert adapted["adapters"].parameters == adapted["adapters"].trainable == 3 * (2 * 16 + 16 * 2)
     assert adapted["head"].trainable == 64 * 16 and adapted["attention"].parameters == shares["attention"].parameters
     assert sum(share.parameters for share in adapted.values()) == sum(p.numel() for p in model.parameters())
