@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..comm import Place
 from ..state import Batch, LossFn, LossSum, ModelFactory, NamedState, OptimFactory, StepStats
 
 
-class NativeEngine:
+class NativeEngine(ABC):
     """An engine over torch modules; subclasses wrap the model and say how its weights reach every rank.
 
     Args:
@@ -41,9 +42,9 @@ class NativeEngine:
         self.trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = build_optim(self.trained)
 
+    @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
         """Distribute `model`, whose weights are rank 0's afterwards."""
-        raise NotImplementedError
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a micro-batch; before the last one gradients need not be reduced."""
