@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,8 @@ from .method.lora import Lora
 from .model.attention import AttentionChoice
 from .model.flops import StepCost, count_step_cost, peak_flops
 from .model.load import attention_of, load_model
+from .model.moe import apply_policy, check_keys, route_method
+from .model.routing import Routing, Watched, build_routing, watch
 from .optim import build_adamw, learning_rate
 from .plan import Plan
 from .prepare import TASKS, Prepared, Split
@@ -92,8 +94,10 @@ def model_factory(config: RunConfig, folder: str, attention: AttentionChoice, me
 
     def build_model(weights: bool) -> nn.Module:
         model = load_model(config.model, folder, attention, weights=weights)
+        routed = route_method(config.method, config.moe, model)
         torch.manual_seed(config.train.seed)  # what a method adds starts alike on every rank
-        model = method.apply(model)
+        model = (method if routed is config.method else METHODS[routed.name](routed)).apply(model)
+        apply_policy(config.moe, config.method, model)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # master precision; engines compute in model.dtype
@@ -158,36 +162,42 @@ def build(
     loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
+    routings: list[Routing] = []
     method = build_method(config)
     factory = model_factory(config, prepared.model_dir, attention, method)
 
     def build_model(weights: bool) -> nn.Module:
         model = factory(weights)
+        check_keys(config.moe, plan.origins, model)
         _check_alike(model)
         costs.append(count_step_cost(model))
+        routings.extend(build_routing(config.moe, config.method, model))
         return model
 
     engine.setup(build_model, optim_factory(config.optim, device))
     progress = resume(plan, engine, place)
+    watched = Watched(task, loader.step, meter(device, place.world_size, costs[0]))
+    for routing in routings:  # one for a mixture of experts, none for a dense model
+        watched = watch(routing, watched, engine, beat)
     if place.is_main:
-        print(describe(plan, attention, device, progress, steps), file=terminal, flush=True)
+        print(describe(plan, attention, device, progress, steps, routings), file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
         config=config.train,
-        task=task,
+        task=watched.task,
         engine=engine,
         tracker=tracker,
         hooks=[],
         total_steps=steps,
         progress=replace(progress, tracker_id=tracker_id, world_size=place.world_size, engine=config.engine.name),
         rank=place.rank,
-        micro_batches=loader.step,
+        micro_batches=watched.micro_batches,
         validation=build_validation(plan, task, prepared, place),
         learning_rate=lambda step: learning_rate(config.optim, step, steps),
         epoch_at=loader.order.epoch_at,
         save=lambda progress: save_checkpoint(plan, engine, progress, place),
         beat=beat,
-        measure=meter(device, place.world_size, costs[0]),
+        measure=watched.measure,
         export=lambda: export(plan, prepared, place, engine, task, method, factory),
     )
 
@@ -211,8 +221,15 @@ def build_tracker(
     return Trackers([lines, open_progress(steps, after_step=progress.step, file=terminal), wandb]), identity
 
 
-def describe(plan: Plan, attention: AttentionChoice, device: torch.device, progress: Progress, steps: int) -> str:
-    """What runs, in two lines: also what every `auto` became."""
+def describe(
+    plan: Plan,
+    attention: AttentionChoice,
+    device: torch.device,
+    progress: Progress,
+    steps: int,
+    routings: Sequence[Routing] = (),
+) -> str:
+    """What runs, in a few lines: also what every `auto` became."""
     config = plan.config
     layout = "documents without padding" if attention.padding_free else "padded rows"
     begin = f"from the checkpoint of step {progress.step}" if progress.step else "from the start"
@@ -221,7 +238,7 @@ def describe(plan: Plan, attention: AttentionChoice, device: torch.device, progr
         f"{device.type} worker(s), {steps} steps {begin}; output in {plan.run_dir}\n"
         f"dist-ft: compute {config.model.dtype}, trained weights and AdamW float32; attention {attention.kernel} "
         f"({attention.reason}), {layout}"
-    )
+    ) + "".join(f"\ndist-ft: {routing.describe()}" for routing in routings)
 
 
 def summarise(plan: Plan, step: int) -> str:

@@ -94,9 +94,26 @@ class LoraConfig(Strict):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
     modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
+    target_parameters: list[str] = Field(
+        default_factory=list, description="Fused experts by name endings, such as `mlp.experts.gate_up_proj`."
+    )
 
 
 MethodConfig = Annotated[FullConfig | LoraConfig, Field(discriminator="name")]
+
+
+class MoeConfig(Strict):
+    """Mixtures of experts; setting one of these for a model without experts is an error."""
+
+    router: Literal["frozen", "train", "adapt"] | None = Field(
+        None, description="`train`: whole; `adapt`: by LoRA. If not given: trained by method=full, else frozen."
+    )
+    aux_loss_coef: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Balance loss over the global batch. By default the model's own where routers learn, else 0.",
+    )
+    aux_loss_per_layer: bool = Field(False, description="Balance each layer; false: their sum, as transformers.")
+    z_loss_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Mean squared logsumexp of router logits.")
 
 
 class DdpConfig(Strict):
@@ -222,6 +239,7 @@ class RunConfig(Strict):
     task: TaskConfig
     data: DataConfig
     method: MethodConfig
+    moe: MoeConfig = MoeConfig()  # type: ignore[call-arg]
     engine: EngineConfig
     optim: OptimConfig
     train: TrainConfig

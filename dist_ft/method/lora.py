@@ -30,6 +30,7 @@ class Lora:
         """
         targets = _resolve_targets(self.config.target_modules, model)
         _check_names("method.modules_to_save", self.config.modules_to_save, model, [])
+        _check_parameters(self.config, model)
         settings = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             r=self.config.r,
@@ -39,6 +40,7 @@ class Lora:
             use_rslora=self.config.use_rslora,
             use_dora=self.config.use_dora,
             modules_to_save=self.config.modules_to_save or None,
+            target_parameters=self.config.target_parameters or None,
         )
         return peft.get_peft_model(model, settings)
 
@@ -90,5 +92,22 @@ def _check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str]
         if not any(name == want or name.endswith("." + want) for name in names):
             near = difflib.get_close_matches(want, endings, n=3) or usual or [e for e in endings if not e.isdigit()]
             problems.append(Problem(key, f"{want!r} matches no module", f"the model has {', '.join(near[:12])}"))
+    if problems:
+        raise RequestError(*problems)
+
+
+def _check_parameters(config: LoraConfig, model: nn.Module) -> None:
+    """Each of `target_parameters` must be the end of a parameter's name, and nothing set that peft cannot do there."""
+    key, problems = "method.target_parameters", []
+    names = [name for name, _ in model.named_parameters()]
+    fused = sorted({".".join(n.split(".")[-3:]) for n, p in model.named_parameters() if p.ndim == 3})
+    for want in config.target_parameters:
+        if not any(name == want or name.endswith("." + want) for name in names):
+            way_out = f"the model's fused parameters are {', '.join(fused[:6])}" if fused else "use target_modules"
+            problems.append(Problem(key, f"{want!r} matches no parameter", way_out))
+    for setting in ("use_dora", "lora_dropout"):
+        if config.target_parameters and getattr(config, setting):
+            rule = f"adapters of parameters (fused experts, routers) cannot have method.{setting}"
+            problems.append(Problem(f"method.{setting}", rule, "remove it, or leave these parameters out"))
     if problems:
         raise RequestError(*problems)

@@ -47,7 +47,7 @@ class Mixture:
     """A block whose tokens go through few of many experts.
 
     Inside it stand a router, with one row of a [experts, hidden] matrix for each expert, and the experts: one module
-    with parameters of [experts, …, …] (fused), or a list of modules of the same shapes. Both may be wrapped in adapters.
+    with parameters of [experts, …, …] (fused), or a list of modules of the same shapes. Adapters may wrap both.
     """
 
     name: str  # of the module, in named_modules()
@@ -62,7 +62,7 @@ class Mixture:
 
 
 def find_mixtures(model: nn.Module) -> list[Mixture]:
-    """The mixtures of experts of a model, in order; none of a dense one. Shared experts are no part of what is routed."""
+    """The mixtures of experts of a model, in order; none of a dense one. Shared experts are no part of a mixture."""
     layers = {id(module): i for i, block in enumerate(find_blocks(model)) for module in block.modules()}
     found = []
     for name, module in model.named_modules():

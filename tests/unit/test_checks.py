@@ -225,3 +225,16 @@ def test_disk(tmp_path, monkeypatch):
     assert "10 MiB are free" in machine(f"output_dir={tmp_path}/a")[0]
     monkeypatch.setattr(checks.os, "access", lambda *_: False)
     assert "cannot be written to" in machine(f"output_dir={tmp_path}/a")[0]
+
+
+def test_keys_for_experts_need_experts(tmp_path):
+    dense, mixture = tmp_path / "dense", tmp_path / "mixture"
+    write_model(dense)
+    config = json.loads((dense / "config.json").read_text())
+    write_model(mixture, config={**config, "num_experts": 4})
+    word = "moe.router=train"
+    key = "moe.router (command line)"
+    assert found(word) == {}, "a hub id tells nothing yet"
+    assert found(word, f"model.name_or_path={mixture}") == {}
+    assert found(word, f"model.name_or_path={dense}")[key].startswith("nothing reads it: the model has no mixture")
+    assert found(f"model.name_or_path={dense}") == {}
