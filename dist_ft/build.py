@@ -22,6 +22,8 @@ from .families import build_engine, build_method, build_task, choose_attention, 
 from .loop import Run
 from .meter import meter
 from .model.flops import StepCost, count_step_cost
+from .model.moe import check_keys
+from .model.routing import Routing, Watched, build_routing, watch
 from .optim import learning_rate
 from .plan import Plan
 from .prepare import Prepared, Split
@@ -79,36 +81,43 @@ def build(
     loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
+    routings: list[Routing] = []
     method = build_method(config)
     factory = model_factory(config, prepared.model_dir, attention, method)
 
     def build_model(weights: bool) -> nn.Module:
         model = factory(weights)
+        check_keys(config.moe, plan.origins, model)
         _check_alike(model)
         costs.append(count_step_cost(model))
+        routings.extend(build_routing(config.moe, config.method, model))
         return model
 
     engine.setup(build_model, optim_factory(config, device))
     progress = resume(plan, engine, place, terminal)
+    cost = None if routings else costs[0]  # what a mixture's experts cost depends on the routing
+    watched = Watched(task, loader.step, meter(device, place.world_size, cost))
+    for routing in routings:  # one for a mixture of experts, none for a dense model
+        watched = watch(routing, watched, engine, beat)
     if place.is_main:
-        print(describe(plan, attention, device, progress, steps), file=terminal, flush=True)
+        print(describe(plan, attention, device, progress, steps, routings), file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
         config=config.train,
-        task=task,
+        task=watched.task,
         engine=engine,
         tracker=tracker,
         hooks=[],
         total_steps=steps,
         progress=replace(progress, tracker_id=tracker_id, world_size=place.world_size, engine=config.engine.name),
         rank=place.rank,
-        micro_batches=loader.step,
+        micro_batches=watched.micro_batches,
         validation=build_validation(plan, task, prepared, place),
         learning_rate=lambda step: learning_rate(config.optim, step, steps),
         epoch_at=loader.order.epoch_at,
         save=lambda progress: save_checkpoint(plan, engine, progress, place),
         beat=beat,
-        measure=meter(device, place.world_size, costs[0]),
+        measure=watched.measure,
         export=lambda: export(plan, prepared, place, engine, task, method, factory),
     )
 

@@ -21,7 +21,7 @@ from .data.rows import read_rows
 from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
-from .pretrained import is_hub_id, model_problems, weight_bytes
+from .pretrained import is_hub_id, is_known_dense, model_problems, weight_bytes
 from .schema import CausalLMConfig, LocalConfig, RunConfig
 
 MIB = 2**20
@@ -152,6 +152,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
     origins = dict(set_keys) if isinstance(set_keys, Mapping) else dict.fromkeys(set_keys, "")
     return [
         *_unread_problems(config, origins),
+        *_mixture_problems(config, origins),
         *_length_problems(config, origins),
         *_method_problems(config, origins),
         *_format_problems(config),
@@ -192,6 +193,15 @@ def _unread_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     for rule in READ_WHEN:
         if rule.key in origins and not rule.reads(config) and _value(config, rule.key) not in (None, []):
             yield Problem(_where(rule.key, origins), f"nothing reads it: {rule.otherwise}", rule.way_out)
+
+
+def _mixture_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """Keys for experts where config.json tells of none; of a model that is not here yet the workers tell."""
+    keys = [key for key in origins if key.startswith("moe.") and _value(config, key) is not None]
+    if keys and is_known_dense(config.model.name_or_path):
+        for key in keys:
+            rule = "nothing reads it: the model has no mixture of experts"
+            yield Problem(_where(key, origins), rule, "remove it, or name another model")
 
 
 def _length_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
@@ -289,7 +299,7 @@ def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
     except RequestError as error:
         yield Problem("output_dir", error.problems[0].rule, f"set run_name={_free_name(folder)}")
         return
-    for section in ("model", "task", "data", "method", "optim", "train"):
+    for section in ("model", "task", "data", "method", "moe", "optim", "train"):
         before: dict[str, Any] = getattr(old, section).model_dump()
         after: dict[str, Any] = getattr(config, section).model_dump()
         for key in dict.fromkeys([*before, *after]):

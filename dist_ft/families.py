@@ -22,6 +22,7 @@ from .method.prefix import Prefix
 from .method.prompt import Prompt
 from .model.attention import AttentionChoice
 from .model.load import attention_of, load_model
+from .model.moe import apply_policy, route_method
 from .optim import build_adamw
 from .plan import Plan
 from .prepare import TASKS
@@ -97,8 +98,10 @@ def model_factory(config: RunConfig, folder: str, attention: AttentionChoice, me
 
     def build_model(weights: bool) -> nn.Module:
         model = load_model(config.model, folder, attention, weights=weights)
+        routed = route_method(config.method, config.moe, model)
         torch.manual_seed(config.train.seed)  # what a method adds starts alike on every rank
-        model = method.apply(model)
+        model = (method if routed is config.method else METHODS[routed.name](routed)).apply(model)
+        apply_policy(config.moe, config.method, model)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # master precision; engines compute in model.dtype

@@ -11,7 +11,7 @@ from .model.flops import StepCost, peak_flops
 from .state import Metrics
 
 
-def meter(device: torch.device, world_size: int, cost: StepCost) -> Callable[[float, int, int], Metrics]:
+def meter(device: torch.device, world_size: int, cost: StepCost | None) -> Callable[[float, int, int], Metrics]:
     """The function behind `perf/*`: (step time in s, tokens, squared document lengths, of all ranks) → metrics."""
     peak = peak_flops(device)
 
@@ -21,7 +21,7 @@ def meter(device: torch.device, world_size: int, cost: StepCost) -> Callable[[fl
             "perf/step_time_s": step_time_s,
             "perf/peak_memory_bytes": float(peak_memory_bytes(device)),
         }
-        if peak is not None:
+        if peak is not None and cost is not None:
             metrics["perf/mfu"] = cost.of(tokens, squared_lengths) / step_time_s / (peak * world_size)
         return metrics
 

@@ -40,6 +40,15 @@ def model_problems(model: ModelConfig) -> Iterator[Problem]:
         yield from _own_tokenizer_problems(model.tokenizer)
 
 
+def is_known_dense(name_or_path: str) -> bool:
+    """Whether a local folder's config.json speaks of no experts; the model's own modules have the last word."""
+    config, problem = _read_json(Path(name_or_path) / "config.json")
+    if problem is not None:
+        return False
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return not any("expert" in key for section in sections for key in section)
+
+
 def weight_bytes(name_or_path: str) -> int | None:
     """Bytes of a local folder's weights; None where they are not here yet."""
     folder = Path(name_or_path)

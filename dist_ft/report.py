@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TextIO
 
 import torch
@@ -10,6 +11,7 @@ from .checkpoint import Progress
 from .comm import Place
 from .exported import EXPORT
 from .model.attention import AttentionChoice
+from .model.routing import Routing
 from .plan import Plan
 from .state import Tracker
 from .track.compose import NullTracker, Trackers
@@ -37,8 +39,15 @@ def build_tracker(
     return Trackers([lines, open_progress(steps, after_step=progress.step, file=terminal), wandb]), identity
 
 
-def describe(plan: Plan, attention: AttentionChoice, device: torch.device, progress: Progress, steps: int) -> str:
-    """What runs, in two lines: also what every `auto` became."""
+def describe(
+    plan: Plan,
+    attention: AttentionChoice,
+    device: torch.device,
+    progress: Progress,
+    steps: int,
+    routings: Sequence[Routing] = (),
+) -> str:
+    """What runs, in a few lines: also what every `auto` became."""
     config = plan.config
     layout = "documents without padding" if attention.padding_free else "padded rows"
     base = config.model.dtype if config.model.quantization in (None, "none") else config.model.quantization
@@ -48,7 +57,7 @@ def describe(plan: Plan, attention: AttentionChoice, device: torch.device, progr
         f"{device.type} worker(s), {steps} steps {begin}; output in {plan.run_dir}\n"
         f"dist-ft: compute {config.model.dtype}, base weights {base}, trained weights and AdamW float32; "
         f"attention {attention.kernel} ({attention.reason}), {layout}"
-    )
+    ) + "".join(f"\ndist-ft: {routing.describe()}" for routing in routings)
 
 
 def summarise(plan: Plan, step: int) -> str:

@@ -146,6 +146,9 @@ class LoraKeys(MethodChoice):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
     modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
+    target_parameters: list[str] = Field(
+        default_factory=list, description="Fused experts by name endings, such as `mlp.experts.gate_up_proj`."
+    )
     exclude_modules: str | list[str] | None = Field(None, description="Not adapted: endings, or a regular expression.")
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Blocks, counted from 0.")
     rank_pattern: dict[str, Count] = Field(default_factory=dict, description="Name ending → its own r.")

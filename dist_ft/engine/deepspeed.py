@@ -21,9 +21,11 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_module,
 )
 
 from ..comm import Place  # noqa: E402
+from ..model.structure import find_mixtures  # noqa: E402
 from ..schema import Zero3Config, Zero12Config  # noqa: E402
 from ..state import Batch, LossFn, LossSum, ModelFactory, NamedState, OptimFactory, StepStats  # noqa: E402
 
@@ -68,6 +70,10 @@ class Zero:
         deepspeed.init_distributed(dist_init_required=False)
         for parameter in model.parameters():  # not buffers: position frequencies keep their precision
             parameter.data = parameter.data.to(self.dtype)
+        # Ranks use different experts: ZeRO-3 must gather all of a mixture at once, or one rank waits for ever for a
+        # gather that another never starts.
+        for mixture in find_mixtures(model) if self.stage == 3 else ():
+            set_z3_leaf_module(mixture.module, True)
         optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
         self.model: nn.Module = self.engine.module

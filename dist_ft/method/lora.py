@@ -31,6 +31,7 @@ class Lora(ThroughPeft):
         config = self.config
         targets = _resolve_targets(config.target_modules, model)
         check_names("method.modules_to_save", config.modules_to_save, model, [])
+        _check_parameters(config, model)
         if problems := [*_layer_problems(config, model, targets), *_exclusion_problems(config, model)]:
             raise RequestError(*problems)
         if config.layers_to_transform is not None and isinstance(targets, list):
@@ -49,6 +50,7 @@ class Lora(ThroughPeft):
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
             init_lora_weights=config.init_lora_weights,
+            target_parameters=config.target_parameters or None,
         )
         adapted = peft.get_peft_model(model, settings)
         if problems := _pattern_problems(config, adapted.targeted_module_names):
@@ -130,3 +132,20 @@ def _ambiguous(linears: dict[str, nn.Linear], model: nn.Module) -> bool:
         isinstance(module, nn.Linear) and name not in linears and name.rsplit(".", 1)[-1] in endings
         for name, module in model.named_modules()
     )
+
+
+def _check_parameters(config: LoraKeys, model: nn.Module) -> None:
+    """Each of `target_parameters` must be the end of a parameter's name, and nothing set that peft cannot do there."""
+    key, problems = "method.target_parameters", []
+    names = [name for name, _ in model.named_parameters()]
+    fused = sorted({".".join(n.split(".")[-3:]) for n, p in model.named_parameters() if p.ndim == 3})
+    for want in config.target_parameters:
+        if not any(name == want or name.endswith("." + want) for name in names):
+            way_out = f"the model's fused parameters are {', '.join(fused[:6])}" if fused else "use target_modules"
+            problems.append(Problem(key, f"{want!r} matches no parameter", way_out))
+    for setting in ("use_dora", "lora_dropout"):
+        if config.target_parameters and getattr(config, setting):
+            rule = f"adapters of parameters (fused experts, routers) cannot have method.{setting}"
+            problems.append(Problem(f"method.{setting}", rule, "remove it, or leave these parameters out"))
+    if problems:
+        raise RequestError(*problems)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 
@@ -27,7 +28,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers by name inside the repeated blocks, without routers: what `all-linear` means.
 
-    The head stands outside the blocks. A router is a linear layer with one output an expert, beside the experts.
+    The head stands outside the blocks. Fused experts are no linear layers and are not among them.
     """
     inside = {id(module) for block in find_blocks(model) for module in block.modules()}
     routers = {id(module) for module in find_routers(model)}
@@ -39,16 +40,85 @@ def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:
-    """Linear layers that choose experts: direct children of a module that also has a child of several experts."""
-    config = getattr(model, "config", None)
-    counts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
-    return [
-        child
-        for module in model.modules()
-        if hasattr(module, "experts")
-        for child in module.children()
-        if isinstance(child, nn.Linear) and child.out_features in counts
-    ]
+    """What chooses experts in each mixture, in order."""
+    return [mixture.router for mixture in find_mixtures(model)]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A block whose tokens go through few of many experts.
+
+    Inside it stand a router, with one row of a [experts, hidden] matrix for each expert, and the experts: one module
+    with parameters of [experts, …, …] (fused), or a list of modules of the same shapes. Adapters may wrap both.
+    """
+
+    name: str  # of the module, in named_modules()
+    layer: int  # which of find_blocks() it is in
+    module: nn.Module
+    router_name: str
+    router: nn.Module  # what the block calls
+    experts_name: str
+    experts: nn.Module
+    num_experts: int
+    fused: bool
+
+
+def find_mixtures(model: nn.Module) -> list[Mixture]:
+    """The mixtures of experts of a model, in order; none of a dense one. Shared experts are no part of a mixture."""
+    layers = {id(module): i for i, block in enumerate(find_blocks(model)) for module in block.modules()}
+    found = []
+    for name, module in model.named_modules():
+        if id(module) in layers and not hasattr(module, "base_layer"):
+            for child_name, child in module.named_children():
+                shape = _experts_shape(child)
+                routers = [
+                    (other, sibling)
+                    for other, sibling in module.named_children()
+                    if sibling is not child and shape and _routes(sibling, *shape)
+                ]
+                if shape and len(routers) == 1:
+                    router_name, router = routers[0]
+                    prefix = f"{name}." if name else ""
+                    found.append(
+                        Mixture(
+                            name, layers[id(module)], module, prefix + router_name, router, prefix + child_name, child,
+                            shape[0], not isinstance(child, nn.ModuleList),
+                        )
+                    )  # fmt: skip
+    return found
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module that peft's adapters, or its copies to train, stand around."""
+    while True:
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def _experts_shape(module: nn.Module) -> tuple[int, set[int]] | None:
+    """How many experts `module` holds, and the sizes of their matrices; None where it holds none."""
+    if isinstance(module, nn.ModuleList):
+        shapes = [[tuple(p.shape) for p in expert.parameters()] for expert in module]
+        alike = len(shapes) > 1 and bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
+        return (len(shapes), {size for shape in shapes[0] for size in shape}) if alike else None
+    inner = unwrap(module)
+    if isinstance(inner, _ConvNd):  # its weight has three dimensions too
+        return None
+    fused = [tuple(p.shape) for p in inner.parameters(recurse=False) if p.ndim == 3]
+    counts = {shape[0] for shape in fused}
+    if len(counts) != 1 or counts == {1}:
+        return None
+    return counts.pop(), {size for shape in fused for size in shape[1:]}
+
+
+def _routes(module: nn.Module, num_experts: int, sizes: set[int]) -> bool:
+    """Whether `module` scores what experts of these sizes take in: a [experts, hidden] matrix of its own."""
+    weight = getattr(unwrap(module), "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] == num_experts and (
+        weight.shape[1] in sizes
+    )  # fmt: skip
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Module]:

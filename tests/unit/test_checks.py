@@ -280,3 +280,16 @@ def test_qlora_means_nf4_unless_told_otherwise() -> None:
     assert compose(["method=qlora"]).config.model.quantization == "nf4"
     assert compose(["method=qlora", "model.quantization=int8"]).config.model.quantization == "int8"
     assert compose(["method=lora"]).config.model.quantization == "none"
+
+
+def test_keys_for_experts_need_experts(tmp_path):
+    dense, mixture = tmp_path / "dense", tmp_path / "mixture"
+    write_model(dense)
+    config = json.loads((dense / "config.json").read_text())
+    write_model(mixture, config={**config, "num_experts": 4})
+    word = "moe.router=train"
+    key = "moe.router (command line)"
+    assert found(word) == {}, "a hub id tells nothing yet"
+    assert found(word, f"model.name_or_path={mixture}") == {}
+    assert found(word, f"model.name_or_path={dense}")[key].startswith("nothing reads it: the model has no mixture")
+    assert found(f"model.name_or_path={dense}") == {}
