@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from typing import cast
 
 import peft
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from ..errors import Problem, RequestError
@@ -52,6 +55,7 @@ class Lora(ThroughPeft):
             init_lora_weights=config.init_lora_weights,
             target_parameters=config.target_parameters or None,
         )
+        _keep_from_experts(settings, model, all_linear=config.target_modules == "all-linear")
         adapted = peft.get_peft_model(model, settings)
         if problems := _pattern_problems(config, adapted.targeted_module_names):
             raise RequestError(*problems)
@@ -149,3 +153,28 @@ def _check_parameters(config: LoraKeys, model: nn.Module) -> None:
             problems.append(Problem(f"method.{setting}", rule, "remove it, or leave these parameters out"))
     if problems:
         raise RequestError(*problems)
+
+
+def _keep_from_experts(settings: peft.LoraConfig, model: nn.Module, *, all_linear: bool) -> None:
+    """Have peft adapt the linear layers that are named, or say that it cannot.
+
+    In mixtures that were not fused in transformers 4 (DeepSeek-V3, Qwen-MoE), peft takes gate_proj, up_proj and
+    down_proj for the experts' old names: it adapts the fused experts instead of dense MLPs and shared experts, here and
+    again wherever the adapter is loaded (peft.utils.transformers_weight_conversion).
+    """
+    asked = set(settings.target_parameters or ())
+    trial = copy.deepcopy(settings)
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+    except ValueError as error:
+        raise RequestError.of("method.target_modules", str(error), "use method.target_parameters") from error
+    unasked = sorted(set(trial.target_parameters or ()) - asked)
+    if not unasked:
+        return
+    lost = sorted({name.rsplit(".", 1)[-1] for name in set(settings.target_modules or ()) - set(trial.target_modules)})
+    if not all_linear:
+        rule = f"peft takes {', '.join(lost)} for the fused {', '.join(unasked)} in this model"
+        way_out = "leave them out; to adapt experts name method.target_parameters, and routers by moe.router=adapt"
+        raise RequestError.of("method.target_modules", rule, way_out)
+    settings.target_modules = trial.target_modules
+    warnings.warn(f"all-linear leaves out {', '.join(lost)}: peft would adapt fused experts instead", stacklevel=2)

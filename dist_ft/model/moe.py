@@ -70,9 +70,16 @@ def route_method(method: MethodConfig, config: MoeConfig, model: nn.Module) -> M
 
 
 def apply_policy(config: MoeConfig, method: MethodConfig, model: nn.Module) -> None:
-    """After the method: no router learns that should not, and every expert that learns has a gradient."""
+    """After the method: no router learns that should not, and every expert that learns has a gradient.
+
+    Raises:
+        RequestError: an adapter method's targets name a router that is to stay frozen.
+    """
     if resolve_policy(config, method) == "frozen":
         for mixture in find_mixtures(model):
+            if method.name != "full" and any(p.requires_grad for p in mixture.router.parameters()):
+                rule = f"is frozen, and the method's targets name {mixture.router_name}"
+                raise RequestError.of("moe.router", rule, "set moe.router=adapt or train, or leave it out there")
             mixture.router.requires_grad_(False)
     keep_in_graph(model)
 

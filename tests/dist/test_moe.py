@@ -91,3 +91,68 @@ def test_balanced_training_follows_transformers_over_the_global_batch(
         told = [(m["train/loss"], m["train/grad_norm"], m["moe/aux_loss"]) for m in metrics]
         for step, (ours, theirs) in enumerate(zip(told, oracle[case[2]], strict=True), start=1):
             assert ours == pytest.approx(theirs, **PARITY), (case, step)
+
+
+def test_ranks_that_use_different_experts_neither_hang_nor_differ() -> None:
+    """Without leaf modules ZeRO-3 waits for ever here, without keep_in_graph DDP does."""
+    cases = [{"engine": engine} for engine in ("ddp", "fsdp", "zero3")]
+    alone = spawn(1, "tests.dist.separate:train_all", cases[:1], timeout_s=60)[0][0]
+    for curves in spawn(2, "tests.dist.separate:train_all", cases, timeout_s=60):
+        for case, curve in zip(cases, curves, strict=True):
+            assert curve == pytest.approx(alone, **PARITY), case
+
+
+def test_without_leaf_modules_zero3_fails() -> None:
+    """The control of the test above: it can fail."""
+    with pytest.raises(RuntimeError, match="exit codes"):
+        spawn(2, "tests.dist.separate:train_all", [{"engine": "zero3", "leaf": False, "touch": False}], timeout_s=40)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Fused experts of more than 100,000 elements: ZeRO-3 does not take smaller parameters apart."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, num_experts=8, num_experts_per_tok=2, vocab_size=VOCAB, pad_token_id=0,
+        max_position_embeddings=64, initializer_range=0.1,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+LORA = {"name": "lora", "r": 2, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "experts": (LORA, {"aux_loss_coef": AUX}),
+    "experts-only": (LORA | {"target_modules": []}, {}),
+    "router-trained": ({"name": "lora", "r": 2}, {"aux_loss_coef": AUX, "router": "train"}),
+    "router-adapted": (LORA, {"aux_loss_coef": AUX, "router": "adapt"}),
+    "full-frozen": ({"name": "full"}, {"router": "frozen", "aux_loss_coef": AUX, "z_loss_coef": Z}),
+}
+
+
+def test_methods_compose_with_experts_on_every_engine_with_recomputation(
+    wide: str, rows: tuple[str, list[dict]], tmp_path: Path
+) -> None:
+    curves: dict[tuple, list[float]] = {}
+    for world in (1, 2):
+        cases = {}
+        for engine, name in itertools.product(ENGINES if world > 1 else ENGINES[:1], METHODS):
+            method, moe = METHODS[name]
+            folder = tmp_path / f"{world}-{engine}-{name}"
+            config = config_of(folder, wide, rows[0], engine, world, 2, False, method)
+            config["train"]["max_steps"] = STEPS
+            config["moe"] = moe
+            config["model"]["gradient_checkpointing"] = world > 1
+            cases[world, engine, name] = config
+        spawn(world, "tests.dist.cases:run_cases", [{"config": c} for c in cases.values()], timeout_s=200)
+        for case, config in cases.items():
+            metrics = metrics_of(Path(config["output_dir"]))
+            curves[case] = [m[key] for m in metrics for key in ("train/loss", "train/grad_norm", "moe/aux_loss")]
+            trained = set(torch.load(Path(config["output_dir"]) / "weights.pt", weights_only=True))
+            routed = any(".gate." in key for key in trained)
+            assert routed == (config["moe"].get("router") in ("train", "adapt")), (case, trained)
+            assert any("experts" in key for key in trained) == (case[2] != "router-trained"), (case, trained)
+    for case, curve in curves.items():
+        assert curve == pytest.approx(curves[1, "ddp", case[2]], **PARITY), case
