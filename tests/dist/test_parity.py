@@ -85,12 +85,15 @@ def test_lora_is_the_same_on_every_engine(model: str, rows: tuple[str, list[dict
         assert curve == pytest.approx(reference, **PARITY), case
 
 
-def test_offloading_changes_no_number(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
-    cases = [("ddp", "none"), ("fsdp", "params"), ("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "params")]
+def test_saving_memory_changes_no_number(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
+    offloaded = [("fsdp", "params"), ("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "params")]
+    cases = [("ddp", "none"), *offloaded, *((engine, "recompute") for engine in ENGINES)]
 
     def make(out: Path, engine: str, offload: str) -> dict[str, Any]:
         config = config_of(out, model, rows[0], engine, 2, 2, False, {"name": "full"})
-        if engine != "ddp":
+        if offload == "recompute":
+            config["model"]["gradient_checkpointing"] = True
+        elif engine != "ddp":
             config["engine"]["offload"] = offload
         return config
 
