@@ -27,7 +27,7 @@ from .method.lora import Lora
 from .model.attention import AttentionChoice
 from .model.flops import StepCost, count_step_cost, peak_flops
 from .model.load import attention_of, load_model
-from .model.moe import apply_policy, check_keys, route_method
+from .model.moe import apply_policy, check_keys, route_method, share_buffers
 from .model.routing import Routing, Watched, build_routing, watch
 from .optim import build_adamw, learning_rate
 from .plan import Plan
@@ -170,6 +170,7 @@ def build(
         model = factory(weights)
         check_keys(config.moe, plan.origins, model)
         _check_alike(model)
+        share_buffers(model)
         costs.append(count_step_cost(model))
         routings.extend(build_routing(config.moe, config.method, model))
         return model

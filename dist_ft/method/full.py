@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..model.structure import find_buffers
 from ..schema import FullConfig
 from ..state import Weights
 
@@ -15,12 +16,16 @@ class Full:
 
     def __init__(self, config: FullConfig) -> None:
         self.config = config
+        self.buffers: dict[str, Tensor] = {}  # as loaded: nothing here trains them, and `weights` has none
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The same model, all parameters trainable."""
+        buffers = find_buffers(model)
+        if not any(tensor.is_meta for tensor in buffers.values()):
+            self.buffers = {name: tensor.detach().cpu().clone() for name, tensor in buffers.items()}
         return model.requires_grad_(True)
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
         """Write a model folder; `weights` are consumed one by one, `model` gives configuration and names."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
-        model.save_pretrained(out, state_dict=state)  # type: ignore[operator]  # shards by itself, safetensors
+        model.save_pretrained(out, state_dict=state | self.buffers)  # type: ignore[operator]  # shards by itself, safetensors
