@@ -22,7 +22,7 @@ from .families import build_engine, build_method, build_task, choose_attention, 
 from .loop import Run
 from .meter import meter
 from .model.flops import StepCost, count_step_cost
-from .model.moe import check_keys
+from .model.moe import check_keys, share_buffers
 from .model.routing import Routing, Watched, build_routing, watch
 from .optim import learning_rate
 from .plan import Plan
@@ -89,6 +89,7 @@ def build(
         model = factory(weights)
         check_keys(config.moe, plan.origins, model)
         _check_alike(model)
+        share_buffers(model)
         costs.append(count_step_cost(model))
         routings.extend(build_routing(config.moe, config.method, model))
         return model

@@ -15,7 +15,7 @@ class Bitfit(Full):
     config: BitfitConfig
 
     def __init__(self, config: BitfitConfig) -> None:
-        self.config = config
+        super().__init__(config)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The same model, parameters called `bias` trainable.
@@ -23,6 +23,7 @@ class Bitfit(Full):
         Raises:
             RequestError: there are none.
         """
+        self.keep_buffers(model)
         model.requires_grad_(False)
         biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
         if not biases:

@@ -18,7 +18,7 @@ class Freeze(Full):
     config: FreezeConfig
 
     def __init__(self, config: FreezeConfig) -> None:
-        self.config = config
+        super().__init__(config)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The same model with the chosen parameters trainable.
@@ -27,6 +27,7 @@ class Freeze(Full):
             RequestError: there are fewer blocks, a pattern matches nothing, or nothing would learn.
         """
         config = self.config
+        self.keep_buffers(model)
         blocks = find_blocks(model)
         problems = [
             *_block_problems(config, len(blocks)),

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..schema_method import FullConfig, MethodChoice
+from ..model.structure import find_buffers
+from ..schema_method import MethodChoice
 from ..state import Weights
 
 
 class Full:
     """See the module."""
 
-    config: MethodChoice
-
-    def __init__(self, config: FullConfig) -> None:
+    def __init__(self, config: MethodChoice) -> None:
         self.config = config
+        self.buffers: dict[str, Tensor] = {}  # as loaded: nothing here trains them, and `weights` has none
 
     def apply(self, model: nn.Module) -> nn.Module:
         """The same model, all parameters trainable."""
+        self.keep_buffers(model)
         return model.requires_grad_(True)
+
+    def keep_buffers(self, model: nn.Module) -> None:
+        """Remember the buffers that a folder holds (such as a router's correction bias), for the export."""
+        buffers = find_buffers(model)
+        if not any(tensor.is_meta for tensor in buffers.values()):
+            self.buffers = {name: tensor.detach().cpu().clone() for name, tensor in buffers.items()}
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
         """Write a model folder; `weights` are consumed one by one, `model` gives configuration and names."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
-        model.save_pretrained(out, state_dict=state)  # type: ignore[operator]  # shards by itself, safetensors
+        model.save_pretrained(out, state_dict=state | self.buffers)  # type: ignore[operator]  # shards by itself

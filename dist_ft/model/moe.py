@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import comm
 from ..errors import Problem, RequestError
 from ..schema import MethodConfig, MoeConfig
-from .structure import Mixture, find_mixtures, unwrap
+from .structure import Mixture, find_buffers, find_mixtures, unwrap
 
 Policy = Literal["frozen", "train", "adapt"]
 
@@ -63,6 +64,9 @@ def route_method(method: MethodConfig, config: MoeConfig, model: nn.Module) -> M
         rule = f"{policy} is not possible with method={method.name}"
         raise RequestError.of("moe.router", rule, "set moe.router=frozen, or method=lora")
     if policy == "train":
+        if held := [m.router_name for m in mixtures if list(unwrap(m.router).buffers())]:
+            rule = f"{held[0]} has buffers beside its weights, which peft does not save with an adapter"
+            raise RequestError.of("moe.router", rule, "set moe.router=adapt, or method=full")
         names = [mixture.router_name for mixture in mixtures]
     else:
         names = [f"{mixture.router_name}.weight" for mixture in mixtures]
@@ -82,6 +86,17 @@ def apply_policy(config: MoeConfig, method: MethodConfig, model: nn.Module) -> N
                 raise RequestError.of("moe.router", rule, "set moe.router=adapt or train, or leave it out there")
             mixture.router.requires_grad_(False)
     keep_in_graph(model)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers that rank 0 has read: engines send parameters, and some send nothing else.
+
+    Without it the routers of DeepSeek-V3 would choose by their correction bias on rank 0 and without it elsewhere.
+    """
+    buffers = find_buffers(model)
+    if comm.from_main(bool(buffers)):
+        for name, tensor in comm.from_main({name: buffer.cpu() for name, buffer in buffers.items()}).items():
+            buffers[name].copy_(tensor)
 
 
 def keep_in_graph(model: nn.Module) -> None:

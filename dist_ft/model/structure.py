@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
@@ -61,6 +61,12 @@ class Mixture:
     experts: nn.Module
     num_experts: int
     fused: bool
+
+
+def find_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's files hold besides parameters, such as the correction bias of DeepSeek-V3's routers."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 def find_mixtures(model: nn.Module) -> list[Mixture]:

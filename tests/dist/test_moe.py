@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import BATCH, LEARNING_RATE, MAX_NORM, VOCAB, WEIGHT_DECAY, config_of
+from tests.unit.model.test_moe import build
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -156,3 +157,26 @@ def test_methods_compose_with_experts_on_every_engine_with_recomputation(
             assert any("experts" in key for key in trained) == (case[2] != "router-trained"), (case, trained)
     for case, curve in curves.items():
         assert curve == pytest.approx(curves[1, "ddp", case[2]], **PARITY), case
+
+
+def test_every_rank_has_the_routers_buffers(rows: tuple[str, list[dict]], tmp_path: Path) -> None:
+    """DeepSeek-V3 chooses by a correction bias that is no parameter: one rank and two must route alike."""
+    model: Any = build("deepseek_v3", vocab_size=VOCAB)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.tensor([0.3, 0.3, -0.3, -0.3]))
+    model.save_pretrained(tmp_path / "base")
+    curves = {}
+    for world in (1, 2):
+        configs = {}
+        for engine in ENGINES if world > 1 else ENGINES[:1]:
+            folder = tmp_path / f"{world}-{engine}"
+            config = config_of(folder, str(tmp_path / "base"), rows[0], engine, world, 1, False, {"name": "full"})
+            config["train"]["max_steps"] = STEPS
+            configs[world, engine] = config
+        spawn(world, "tests.dist.cases:run_cases", [{"config": c} for c in configs.values()], timeout_s=120)
+        for case, config in configs.items():
+            metrics = metrics_of(Path(config["output_dir"]))
+            curves[case] = [m[key] for m in metrics for key in ("train/loss", "train/grad_norm", "moe/load_max")]
+    for case, curve in curves.items():
+        assert curve == pytest.approx(curves[1, "ddp"], **PARITY), case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def build(name: str) -> Any:
+def build(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    config = CONFIGS[name].from_dict(CONFIGS[name].to_dict() | changes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 class Separate(nn.Module):
@@ -130,8 +132,10 @@ def adapt(model: Any) -> Any:
     return route_method(config, MoeConfig(router="adapt"), model)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("policy", ["frozen", "train", "adapt"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [pair for pair in itertools.product(CONFIGS, ["frozen", "train", "adapt"]) if pair != ("deepseek_v3", "train")],
+)
 def test_lora_leaves_routers_alone_unless_asked(name: str, policy: Any) -> None:
     model = build(name)
     config = LoraConfig(name="lora", r=2)  # type: ignore[call-arg]

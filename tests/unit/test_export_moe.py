@@ -1,0 +1,58 @@
+"""Mixtures of experts are exported, loaded again and merged as they were trained, whatever learned in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_ft.errors import RequestError
+from dist_ft.export import export_run
+from dist_ft.merge import merge
+from dist_ft.method.full import Full
+from dist_ft.method.lora import Lora
+from dist_ft.model.moe import route_method
+from dist_ft.probe import compare, probe_model
+from dist_ft.schema import FullConfig, LoraConfig, MoeConfig
+from tests.unit.model.test_moe import CONFIGS, build
+from tests.unit.test_export import TOKENS, Case
+
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+VARIANTS: dict[str, tuple[dict[str, Any] | None, Any]] = {
+    "full": (None, "train"),
+    "attention": ({}, "frozen"),
+    "experts": (EXPERTS, "frozen"),
+    "router-adapted": (EXPERTS, "adapt"),
+    "router-trained": ({}, "train"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_learned_is_there_after_loading(name: str, variant: str, tmp_path: Path) -> None:
+    base = build(name)
+    dice = torch.Generator().manual_seed(3)
+    for buffer_name, buffer in base.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=dice))
+    base.save_pretrained(tmp_path / "base")
+    options, router = VARIANTS[variant]
+    if (name, variant) == ("deepseek_v3", "router-trained"):
+        with pytest.raises(RequestError, match="has buffers beside its weights"):
+            route_method(LoraConfig(name="lora"), MoeConfig(router=router), base)  # type: ignore[call-arg]
+        return
+    method: Any = Full(FullConfig(name="full"))
+    if options is not None:
+        config = LoraConfig(name="lora", r=2, **options)
+        method = Lora(route_method(config, MoeConfig(router=router), base))  # type: ignore[call-arg,arg-type]
+    case = Case(tmp_path / "base", tmp_path / "model", method)
+    probe = probe_model(case.model, TOKENS)
+    deviation = export_run(
+        method=method, model_config=case.config, model_dir=str(case.folder), build_model=case.build, tokenizer=None,
+        end_token_id=2, weights=case.weights(), out=case.out, card="# card\n", probe=probe,
+    )  # fmt: skip
+    assert deviation is not None and deviation.relative < 1e-5
+    if options is not None:
+        assert compare(probe, probe_model(merge(case.model), TOKENS)).relative < 1e-4
