@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import sys
 from collections.abc import Iterator
@@ -127,3 +128,11 @@ def test_every_yaml_opens_with_a_sentence_and_its_command() -> None:
         assert re.match(r"# .*`dist-ft (train|submit|plan|eval|generate)[^`]*`", first), f"{path}: {first}"
         assert "_target_" not in text, f"{path}: a configuration names things, it never names code"
         yaml.safe_load(text)
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    """pytest's own default leaves out folders called dist."""
+    folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert "dist" in folders
+    passed_over = {f for f in folders for p in pytestconfig.getini("norecursedirs") if fnmatch.fnmatch(f, p)}
+    assert not passed_over
