@@ -94,7 +94,7 @@ class Zero:
     def step(self, learning_rate: float) -> StepStats:
         """Clip, update, clear."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self.engine.step()
         self.updates += 1
         return StepStats(grad_norm=float(self.engine.get_global_grad_norm()))

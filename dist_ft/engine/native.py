@@ -66,7 +66,7 @@ class NativeEngine(ABC):
     def step(self, learning_rate: float) -> StepStats:
         """Clip by the global norm, update, clear."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         parameters = [p for _, p in self.trained]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
