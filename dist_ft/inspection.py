@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import warnings
@@ -21,8 +22,7 @@ from torch import nn
 from .families import build_method, model_factory
 from .memory import Sizes, estimate_memory
 from .model.load import attention_of
-from .model.quantize import QuantizedLinear
-from .model.structure import find_blocks, find_routers
+from .model.structure import find_blocks, find_packed, find_routers
 from .plan import Plan, read_plan
 from .prepare import prepare
 from .schema import RunConfig
@@ -61,16 +61,16 @@ def count_components(model: nn.Module, *, whole: bool = True) -> dict[str, Share
     """
     shares: dict[str, Share] = {}
     kinds = _component_of_modules(model)
-    packed = {id(m.weight): m for m in model.modules() if isinstance(m, QuantizedLinear)}
+    packed = find_packed(model)
     for name, parameter in model.named_parameters():
         parent = name.rpartition(".")[0]
         added = parameter.requires_grad and not whole and not _COPIES.search(name)
         kind = "adapters" if added else _nearest(parent, kinds)
         share = shares.setdefault(kind, Share())
-        layer = packed.get(id(parameter))
-        share.parameters += layer.in_features * layer.out_features if layer else parameter.numel()
+        entry = packed.get(name)
+        share.parameters += math.prod(entry.shape) if entry else parameter.numel()
         share.trainable += parameter.numel() if parameter.requires_grad else 0
-        share.bytes_by_dtype[layer.scheme if layer else _dtype(parameter)] += (
+        share.bytes_by_dtype[entry.scheme if entry else _dtype(parameter)] += (
             parameter.numel() * parameter.element_size()
         )
     return {kind: shares[kind] for kind in COMPONENTS if kind in shares}

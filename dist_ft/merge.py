@@ -72,11 +72,15 @@ def main(arguments: Sequence[str]) -> None:
         raise RequestError.of(str(out), "is there already", "name a new folder by out=…, or remove it")
     prepared = prepare(config)
     dtype = options.dtype or config.model.dtype
+    as_trained = config
     if options.merge:  # in float32, and rounded once, when it is written
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
-    model = open_trained(config, prepared, run_dir, options.checkpoint)
     if options.merge and config.model.quantization != "none":
-        config, model = _leave_quantization(model, config, prepared, run_dir, options.checkpoint)
+        # Opened in its own dtype: weights of another would be packed into other bits.
+        trained = open_trained(as_trained, prepared, run_dir, options.checkpoint)
+        config, model = _leave_quantization(trained, config, prepared, run_dir, options.checkpoint)
+    else:
+        model = open_trained(config, prepared, run_dir, options.checkpoint)
     probe = probe_model(model, prepared.train.open_table().example(0)["input_ids"])
     card = card_of_run(plan, prepared, run_dir, merged=options.merge, checkpoint=options.checkpoint)
     deviation = (

@@ -12,7 +12,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from ..errors import Problem, RequestError
-from ..model.structure import find_blocks, find_linears
+from ..model.structure import find_blocks, find_linears, find_packed
 from ..schema_method import LoraKeys
 from .through_peft import ThroughPeft, check_names
 
@@ -35,6 +35,7 @@ class Lora(ThroughPeft):
         targets = _resolve_targets(config.target_modules, model)
         check_names("method.modules_to_save", config.modules_to_save, model, [])
         _check_parameters(config, model)
+        _check_packed_copies(config, model)
         if problems := [*_layer_problems(config, model, targets), *_exclusion_problems(config, model)]:
             raise RequestError(*problems)
         if config.layers_to_transform is not None and isinstance(targets, list):
@@ -56,7 +57,11 @@ class Lora(ThroughPeft):
             target_parameters=config.target_parameters or None,
         )
         _keep_from_experts(settings, model, all_linear=config.target_modules == "all-linear")
-        adapted = peft.get_peft_model(model, settings)
+        try:
+            adapted = peft.get_peft_model(model, settings)
+        except ValueError as error:
+            _explain_packed_experts(model, error)
+            raise
         if problems := _pattern_problems(config, adapted.targeted_module_names):
             raise RequestError(*problems)
         return adapted
@@ -178,3 +183,28 @@ def _keep_from_experts(settings: peft.LoraConfig, model: nn.Module, *, all_linea
         raise RequestError.of("method.target_modules", rule, way_out)
     settings.target_modules = trial.target_modules
     warnings.warn(f"all-linear leaves out {', '.join(lost)}: peft would adapt fused experts instead", stacklevel=2)
+
+
+def _check_packed_copies(config: LoraKeys, model: nn.Module) -> None:
+    """Packed bits are no numbers to train: no module that is saved along may hold any."""
+    problems = []
+    packed = find_packed(model)
+    for want in config.modules_to_save:
+        inside = [n for n in packed if re.search(rf"(^|\.){re.escape(want)}\.", n)]
+        if inside:
+            rule = f"{want!r} would be trained whole, and {inside[0]} is packed in {packed[inside[0]].scheme}"
+            problems.append(Problem("method.modules_to_save", rule, "adapt it, or set model.quantization=none"))
+    if problems:
+        raise RequestError(*problems)
+
+
+def _explain_packed_experts(model: nn.Module, error: ValueError) -> None:
+    """Adapters of parameters add to a weight, and of packed experts none is kept to add to.
+
+    peft takes names such as gate_proj for the fused experts that they were part of before transformers 5.
+    """
+    packed = [name for name, entry in find_packed(model).items() if len(entry.shape) > 2]
+    if packed and "dimensional Parameter" in str(error):
+        rule = f"peft would adapt fused experts, and {packed[0]} is packed in {find_packed(model)[packed[0]].scheme}"
+        way_out = "set method.target_modules to the attention's layers, or model.quantization=none"
+        raise RequestError.of("method.target_modules", rule, way_out) from error

@@ -1,26 +1,24 @@
-"""Linear layers whose frozen weight is stored in 4 or 8 bits (QLoRA: Dettmers et al. 2023; int8 rows: Dettmers 2022).
+"""A frozen model in 4 or 8 bits (QLoRA: Dettmers et al. 2023): linear layers of the blocks, and fused experts.
 
-bitsandbytes quantises and dequantises; what is stored is ours: packed weight and its statistics are the bytes of one
-frozen parameter, viewed as the compute dtype. An engine that casts parameters by dtype has nothing to cast, and each
-moves this one as it moves any other: DDP broadcasts it, FSDP2 and ZeRO-3 shard and gather it. The 16-bit weight exists
-only while its layer computes, in the forward and again in the backward.
+A packed weight and its statistics are one frozen parameter under the weight's own name, viewed as the compute dtype.
+Each engine moves it as it moves any other: DDP broadcasts it, FSDP2 and ZeRO-3 shard and gather it. The 16-bit weight
+exists only while its layer computes, in the forward and again in the backward.
 """
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import MachineError, RequestError
-from .structure import find_blocks, find_linears
+from ..errors import RequestError
+from .packing import import_bitsandbytes, pack, packed_size, unpack
+from .quantized_experts import quantize_experts
+from .structure import Packed, find_blocks, find_linears, find_mixtures, find_routers, unwrap
 
-BLOCK = 64  # weights that share a statistic
-STATISTICS_BLOCK = 256  # statistics that share one of theirs (double quantisation)
+MOST_LEFT = 0.1  # of the blocks' matrices may be of another kind, such as convolutions or relative positions
 
 
 class QuantizedLinear(nn.Linear):
@@ -47,26 +45,24 @@ class QuantizedLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        size = math.ceil(packed_bytes(scheme, out_features, in_features) / dtype.itemsize)
+        self.packed = {"weight": Packed(scheme, (out_features, in_features))}
+        size = packed_size(scheme, (out_features, in_features), dtype)
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
         self.register_parameter("bias", bias)
 
     def pack(self, weight: Tensor) -> None:
         """Quantise `weight` [out, in] into this layer's bits."""
-        parts = _pack_nf4(weight) if self.scheme == "nf4" else _pack_int8(weight)
-        data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
-        room = self.weight.numel() * self.weight.element_size()
-        self.weight.data = functional.pad(data, (0, room - data.numel())).view(self.weight.dtype)
+        self.weight.data = pack(weight, self.scheme, self.weight.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[out, in]: the weight that the forward uses."""
-        return unpack(self.weight, self.scheme, (self.out_features, self.in_features), dtype or self.weight.dtype)
+        return unpack(self.weight, *self.packed["weight"], dtype or self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        product: Tensor = _Product.apply(x, self.weight, self.scheme, (self.out_features, self.in_features))
+        product: Tensor = _Product.apply(x, self.weight, *self.packed["weight"])
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def extra_repr(self) -> str:
@@ -78,7 +74,7 @@ class _Product(torch.autograd.Function):
     """x @ W.T with a W that is unpacked for the forward and again for the backward, and kept for neither."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, scheme: str, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scheme: str, shape: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(bits)
         ctx.scheme, ctx.shape = scheme, shape
         return functional.linear(x, unpack(bits, scheme, shape, x.dtype))
@@ -91,7 +87,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(model: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool) -> nn.Module:
-    """Replace the linear layers of the blocks, in place; head, embeddings, norms and routers keep their precision.
+    """Pack the blocks' linear layers and fused experts, in place; head, embeddings, norms and routers stay as they are.
 
     Args:
         model: on the CPU (or meta), in `dtype`.
@@ -101,13 +97,20 @@ def quantize(model: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool
 
     Raises:
         MachineError: bitsandbytes is not installed.
-        RequestError: a large part of the model is no linear layer, such as fused experts, and would stay as it is.
+        RequestError: the model is quantised already, or a large part of it is of a kind that would stay as it is.
     """
     if scheme == "none":
         return model
-    _import_bitsandbytes()
-    _refuse_fused_experts(model, scheme)
-    for name, linear in find_linears(model).items():
+    import_bitsandbytes()
+    if getattr(getattr(model, "config", None), "quantization_config", None):
+        rule = f"{scheme} was asked for, and the model's own files are quantised already"
+        raise RequestError.of("model.quantization", rule, "name the model that they were made from")
+    linears, fused = find_linears(model), [unwrap(m.experts) for m in find_mixtures(model) if m.fused]
+    _refuse_the_rest(model, scheme, [*linears.values(), *fused])
+    for experts in fused:
+        quantize_experts(experts, scheme, dtype, weights=weights)
+    for name in list(linears):
+        linear = linears.pop(name)  # the last to hold its 16-bit weight, which is freed before the next but one
         layer = QuantizedLinear(
             linear.in_features,
             linear.out_features,
@@ -118,91 +121,26 @@ def quantize(model: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool
         )
         if weights:
             layer.pack(linear.weight.data)
-        model.set_submodule(name, layer)  # the 16-bit weight is freed here, layer by layer
+        model.set_submodule(name, layer)
     return model
 
 
-def packed_bytes(scheme: str, out_features: int, in_features: int) -> int:
-    """Bytes of a packed weight with its statistics."""
-    if scheme == "int8":
-        return out_features * in_features + 4 * out_features
-    blocks = math.ceil(out_features * in_features / BLOCK)
-    return math.ceil(out_features * in_features / 2) + blocks + 4 * math.ceil(blocks / STATISTICS_BLOCK) + 4
-
-
-def unpack(bits: Tensor, scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """[out, in] in `dtype` from the bits that `QuantizedLinear.pack` made."""
-    data = bits.detach().view(torch.uint8)
-    return (_unpack_nf4 if scheme == "nf4" else _unpack_int8)(data, shape, dtype)
-
-
-def _pack_nf4(weight: Tensor) -> list[Tensor]:
-    """Half-byte codes, 8-bit statistics of blocks, float32 statistics of those, and their float32 offset."""
-    codes, state = _import_bitsandbytes().quantize_4bit(
-        weight.float().contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-    )
-    return [codes, state.absmax, state.state2.absmax.float(), state.offset.float().reshape(1)]
-
-
-def _unpack_nf4(data: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    bnb = _import_bitsandbytes()
-    dynamic_map, nf4_values = _tables(data.device)
-    blocks = math.ceil(shape[0] * shape[1] / BLOCK)
-    sizes = [math.ceil(shape[0] * shape[1] / 2), blocks, 4 * math.ceil(blocks / STATISTICS_BLOCK), 4]
-    codes, absmax, scales, offset = data[: sum(sizes)].split(sizes)
-    statistics = bnb.QuantState(
-        absmax=_as_float(scales), code=dynamic_map, blocksize=STATISTICS_BLOCK,
-        dtype=torch.float32,
-    )  # fmt: skip
-    state = bnb.QuantState(
-        absmax=absmax.contiguous(), shape=torch.Size(shape), code=nf4_values,
-        blocksize=BLOCK, quant_type="nf4", dtype=dtype, offset=_as_float(offset)[0], state2=statistics,
-    )  # fmt: skip
-    weight: Tensor = bnb.dequantize_4bit(codes.reshape(-1, 1), state)
-    return weight.reshape(shape)
-
-
-@lru_cache(maxsize=4)
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 values of an 8-bit statistic, and the 16 of NF4."""
-    bnb = _import_bitsandbytes()
-    return bnb.create_dynamic_map().to(device), bnb.get_4bit_type("nf4", device=device)
-
-
-def _pack_int8(weight: Tensor) -> list[Tensor]:
-    """Rows scaled to 127 by their largest magnitude, as bitsandbytes' `int8_vectorwise_quant` without outliers."""
-    statistics = weight.float().abs().amax(dim=1).clamp_min(1e-12)
-    return [torch.round(weight.float() * (127.0 / statistics[:, None])).to(torch.int8), statistics]
-
-
-def _unpack_int8(data: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    count = shape[0] * shape[1]
-    codes, statistics = data[:count].view(torch.int8).reshape(shape), _as_float(data[count : count + 4 * shape[0]])
-    return (codes.float() * (statistics[:, None] / 127.0)).to(dtype)
-
-
-def _as_float(data: Tensor) -> Tensor:
-    """float32 values from bytes that may stand anywhere in memory."""
-    return data.clone().view(torch.float32)
-
-
-def _refuse_fused_experts(model: nn.Module, scheme: str) -> None:
-    fused = [p for block in find_blocks(model) for p in block.parameters() if p.ndim == 3]
-    if fused:
-        left = sum(p.numel() * p.element_size() for p in fused)
-        total = sum(p.numel() * p.element_size() for p in model.parameters())
+def _refuse_the_rest(model: nn.Module, scheme: str, packed: list[nn.Module]) -> None:
+    """A model that would be called quantised and stay as it is, such as GPT-2 with its layers of another kind."""
+    seen_to = {id(p) for module in (*packed, *find_routers(model)) for p in module.parameters(recurse=False)}
+    matrices = {
+        id(p): (p.numel() * p.element_size(), type(module).__name__)
+        for block in find_blocks(model)
+        for module in block.modules()
+        for p in module.parameters(recurse=False)
+        if p.ndim > 1
+    }
+    total = sum(size for size, _ in matrices.values())
+    left = [entry for key, entry in matrices.items() if key not in seen_to]
+    stays = sum(size for size, _ in left)
+    if stays > MOST_LEFT * total or not packed:
         rule = (
-            f"{left / 2**30:.2f} of {total / 2**30:.2f} GiB are fused experts, which are no linear layers and would "
-            f"stay unquantised under {scheme}"
+            f"{stays / 2**20:,.2f} of the blocks' {total / 2**20:,.2f} MiB are neither linear layers nor fused experts "
+            f"({', '.join(sorted({kind for _, kind in left}))}) and would stay as they are under {scheme}"
         )
         raise RequestError.of("model.quantization", rule, "set model.quantization=none, and shard with engine=fsdp")
-
-
-def _import_bitsandbytes() -> Any:
-    try:
-        import bitsandbytes.functional
-    except ImportError as error:
-        raise MachineError.of(
-            "model.quantization", "needs the package bitsandbytes", "pip install 'dist-ft[gpu]'"
-        ) from error
-    return bitsandbytes.functional

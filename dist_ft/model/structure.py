@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
+
+
+class Packed(NamedTuple):
+    """What a parameter of packed bits stands for; modules with such parameters have them by name in `packed`."""
+
+    scheme: str  # nf4 or int8
+    shape: tuple[int, ...]  # of the weight
+
+
+def find_packed(model: nn.Module) -> dict[str, Packed]:
+    """The parameters of a model that hold packed bits, by full name."""
+    return {
+        f"{name}.{parameter}" if name else parameter: entry
+        for name, module in model.named_modules()
+        for parameter, entry in getattr(module, "packed", {}).items()
+    }
+
+
+def shapes_of(module: nn.Module, *, recurse: bool = True) -> list[tuple[int, ...]]:
+    """The shapes of a module's parameters, packed ones as what they stand for."""
+    packed = find_packed(module)
+    return [
+        packed[name].shape if name in packed else tuple(p.shape) for name, p in module.named_parameters(recurse=recurse)
+    ]
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -106,13 +130,13 @@ def unwrap(module: nn.Module) -> nn.Module:
 def _experts_shape(module: nn.Module) -> tuple[int, set[int]] | None:
     """How many experts `module` holds, and the sizes of their matrices; None where it holds none."""
     if isinstance(module, nn.ModuleList):
-        shapes = [[tuple(p.shape) for p in expert.parameters()] for expert in module]
+        shapes = [shapes_of(expert) for expert in module]
         alike = len(shapes) > 1 and bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
         return (len(shapes), {size for shape in shapes[0] for size in shape}) if alike else None
     inner = unwrap(module)
     if isinstance(inner, _ConvNd):  # its weight has three dimensions too
         return None
-    fused = [tuple(p.shape) for p in inner.parameters(recurse=False) if p.ndim == 3]
+    fused = [shape for shape in shapes_of(inner, recurse=False) if len(shape) == 3]
     counts = {shape[0] for shape in fused}
     if len(counts) != 1 or counts == {1}:
         return None

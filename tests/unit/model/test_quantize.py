@@ -7,12 +7,13 @@ import sys
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dist_ft.errors import MachineError, RequestError
 from dist_ft.inspection import count_components
 from dist_ft.method.lora import Lora
-from dist_ft.model.quantize import QuantizedLinear, packed_bytes, quantize
+from dist_ft.model.packing import packed_bytes
+from dist_ft.model.quantize import QuantizedLinear, quantize
 from dist_ft.model.structure import find_linears
 from dist_ft.schema import LoraConfig
 
@@ -49,7 +50,7 @@ def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     layer = layer_of(weight, "nf4", dtype)
     assert torch.equal(layer.dequantize(torch.float32), bnb.dequantize_4bit(packed, state))
-    assert layer.weight.numel() * layer.weight.element_size() - packed_bytes("nf4", *shape) < dtype.itemsize
+    assert layer.weight.numel() * layer.weight.element_size() - packed_bytes("nf4", shape) < dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,7 +77,7 @@ def test_gradient_is_that_of_the_dequantised_layer_and_no_weight_is_kept(scheme:
     product.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(x.grad, twin.grad)
-    assert max(kept) <= packed_bytes(scheme, 48, 96) + 4, "only bits are kept for the backward"
+    assert max(kept) <= packed_bytes(scheme, (48, 96)) + 4, "only bits are kept for the backward"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -128,13 +129,20 @@ def test_nf4_takes_at_most_0_6_bytes_a_parameter_all_told() -> None:
     assert parameters > 100e6 and stored / parameters <= 0.60
 
 
-def test_fused_experts_are_refused_with_the_numbers() -> None:
-    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
-    with pytest.raises(RequestError, match=r"of 0\.00 GiB are fused experts"):
+def test_a_model_that_would_stay_as_it_is_is_refused_with_the_numbers() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97))
+    with pytest.raises(RequestError, match=r"0\.09 of the blocks' 0\.09 MiB are neither .* \(Conv1D\)"):
+        quantize(model, "nf4", torch.float32, weights=True)
+
+
+def test_a_model_that_is_quantised_already_is_refused() -> None:
+    model = llama()
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(RequestError, match="quantised already"):
         quantize(model, "nf4", torch.float32, weights=True)
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(MachineError, match="dist-ft\\[gpu\\]"):
+    with pytest.raises(MachineError, match="pip install bitsandbytes"):
         quantize(llama(), "nf4", torch.float32, weights=True)

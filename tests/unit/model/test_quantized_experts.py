@@ -1,0 +1,181 @@
+"""Fused experts in packed bits: the same forward and gradients as over the dequantised weights, which are not kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from dist_ft.errors import RequestError
+from dist_ft.inspection import count_components
+from dist_ft.method.lora import Lora
+from dist_ft.model import packing
+from dist_ft.model.packing import pack, packed_bytes, unpack
+from dist_ft.model.quantize import quantize
+from dist_ft.model.structure import find_linears, find_mixtures, find_packed
+from dist_ft.schema import LoraConfig
+from tests.unit.model.test_moe import CONFIGS, Separate, build
+
+SCHEMES = ("nf4", "int8")
+IDS = torch.arange(1, 41).view(2, 20)
+
+
+def adapted(model: Any) -> Any:
+    """With LoRA on attention, whose B does not start at zero, so that each matrix has a gradient."""
+    torch.manual_seed(2)
+    targets = sorted({name.rsplit(".", 1)[-1] for name in find_linears(model) if "attn" in name})
+    model = Lora(LoraConfig(name="lora", r=2, target_modules=targets)).apply(model)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def working(name: str) -> Any:
+    """A model that can also compute: OLMoE wants its heads to fill its width."""
+    if name != "olmoe":
+        return build(name)
+    torch.manual_seed(0)
+    config = CONFIGS[name].__class__.from_dict(CONFIGS[name].to_dict() | {"head_dim": 4})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def pair(name: str, scheme: str) -> tuple[Any, Any]:
+    """A quantised model, and one with the weights that it should compute with."""
+    quantised, dense = quantize(working(name), scheme, torch.float32, weights=True), working(name)
+    bits, parameters = dict(quantised.named_parameters()), dict(dense.named_parameters())
+    with torch.no_grad():
+        for key, entry in find_packed(quantised).items():
+            parameters[key].copy_(unpack(bits[key], *entry, torch.float32))
+    return quantised, dense
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_and_gradients_are_those_of_the_dequantised_model(name: str, scheme: str, implementation: str) -> None:
+    gradients = []
+    for model in pair(name, scheme):
+        model.set_experts_implementation(implementation)
+        tuned = adapted(model)
+        loss = tuned(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        gradients.append({"loss": loss, **{n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}})
+    ours, theirs = gradients
+    assert set(ours) == set(theirs) and len(ours) > 10
+    for key, expected in theirs.items():
+        torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_are_fused_experts_and_linear_layers_and_nothing_else(name: str) -> None:
+    plain, model = build(name), quantize(build(name), "nf4", torch.float32, weights=True)
+    fused = {n for n, p in plain.named_parameters() if p.ndim == 3}
+    assert fused and set(find_packed(model)) == fused | {f"{n}.weight" for n in find_linears(plain)}
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert [(m.router_name, m.num_experts, m.fused) for m in find_mixtures(model)] == [
+        (m.router_name, m.num_experts, m.fused) for m in find_mixtures(plain)
+    ]
+    before, after = count_components(plain), count_components(model)
+    assert after["experts"].parameters == before["experts"].parameters
+    assert after["experts"].bytes_by_dtype["nf4"] < 0.6 * after["experts"].parameters
+    assert "nf4" not in after["router"].bytes_by_dtype
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_weight_is_kept_for_the_backward(implementation: str, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = adapted(quantize(build("mixtral"), "nf4", torch.float32, weights=True))
+    model.get_base_model().set_experts_implementation(implementation)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    experts = [find_mixtures(model)[i].experts for i in range(3)]
+    slices = [w for e in experts for name in e.packed for w in e.dequantize(name)]
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.detach().clone())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    matrices = [t for t in kept if t.ndim == 2 and t.is_floating_point()]
+    assert matrices and not [t for t in kept if t.ndim == 3 and t.shape[0] == 4]
+    assert not any(
+        t.shape == w.shape and torch.equal(t, w) for t in matrices for w in [*slices, *(w.T for w in slices)]
+    )
+    assert not any("lease" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(quantize(build(name), "nf4", torch.float32, weights=True)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_empty_experts_have_the_same_shapes(scheme: str) -> None:
+    full = quantize(build("qwen3_moe"), scheme, torch.bfloat16, weights=True)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"])
+    quantize(empty, scheme, torch.bfloat16, weights=False)
+    names = list(find_packed(full))
+    shapes = [{n: (p.shape, p.dtype) for n, p in m.named_parameters() if n in names} for m in (full, empty)]
+    assert shapes[0] == shapes[1] and names == list(find_packed(empty))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_large_weights_are_packed_in_chunks(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(5, 6, 128)
+    monkeypatch.setattr(packing, "CHUNK", 4 * 128)
+    bits = pack(weight, scheme, torch.bfloat16)
+    assert 0 <= bits.numel() * 2 - packed_bytes(scheme, (5, 6, 128)) < 2
+    parts = [unpack(pack(w, scheme, torch.bfloat16), scheme, tuple(w.shape), torch.float32)
+             for w in weight.view(-1, 128).split(4)]  # fmt: skip
+    assert torch.equal(unpack(bits, scheme, (5, 6, 128), torch.float32), torch.cat(parts).view(5, 6, 128))
+
+
+def test_separate_experts_keep_their_router() -> None:
+    model = nn.Sequential(nn.ModuleList(Separate(64, 4) for _ in range(2)))
+    quantize(model, "nf4", torch.float32, weights=True)
+    assert len(find_packed(model)) == 8 and len(find_mixtures(model)) == 2 and len(find_linears(model)) == 8
+
+
+def test_weights_of_a_forward_are_dropped_after_it() -> None:
+    model = quantize(build("mixtral"), "int8", torch.float32, weights=True)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, MixtralExperts) and type(experts).__name__ == "QuantizedMixtralExperts"
+    seen: list[torch.Size] = []
+    experts.act_fn.register_forward_hook(lambda *_: seen.append(experts.gate_up_proj.shape))
+    model(input_ids=IDS)
+    assert set(seen) == {(4, 48, 16)} and experts.dequantize("gate_up_proj").shape == (4, 48, 16)
+    assert experts.gate_up_proj.ndim == 1 and "lease" not in vars(experts)
+
+
+def test_adapters_of_packed_experts_are_refused() -> None:
+    model = quantize(build("mixtral"), "nf4", torch.float32, weights=True)
+    with pytest.raises(RequestError, match="packed in nf4"):
+        Lora(LoraConfig(name="lora", r=2, target_parameters=["experts.gate_up_proj"])).apply(model)
+
+
+def test_packed_layers_cannot_be_trained_whole() -> None:
+    model = quantize(build("mixtral"), "nf4", torch.float32, weights=True)
+    with pytest.raises(RequestError, match=r"'q_proj'.*packed in nf4"):
+        Lora(LoraConfig(name="lora", r=2, modules_to_save=["q_proj"])).apply(model)
+    tuned = Lora(LoraConfig(name="lora", r=2, modules_to_save=["lm_head"])).apply(model)
+    assert any("lm_head" in name for name, p in tuned.named_parameters() if p.requires_grad)
