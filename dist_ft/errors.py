@@ -67,6 +67,3 @@ class Stopped(DistFtError):
 
     exit_code = 75
     title = "stopped on request"
-
-
-EXIT_TRAINING_FAILED = TrainingError.exit_code

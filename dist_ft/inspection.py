@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,9 +201,6 @@ def _dtype(parameter: nn.Parameter) -> str:
 
 def _mib(count: int | float) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-__all__: Sequence[str] = ("build_meta", "count_components", "count_trainable", "measure_sizes", "render", "main")
 
 
 if __name__ == "__main__":

