@@ -18,7 +18,15 @@ from .data.order import Order, total_steps
 from .errors import MachineError
 from .export import export_run
 from .exported import EXPORT
-from .families import build_engine, build_method, build_task, choose_attention, model_factory, optim_factory
+from .families import (
+    architecture_of,
+    build_engine,
+    build_method,
+    build_task,
+    choose_attention,
+    model_factory,
+    optim_factory,
+)
 from .loop import Run
 from .meter import meter
 from .model.flops import StepCost, count_step_cost
@@ -76,14 +84,15 @@ def build(
     `terminal` is where rank 0 shows progress; `beat` tells a watchdog how far this rank has come.
     """
     config = plan.config
-    attention = choose_attention(config, prepared.model_dir, device)
-    task = build_task(config, padding_free=attention.padding_free)
+    architecture = architecture_of(config, prepared.facts)
+    attention = choose_attention(config, prepared.model_dir, device, architecture)
+    task = build_task(config, prepared.facts, padding_free=attention.padding_free)
     loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
     routings: list[Routing] = []
     method = build_method(config)
-    factory = model_factory(config, prepared.model_dir, attention, method)
+    factory = model_factory(config, prepared.model_dir, attention, architecture, method)
 
     def build_model(weights: bool) -> nn.Module:
         model = factory(weights)
@@ -114,6 +123,7 @@ def build(
         rank=place.rank,
         micro_batches=watched.micro_batches,
         validation=build_validation(plan, task, prepared, place),
+        validation_rows=prepared.validation.read_rows() if prepared.validation and place.is_main else (),
         learning_rate=lambda step: learning_rate(config.optim, step, steps),
         epoch_at=loader.order.epoch_at,
         save=lambda progress: save_checkpoint(plan, engine, progress, place),
@@ -128,12 +138,13 @@ def export(
 ) -> None:
     """Write the trained model into the run's folder, and see that it loads to the same logits; all ranks take part."""
     config = plan.config
-    probe = take_probe(engine, task, prepared.train.open_table().example(0)["input_ids"])
+    probe = take_probe(engine, task, prepared.train.first_sample())
     tokenizer = open_tokenizer(config, prepared.tokenizer_dir) if place.is_main else None
     export_run(
         method=method,
         model_config=config.model,
         model_dir=prepared.model_dir,
+        architecture=architecture_of(config, prepared.facts),
         build_model=factory,
         tokenizer=tokenizer,
         end_token_id=find_end_token(tokenizer, config.task),

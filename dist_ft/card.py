@@ -12,11 +12,17 @@ import yaml
 
 from .exported import name_base
 from .plan import Plan
-from .prepare import Prepared, Split
+from .prepare import TASKS, Prepared, Split
 from .pretrained import is_hub_id
+from .state import Architecture
 from .track.jsonl import METRICS_FILE, read_evaluations
 
 LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
+PIPELINES = {  # the hub's names of tasks
+    "causal_lm": "text-generation",
+    "instruction": "text-generation",
+    "sequence_classification": "text-classification",
+}
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")
 
@@ -51,6 +57,7 @@ def render_card(
     """Markdown with the front matter that the hub reads; `before` and `after` have `step` and `eval/…`."""
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
+    architecture = TASKS[config.task.name].architecture(config.task, prepared.facts)
     is_adapter = not config.method.whole and not merged
     library = config.method.library if is_adapter else "transformers"
     kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
@@ -59,7 +66,7 @@ def render_card(
     sections = [
         _front_matter(plan, library),
         f"# {config.run_name}\n\n{origin}.",
-        f"## Load\n\n```python\n{load_lines(base, library)}\n```",
+        f"## Load\n\n```python\n{load_lines(base, library, architecture)}\n```",
         "## Data\n\n" + _table(DATA_COLUMNS, _data_rows(plan, prepared)),
     ]
     if rows := list(_metric_rows(before, after)):
@@ -72,30 +79,32 @@ def render_card(
     return "\n\n".join(sections) + "\n"
 
 
-def load_lines(base: str, library: str) -> str:
+def load_lines(base: str, library: str, architecture: Architecture) -> str:
     """Three lines of Python that load the model; run them in the export's folder, or put its name for the dot."""
+    kind = architecture.auto_class
+    arguments = "".join(f", {key}={value!r}" for key, value in architecture.overrides.items() if key != "problem_type")
     if library == "transformers":
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            'model = AutoModelForCausalLM.from_pretrained(".")\n'
+            f"from transformers import {kind}, AutoTokenizer\n"
+            f'model = {kind}.from_pretrained(".")\n'
             'tokenizer = AutoTokenizer.from_pretrained(".")'
         )
     if library == "dist_ft":
         return (
             "import dist_ft.method.adapter, transformers\n"
-            f"base = transformers.AutoModelForCausalLM.from_pretrained({base!r})\n"
+            f"base = transformers.{kind}.from_pretrained({base!r}{arguments})\n"
             'model = dist_ft.method.adapter.load_adapter(base, ".")'
         )
     return (
         "import peft, transformers\n"
-        f'model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), ".")\n'
+        f'model = peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({base!r}{arguments}), ".")\n'
         'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
     )
 
 
 def _front_matter(plan: Plan, library: str) -> str:
     config = plan.config
-    values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    values: dict[str, Any] = {"library_name": library, "pipeline_tag": PIPELINES[config.task.name]}
     if is_hub_id(config.model.name_or_path):
         values["base_model"] = config.model.name_or_path
     values["tags"] = ["dist-ft", config.task.name, config.method.name]

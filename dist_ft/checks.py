@@ -22,7 +22,7 @@ from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
 from .pretrained import is_hub_id, is_known_dense, model_problems, weight_bytes
-from .schema import CausalLMConfig, LocalConfig, RunConfig
+from .schema import LocalConfig, RunConfig
 
 MIB = 2**20
 LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
@@ -61,7 +61,7 @@ class ReadWhen:
 
 
 def _packs(config: RunConfig) -> bool:
-    return isinstance(config.task, CausalLMConfig) and config.task.packing
+    return config.task.name in ("causal_lm", "masked_lm") and config.task.packs
 
 
 def _hub_data(config: RunConfig) -> bool:
@@ -217,7 +217,7 @@ def _length_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
 def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
     """What a method cannot be combined with."""
     method = config.method
-    if method.virtual_tokens and config.task.packing:
+    if method.virtual_tokens and config.task.packs:
         rule = f"method={method.name} puts virtual tokens in front of each row, and a packed row has many documents"
         yield Problem(_where("task.packing", origins), rule, "set task.packing=false, or choose another method")
     if method.name == "prefix" and config.model.gradient_checkpointing:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,12 @@ from .comm import Place, find_device
 from .data.loader import evaluation_batches
 from .errors import RequestError
 from .exported import find_export, find_trained_run, open_base, open_export
-from .families import build_task, choose_attention
+from .families import architecture_of, build_task, choose_attention
 from .model.attention import AttentionChoice
 from .plan import read_plan
 from .prepare import Prepared, Split, prepare
 from .schema import RunConfig, Strict
-from .state import LossSum, Metrics, Task
+from .state import LossSum, Metrics, Prediction, Task
 from .words import read_words, run_command, split_run
 
 
@@ -39,20 +40,33 @@ class EvaluateOptions(Strict):
     model: Literal["export", "base"] = Field("export", description="the run's export, or what it was trained from")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of a model on a split: metrics, tables beyond them, and every row's prediction."""
+
+    metrics: Metrics
+    details: Mapping[str, Any]
+    predictions: Sequence[Prediction]
+
+
 @torch.no_grad()
-def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) -> Metrics:
+def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) -> Evaluation:
     """The task's metrics of `model`, on the device where it is, over every row of a split."""
     device = next(model.parameters()).device
     model.eval()
     sums: dict[str, torch.Tensor] = {}
+    predictions: list[Prediction] = []
     batches = evaluation_batches(
         split.open_table(), split.open_samples(), task.collate, rank=0, world=1, per_device=per_device
     )
     for batch in batches:
         result = task.score(model, batch.to(device))
+        predictions.extend(result.predictions)
         for name, value in {"loss": result.loss, "weight": result.weight, **result.counts}.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-    return task.metrics(LossSum(sums.pop("loss"), sums.pop("weight"), sums))
+    predictions.sort(key=lambda prediction: prediction["sample"])
+    totals, rows = LossSum(sums.pop("loss"), sums.pop("weight"), sums, predictions), split.read_rows()
+    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), predictions)
 
 
 def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:
@@ -71,25 +85,27 @@ def open_model(
     which: str, config: RunConfig, prepared: Prepared, run_dir: Path, device: torch.device
 ) -> tuple[nn.Module, AttentionChoice]:
     """`export` or `base`, ready to compute on `device` with the attention that the run's configuration gives there."""
-    attention = choose_attention(config, prepared.model_dir, device)
+    architecture = architecture_of(config, prepared.facts)
+    attention = choose_attention(config, prepared.model_dir, device, architecture)
     options = {"attn_implementation": attention.implementation}
     if which == "base":
-        return open_base(config.model, prepared.model_dir, **options).to(device), attention
-    return open_export(find_export(run_dir), config.model, prepared.model_dir, **options).to(device), attention
+        return open_base(config.model, prepared.model_dir, architecture, **options).to(device), attention
+    model = open_export(find_export(run_dir), config.model, prepared.model_dir, architecture, **options)
+    return model.to(device), attention
 
 
 def evaluate_run(
     config: RunConfig, prepared: Prepared, run_dir: Path, options: EvaluateOptions
-) -> dict[str, dict[str, float]]:
-    """Metrics by model: `base`, `export`, or both."""
+) -> dict[str, Evaluation]:
+    """What each model comes to: `base`, `export`, or both."""
     split = find_split(prepared, options.split)
     wanted = ["base", options.model] if options.baseline and options.model != "base" else [options.model]
     device = find_device(Place())
     found = {}
     for which in wanted:
         model, attention = open_model(which, config, prepared, run_dir, device)
-        task = build_task(config, padding_free=attention.padding_free)
-        found[which] = dict(evaluate_model(model, task, split, config.train.per_device_eval_batch_size))
+        task = build_task(config, prepared.facts, padding_free=attention.padding_free)
+        found[which] = evaluate_model(model, task, split, config.train.per_device_eval_batch_size)
         del model  # one at a time
     return found
 
@@ -118,20 +134,60 @@ def main(arguments: list[str]) -> None:
     ledger = find_split(prepared, options.split).ledger
     title = f"{options.split}: {ledger['samples']:,} samples, {ledger['supervised_tokens']:,} supervised tokens"
     console = Console(highlight=False, soft_wrap=True)
-    console.print(title, render_table(found), sep="\n")
+    console.print(title, render_table({which: result.metrics for which, result in found.items()}), sep="\n")
+    for which, result in found.items():
+        if "per_class" in result.details:
+            console.print(f"\n{which}:", class_table(result.details), sep="\n")
+        if result.predictions:
+            suffix = "" if which == options.model else f"-{which}"
+            path = run_dir / f"predictions-{options.split}{suffix}.jsonl"
+            write_lines(path, result.predictions)
+            console.print(f"every row's prediction: {path}")
     write_result(run_dir / f"eval-{options.split}.json", found, ledger)
 
 
-def write_result(path: Path, found: Mapping[str, Metrics], ledger: Mapping[str, Any]) -> None:
+def class_table(details: Mapping[str, Any]) -> Table:
+    """A row a class; behind it the class that it is most often mistaken for."""
+    table = Table(box=None)
+    for column in ("", "precision", "recall", "f1", "rows"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_column("taken for")
+    for number, (name, scores) in enumerate(details["per_class"].items()):
+        figures = (f"{scores[key]:.3f}" for key in ("precision", "recall", "f1"))
+        table.add_row(name, *figures, f"{scores['support']:.0f}", _mistaken(details, number))
+    return table
+
+
+def _mistaken(details: Mapping[str, Any], number: int) -> str:
+    if "confusion" not in details:
+        return ""
+    counts = dict(zip(details["labels"], details["confusion"][number], strict=True))
+    del counts[details["labels"][number]]
+    most = max(counts, key=lambda name: counts[name])
+    return f"{most} ({counts[most]})" if counts[most] else ""
+
+
+def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Predictions as JSON lines, whole or not at all."""
+    _replace(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
+
+
+def write_result(path: Path, found: Mapping[str, Evaluation], ledger: Mapping[str, Any]) -> None:
     """The numbers as JSON, whole or not at all; a folder that is not there is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "metrics": {which: dict(metrics) for which, metrics in found.items()},
+    content: dict[str, Any] = {
+        "metrics": {which: dict(result.metrics) for which, result in found.items()},
         "samples": ledger["samples"],
         "supervised_tokens": ledger["supervised_tokens"],
     }
+    if details := {which: dict(result.details) for which, result in found.items() if result.details}:
+        content["details"] = details
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.new")
-    staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    staging.write_text(text, encoding="utf-8")
     os.replace(staging, path)
 
 

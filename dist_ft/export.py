@@ -5,6 +5,7 @@ A run writes its own at its end by `export_run`; of a run that was, merge.py wri
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from .exported import is_adapter, name_base, open_export, set_adapter_base
 from .probe import TOLERANCE, Deviation, Probe, compare, probe_model
 from .schema import ModelConfig
 from .schema_method import MethodChoice
-from .state import Method, ModelFactory, Weights
+from .state import CAUSAL_LM, Architecture, Method, ModelFactory, Weights
 
 ROOM_FACTOR = 1.05
 
@@ -33,6 +34,7 @@ def export_run(
     method: Method,
     model_config: ModelConfig,
     model_dir: str,
+    architecture: Architecture = CAUSAL_LM,
     build_model: ModelFactory,
     tokenizer: Any,
     end_token_id: int | None,
@@ -48,10 +50,11 @@ def export_run(
         method: writes the weights in its form.
         model_config: the run's.
         model_dir: the base model's folder.
-        build_model: the run's factory; gives names and configuration, not weights.
-        tokenizer: as it was trained with, with its chat template.
+        architecture: of the task.
+        build_model: the run's factory, for names and configuration.
+        tokenizer: with the chat template of the training.
         end_token_id: what ends an answer; None leaves the base's own.
-        weights: of an adapter method the trained ones, else all; a collective stream by parameter name.
+        weights: of an adapter method the trained ones, else all; a collective stream by name.
         out: the folder; one that is there is replaced.
         card: the text of README.md.
         probe: the trained model's logits.
@@ -65,8 +68,7 @@ def export_run(
         MachineError: there is no room.
     """
     if not is_main:
-        for _ in weights:
-            pass
+        collections.deque(weights, maxlen=0)
         return None
     model = build_bare(build_model)
     adapter = not method.config.whole
@@ -84,10 +86,9 @@ def export_run(
         add_companions(folder, model, model_dir, tokenizer, end_token_id, card)
 
     def check(folder: Path) -> Deviation:
-        return verify(folder, account, model, model_config, model_dir, probe, exact=method.config.exact)
+        return verify(folder, account, model, model_config, model_dir, architecture, probe, exact=method.config.exact)
 
-    needed = sum(p.numel() * p.element_size() for p in wanted.values())
-    return publish(out, fill, check, needed_bytes=needed)
+    return publish(out, fill, check, needed_bytes=sum(p.numel() * p.element_size() for p in wanted.values()))
 
 
 def build_bare(build_model: ModelFactory) -> Any:
@@ -145,6 +146,7 @@ def verify(
     trained: nn.Module,
     config: ModelConfig,
     model_dir: str,
+    architecture: Architecture,
     probe: Probe,
     *,
     exact: bool = True,
@@ -157,6 +159,7 @@ def verify(
         trained: the trained model's modules, of which names and ties are looked at, not weights.
         config: of the base.
         model_dir: of the base.
+        architecture: what the task needs of a model.
         probe: the trained model's logits.
         exact: false where the method stores what its tensors were turned into; then the logits alone tell.
 
@@ -164,7 +167,7 @@ def verify(
         TrainingError: something is not as it was.
     """
     account.check_files(folder, exact=exact and is_adapter(folder))
-    loaded = open_export(folder, config, model_dir)
+    loaded = open_export(folder, config, model_dir, architecture)
     if exact:
         account.check_loaded(loaded)
     if ties_embeddings(trained) and not ties_embeddings(loaded):
@@ -179,7 +182,7 @@ def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str) -> D
     Raises:
         TrainingError: it is more than rounding explains.
     """
-    deviation = compare(probe, probe_model(loaded, probe.input_ids))
+    deviation = compare(probe, probe_model(loaded, probe.inputs))
     if not deviation.relative <= TOLERANCE[dtype]:
         rule = f"gives other logits after loading than in training ({deviation}; {TOLERANCE[dtype]:.0e} is rounding)"
         way_out = "all tensors are alike: see config.json, and the versions that `dist-ft doctor` shows"
@@ -190,7 +193,7 @@ def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str) -> D
 def ties_embeddings(model: nn.Module) -> bool:
     """Whether input and output embeddings are one parameter."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    return head is not None and inner_layer(head).weight is inner_layer(embeddings).weight
+    return head is not None and embeddings is not None and inner_layer(head).weight is inner_layer(embeddings).weight
 
 
 def inner_layer(module: Any) -> Any:
@@ -210,6 +213,9 @@ def add_companions(
         generation = GenerationConfig.from_pretrained(model_dir)
     except OSError:
         generation = GenerationConfig.from_model_config(model.config)
+    if not model.can_generate():  # type: ignore[operator]
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return
     settings = generation.to_diff_dict()
     ends = settings.get("eos_token_id")
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]

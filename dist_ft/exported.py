@@ -9,15 +9,17 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .checkpoint import CHECKPOINTS
 from .errors import RequestError, TrainingError
 from .method.adapter import is_bottleneck, load_adapter
+from .model.load import auto_class
 from .model.quantize import quantize
 from .plan import Plan
 from .pretrained import is_hub_id
 from .schema import ModelConfig
+from .state import CAUSAL_LM, Architecture
 
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORT = "model"
@@ -54,29 +56,36 @@ def name_base(config: ModelConfig, model_dir: str) -> str:
     return config.name_or_path if is_hub_id(config.name_or_path) else str(Path(model_dir).resolve())
 
 
-def open_base(config: ModelConfig, model_dir: str, **options: Any) -> PreTrainedModel:
-    """The base model as transformers loads it, quantised as the run's was."""
+def open_base(
+    config: ModelConfig, model_dir: str, architecture: Architecture = CAUSAL_LM, **options: Any
+) -> PreTrainedModel:
+    """The base model as transformers loads it, quantised as the run's was; a new head of it is not trained."""
     options.setdefault("dtype", getattr(torch, config.dtype))
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model_dir, use_safetensors=True, trust_remote_code=config.trust_remote_code, **options
+    model: PreTrainedModel = auto_class(architecture).from_pretrained(
+        model_dir,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        **{**architecture.overrides, **options},
     )
     quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=True)
     return model
 
 
-def open_export(folder: Path, config: ModelConfig, model_dir: str, **options: Any) -> nn.Module:
+def open_export(
+    folder: Path, config: ModelConfig, model_dir: str, architecture: Architecture = CAUSAL_LM, **options: Any
+) -> nn.Module:
     """The trained model from its folder; an adapter is put on the base in `model_dir`.
 
     Raises:
         TrainingError: the folder lacks weights of the model, or has others.
     """
     if is_adapter(folder):
-        base = open_base(config, model_dir, **options)
+        base = open_base(config, model_dir, architecture, **options)
         if is_bottleneck(folder):
             return load_adapter(base, folder)
         return peft.PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(architecture).from_pretrained(
             folder,
             use_safetensors=True,
             output_loading_info=True,

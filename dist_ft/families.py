@@ -27,7 +27,7 @@ from .optim import build_adamw
 from .plan import Plan
 from .prepare import TASKS
 from .schema import RunConfig
-from .state import Engine, Method, ModelFactory, OptimFactory, Task
+from .state import Architecture, Engine, Facts, Method, ModelFactory, OptimFactory, Task
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
@@ -44,16 +44,23 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 
-def build_task(config: RunConfig, *, padding_free: bool) -> Task:
+def architecture_of(config: RunConfig, facts: Facts) -> Architecture:
+    """What the task needs of a model."""
+    found: Architecture = TASKS[config.task.name].architecture(config.task, facts)
+    return found
+
+
+def build_task(config: RunConfig, facts: Facts, *, padding_free: bool) -> Task:
     """The task, laying out micro-batches for a model that takes documents without padding, or not.
 
     Raises:
         RequestError: packing was asked for with a model whose attention cannot keep documents apart.
     """
-    if config.task.packing and not padding_free:
+    task: Task = TASKS[config.task.name](config.task, facts, padding_free=padding_free)
+    if task.layout.packs and not padding_free:
         rule = f"{config.model.name_or_path}'s attention cannot keep packed documents apart"
         raise RequestError.of("task.packing", rule, "set task.packing=false")
-    return TASKS[config.task.name](config.task, padding_free=padding_free)
+    return task
 
 
 def build_method(config: RunConfig) -> Method:
@@ -61,9 +68,11 @@ def build_method(config: RunConfig) -> Method:
     return METHODS[config.method.name](config.method)
 
 
-def choose_attention(config: RunConfig, folder: str, device: torch.device) -> AttentionChoice:
+def choose_attention(
+    config: RunConfig, folder: str, device: torch.device, architecture: Architecture
+) -> AttentionChoice:
     """How the model attends, and whether documents are laid out without padding: not behind virtual tokens."""
-    attention = attention_of(config.model, folder, device)
+    attention = attention_of(config.model, folder, device, architecture)
     return attention.padded() if config.method.virtual_tokens else attention
 
 
@@ -93,13 +102,16 @@ def build_engine(plan: Plan, place: Place, device: torch.device) -> Engine:
     return Zero(config.engine, **options)
 
 
-def model_factory(config: RunConfig, folder: str, attention: AttentionChoice, method: Method) -> ModelFactory:
+def model_factory(
+    config: RunConfig, folder: str, attention: AttentionChoice, architecture: Architecture, method: Method
+) -> ModelFactory:
     """How every rank builds the same modules; see state.ModelFactory."""
 
     def build_model(weights: bool) -> nn.Module:
-        model = load_model(config.model, folder, attention, weights=weights)
+        torch.manual_seed(config.train.seed)  # a new head, and what a method adds, start alike in every run
+        model = load_model(config.model, folder, attention, architecture, weights=weights)
         routed = route_method(config.method, config.moe, model)
-        torch.manual_seed(config.train.seed)  # what a method adds starts alike on every rank
+        torch.manual_seed(config.train.seed)
         model = (method if routed is config.method else METHODS[routed.name](routed)).apply(model)
         apply_policy(config.moe, config.method, model)
         for parameter in model.parameters():

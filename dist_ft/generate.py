@@ -30,6 +30,7 @@ from .turns import Question, find_end_token, open_tokenizer, read_questions, spe
 from .words import read_words, run_command, split_run
 
 SPLITS = ("train", "validation", "test")
+ANSWERING = ("causal_lm", "instruction")
 
 
 class GenerateOptions(Strict):
@@ -169,6 +170,9 @@ def main(arguments: list[str]) -> None:
     options = read_words(GenerateOptions, words)
     plan = read_plan(run_file)
     config, run_dir = plan.config, find_trained_run(plan, run_file)
+    if config.task.name not in ANSWERING:
+        way_out = "dist-ft eval run=… writes what the model says of every row"
+        raise RequestError.of("run", f"task={config.task.name} gives no text", way_out)
     wanted = ["base", "export"] if options.model == "both" else [options.model]
     folder = find_export(run_dir) if "export" in wanted else None
     prepared = prepare(config)

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .families import build_method, model_factory
+from .families import architecture_of, build_method, model_factory
 from .memory import Sizes, estimate_memory
 from .model.load import attention_of
 from .model.structure import find_blocks, find_packed, find_routers
 from .plan import Plan, read_plan
 from .prepare import prepare
 from .schema import RunConfig
+from .state import Facts
 from .view import ledger_table
 from .words import run_command, split_run
 
@@ -43,10 +44,11 @@ class Share:
     bytes_by_dtype: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
-def build_meta(config: RunConfig, model_dir: str) -> nn.Module:
+def build_meta(config: RunConfig, model_dir: str, facts: Facts) -> nn.Module:
     """The run's model, method applied, on torch's meta device: everything but the numbers."""
-    attention = attention_of(config.model, model_dir, torch.device("cpu"))
-    build_model = model_factory(config, model_dir, attention, build_method(config))
+    architecture = architecture_of(config, facts)
+    attention = attention_of(config.model, model_dir, torch.device("cpu"), architecture)
+    build_model = model_factory(config, model_dir, attention, architecture, build_method(config))
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the run itself says them again
         return build_model(False)
@@ -140,7 +142,7 @@ def main(arguments: list[str]) -> None:
     run_file, _ = split_run(arguments, "inspection")
     plan = read_plan(run_file)
     prepared = prepare(plan.config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
-    model = build_meta(plan.config, prepared.model_dir)
+    model = build_meta(plan.config, prepared.model_dir, prepared.facts)
     tables: Iterable[Table] = render(plan, model)
     splits = (("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from . import comm
 from .checkpoint import Progress
 from .errors import TrainingError
 from .schema import TrainConfig
-from .state import Batch, Engine, Hook, LossFn, LossSum, Metrics, StepInfo, Task, Tracker
+from .state import Batch, Engine, Hook, LossFn, LossSum, Metrics, Prediction, Row, StepInfo, Task, Tracker
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Run:
     rank: int
     micro_batches: Callable[[int], list[Batch]]  # of this rank, for a step
     validation: Callable[[], Iterator[Batch]] | None
+    validation_rows: Sequence[Row]  # as they were, where the task's metrics need them
     learning_rate: Callable[[int], float]
     epoch_at: Callable[[int], float]
     save: Callable[[Progress], None]
@@ -61,11 +62,11 @@ def fit(run: Run) -> Progress:
 
 
 def train_step(run: Run, step: int) -> Metrics:
-    """One optimizer step over the global batch: the sum of its token losses over its number of supervised tokens."""
+    """One optimizer step over the global batch: the sum of its losses over their weight, the number of its targets."""
     started = time.perf_counter()
     micros = run.micro_batches(step)
-    own = [(m.supervised, m.tokens, m.squared_lengths) for m in micros]
-    supervised, tokens, squared_lengths = comm.total(torch.tensor(own).sum(dim=0))
+    own = [(m.loss_weight, m.supervised, m.tokens, m.squared_lengths) for m in micros]
+    weight, supervised, tokens, squared_lengths = comm.total(torch.tensor(own, dtype=torch.float64).sum(dim=0))
     if supervised == 0:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
     # Dropout is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one draws.
@@ -73,10 +74,10 @@ def train_step(run: Run, step: int) -> Metrics:
     loss = torch.zeros((), dtype=torch.float64)
     for i, micro in enumerate(micros, start=1):
         run.beat(f"step {step}, micro-batch {i} of {len(micros)}")
-        loss += run.engine.forward_backward(micro, run.task.loss, supervised, last=i == len(micros)).loss.double().cpu()
+        loss += run.engine.forward_backward(micro, run.task.loss, weight, last=i == len(micros)).loss.double().cpu()
     rate = run.learning_rate(step)
     grad_norm = run.engine.step(rate).grad_norm
-    mean = float(comm.total(loss) / supervised)
+    mean = float(comm.total(loss) / weight)
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
         rule = f"loss is {mean}, gradient norm {grad_norm}"
         raise TrainingError.of(f"step {step}", rule, "lower optim.learning_rate, or look at this step's rows")
@@ -95,7 +96,8 @@ def assess(run: Run, step: int) -> None:
     assert run.validation
     run.beat(f"evaluation at step {step}")
     totals = evaluate(run.engine, run.validation(), run.task.score, run.beat)
-    metrics = {f"eval/{name}": value for name, value in run.task.metrics(totals).items()}
+    found = run.task.metrics(totals, run.validation_rows) if run.rank == 0 else {}
+    metrics = {f"eval/{name}": value for name, value in comm.from_main(found).items()}
     run.tracker.log(metrics, step=step)
     best = run.progress.best_loss
     if best is None or metrics["eval/loss"] < best:
@@ -107,14 +109,18 @@ def assess(run: Run, step: int) -> None:
 def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Callable[[str], None]) -> LossSum:
     """Sums over all rows and ranks: the same numbers on any world size and batch size."""
     sums: dict[str, torch.Tensor] = {}
+    predictions: list[Prediction] = []
     for i, batch in enumerate(batches, start=1):
         beat(f"evaluation, micro-batch {i}")
         result = engine.evaluate(batch, score)
+        predictions.extend(result.predictions)
         for name, value in {"loss": result.loss, "weight": result.weight, **result.counts}.items():
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
     names = sorted(sums)
     totals = dict(zip(names, comm.total(torch.stack([sums[name] for name in names])), strict=True))
-    return LossSum(totals.pop("loss"), totals.pop("weight"), totals)
+    everyone = [prediction for part in comm.gather(predictions) for prediction in part]
+    everyone.sort(key=lambda prediction: prediction["sample"])
+    return LossSum(totals.pop("loss"), totals.pop("weight"), totals, everyone)
 
 
 def due(step: int, every: int | None) -> bool:

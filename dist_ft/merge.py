@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,10 +32,10 @@ from .export import (
     verify,
 )
 from .exported import find_export, find_trained_run, is_adapter, name_base, open_export, set_adapter_base
-from .families import build_method, choose_attention, model_factory
+from .families import architecture_of, build_method, choose_attention, model_factory
 from .plan import read_plan
-from .prepare import Prepared, prepare
-from .probe import Deviation, Probe, compare, probe_model
+from .prepare import TASKS, Prepared, prepare
+from .probe import Deviation, Probe, compare, plain_inputs, probe_model, shorten
 from .schema import RunConfig, Strict
 from .state import ModelFactory
 from .turns import find_end_token, open_tokenizer
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         config, model = _leave_quantization(trained, config, prepared, run_dir, options.checkpoint)
     else:
         model = open_trained(config, prepared, run_dir, options.checkpoint)
-    probe = probe_model(model, prepared.train.open_table().example(0)["input_ids"])
+    probe = probe_model(model, _probe_inputs(config, prepared))
     card = card_of_run(plan, prepared, run_dir, merged=options.merge, checkpoint=options.checkpoint)
     deviation = (
         _export_merged(model, config, prepared, out, card, probe, dtype)
@@ -101,8 +101,8 @@ def _leave_quantization(
     scheme = config.model.quantization
     config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
     model = open_trained(config, prepared, run_dir, name)
-    token_ids = prepared.train.open_table().example(0)["input_ids"]
-    deviation = compare(probe_model(trained, token_ids), probe_model(model, token_ids))
+    inputs = _probe_inputs(config, prepared)
+    deviation = compare(probe_model(trained, inputs), probe_model(model, inputs))
     print(f"against the dequantised {scheme} base that was trained on: logits differ by {deviation}")
     return config, model
 
@@ -114,7 +114,9 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         RequestError: there is no such export or checkpoint, or the checkpoint is torn.
     """
     if name is None:
-        return open_export(find_export(run_dir), config.model, prepared.model_dir)
+        return open_export(
+            find_export(run_dir), config.model, prepared.model_dir, architecture_of(config, prepared.facts)
+        )
     path = run_dir / checkpoint.CHECKPOINTS / name
     if not path.is_dir():
         found = ", ".join(sorted(p.name for p in (run_dir / checkpoint.CHECKPOINTS).glob("*"))) or "none"
@@ -134,8 +136,14 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
 
 
 def _factory(config: RunConfig, prepared: Prepared) -> ModelFactory:
-    attention = choose_attention(config, prepared.model_dir, torch.device("cpu"))
-    return model_factory(config, prepared.model_dir, attention, build_method(config))
+    architecture = architecture_of(config, prepared.facts)
+    attention = choose_attention(config, prepared.model_dir, torch.device("cpu"), architecture)
+    return model_factory(config, prepared.model_dir, attention, architecture, build_method(config))
+
+
+def _probe_inputs(config: RunConfig, prepared: Prepared) -> Mapping[str, torch.Tensor]:
+    task = TASKS[config.task.name](config.task, prepared.facts, padding_free=False)
+    return plain_inputs(task.collate([shorten(prepared.train.first_sample(), task)]))
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -165,7 +173,7 @@ def _export_merged(
     if not isinstance(model, peft.PeftModel):
         raise RequestError.of("merge", "the run's export is no adapter", "leave merge out")
     merged = merge(model)
-    in_memory = compare(probe, probe_model(merged, probe.input_ids))
+    in_memory = compare(probe, probe_model(merged, probe.inputs))
     print(f"merged in memory ({config.model.dtype}): logits differ by {in_memory}")
     return _write(merged, config, prepared, out, card, probe, dtype)
 
@@ -188,7 +196,16 @@ def _export_as_is(
 
     def check(folder: Path) -> Deviation:
         assert is_adapter(folder)
-        return verify(folder, account, model, config.model, prepared.model_dir, probe, exact=config.method.exact)
+        return verify(
+            folder,
+            account,
+            model,
+            config.model,
+            prepared.model_dir,
+            architecture_of(config, prepared.facts),
+            probe,
+            exact=config.method.exact,
+        )
 
     return publish(out, fill, check, needed_bytes=_bytes(wanted.values()))
 
@@ -208,10 +225,10 @@ def _write(
         model.save_pretrained(folder)
         _accompany(folder, model, config, prepared, card)
 
-    rounded = probe_model(model, probe.input_ids)
+    rounded = probe_model(model, probe.inputs)
 
     def check(folder: Path) -> Deviation:
-        loaded = open_export(folder, config.model, prepared.model_dir)
+        loaded = open_export(folder, config.model, prepared.model_dir, architecture_of(config, prepared.facts))
         account.check_files(folder, exact=False)
         account.check_loaded(loaded)
         check_logits(folder, rounded, loaded, "float32")  # the same tensors, the same precision

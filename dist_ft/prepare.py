@@ -25,18 +25,24 @@ from .data.cache import (
     require_room,
     split_folder,
 )
+from .data.labels import find_labels
 from .data.pack import Samples
-from .data.split import LEDGER, Say, build_split
+from .data.split import LEDGER, ROWS, Say, build_split
 from .data.table import TokenTable
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, Problem, RequestError
 from .plan import read_plan
 from .schema import RunConfig
-from .state import Task
+from .state import Facts, Row, Sample
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
+from .task.sequence_classification import SequenceClassification
 
-TASKS: dict[str, Callable[..., Task]] = {"causal_lm": CausalLM, "instruction": Instruction}
+TASKS: dict[str, Any] = {
+    "causal_lm": CausalLM,
+    "instruction": Instruction,
+    "sequence_classification": SequenceClassification,
+}
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_CODE = "*.py"
@@ -58,6 +64,16 @@ class Split:
         """What places in a batch hold, memory-mapped."""
         return Samples.load(self.samples)
 
+    def first_sample(self) -> Sample:
+        """What is looked at when two models are compared."""
+        table, samples = self.open_table(), self.open_samples()
+        return Sample([table.example(*segment) for segment in samples[0]], index=0)
+
+    def read_rows(self) -> list[Row]:
+        """What the task keeps of each row as it was (state.Layout.kept); nothing of a training split."""
+        path = Path(self.table) / ROWS
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -68,6 +84,11 @@ class Prepared:
     train: Split
     validation: Split | None
     test: Split | None
+
+    @property
+    def facts(self) -> Facts:
+        """What the task knows of the data."""
+        return Facts.of(self.train.ledger["facts"])
 
 
 def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
@@ -88,11 +109,11 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
     def encoder() -> ChatTokenizer:
         return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
 
-    task = TASKS[config.task.name](config.task, padding_free=True)
-    splits: dict[SplitName, Split] = {}
-    for name in SPLITS:
+    splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", None, encoder, say)}
+    facts = Prepared(model_dir, tokenizer_dir, splits["train"], None, None).facts
+    for name in SPLITS[1:]:
         if getattr(config.data, name):
-            splits[name] = _prepare_split(config, name, task, encoder, say)
+            splits[name] = _prepare_split(config, name, facts, encoder, say)
     if problems := [p for name, split in splits.items() for p in _split_problems(config, name, split, model_dir)]:
         raise RequestError(*problems)
     return Prepared(model_dir, tokenizer_dir, splits["train"], splits.get("validation"), splits.get("test"))
@@ -152,12 +173,42 @@ def _download(config: RunConfig, name: str, key: str) -> str:
         raise RequestError.of(key, f"the hub does not give {name} ({reason})", way_out) from error
 
 
+def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts:
+    """What the task needs of the data beyond its rows.
+
+    Raises:
+        RequestError: the labels are wrong.
+    """
+    task = TASKS[config.task.name]
+    if not task.uses_facts:
+        return Facts()
+    labels, counts, rows = find_labels(config, task.labels_of) if hasattr(config.task, "labels") else ((), (), 0)
+    tokenizer = encoder().tokenizer
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return Facts(
+        labels=labels,
+        label_counts=counts,
+        rows=rows,
+        pad_id=next(token for token in ends if token is not None),
+        mask_id=tokenizer.mask_token_id,
+        special_ids=tuple(tokenizer.all_special_ids),
+        has_token_types="token_type_ids" in tokenizer.model_input_names,
+        vocabulary=len(tokenizer),
+    )
+
+
 def _prepare_split(
-    config: RunConfig, name: SplitName, task: Task, encoder: Callable[[], ChatTokenizer], say: Say
+    config: RunConfig, name: SplitName, facts: Facts | None, encoder: Callable[[], ChatTokenizer], say: Say
 ) -> Split:
     folder = split_folder(config, name)
+
+    def build(out: Path) -> None:
+        known = find_facts(config, encoder) if facts is None else facts
+        task = TASKS[config.task.name](config.task, known, padding_free=True)
+        build_split(config, name, task, known, encoder, out, say)
+
     if not is_whole(folder):
-        publish(folder, lambda out: build_split(config, name, task, encoder, out, say))
+        publish(folder, build)
     ledger = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
     return Split(str(folder), str(folder), ledger)
 

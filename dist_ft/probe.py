@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .state import Batch, Engine, LossSum, Task
+from .state import Batch, Engine, LossSum, Sample, Task
 
 PROBE_TOKENS = 64
 # Relative deviation that rounding explains, by the precision of the forward. Training computes in bfloat16 from float32
@@ -20,9 +21,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 
 @dataclass(frozen=True)
 class Probe:
-    """One document: `input_ids` [n] int64 and the model's `logits` [n, vocabulary] float32, both on the CPU."""
+    """One sample: what the model is given, and its `logits` [n, …] float32, both on the CPU."""
 
-    input_ids: Tensor
+    inputs: Mapping[str, Tensor]
     logits: Tensor
 
 
@@ -37,34 +38,52 @@ class Deviation:
         return f"largest {self.largest:.2e}, relative {self.relative:.2e}"
 
 
-def take_probe(engine: Engine, task: Task, token_ids: Sequence[int] | np.ndarray) -> Probe:
-    """Run the first tokens of `token_ids` through the engine's model; every rank takes part and gives the same ones."""
-    ids = np.array([int(token) for token in token_ids[:PROBE_TOKENS]], dtype=np.int64)
+def take_probe(engine: Engine, task: Task, sample: Sample) -> Probe:
+    """Run the first tokens of `sample` through the engine's model; every rank takes part and gives the same one."""
+    batch = task.collate([shorten(sample, task)])
     seen: list[Tensor] = []
 
     def capture(model: nn.Module, batch: Batch) -> LossSum:
-        logits = model(**batch.inputs, use_cache=False).logits
-        seen.append(logits[0].detach().float().cpu())
+        logits = logits_of(model(**batch.inputs))
+        seen.append(logits.detach().float().cpu())
         return LossSum(logits.new_zeros(()), logits.new_ones(()))
 
-    engine.evaluate(task.collate([[{"input_ids": ids, "labels": ids}]]), capture)
-    return Probe(torch.from_numpy(ids), seen[0])
+    engine.evaluate(batch, capture)
+    return Probe(plain_inputs(batch), seen[0])
 
 
 @torch.no_grad()
-def probe_model(model: nn.Module, token_ids: Sequence[int] | np.ndarray | Tensor) -> Probe:
+def probe_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
     """The same of a model in this process."""
-    ids = torch.tensor([int(token) for token in token_ids[:PROBE_TOKENS]])
     device = next(model.parameters()).device
     was_training = model.training
-    logits = model.eval()(input_ids=ids[None].to(device), use_cache=False).logits[0].float().cpu()
+    logits = logits_of(model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()}))
     model.train(was_training)
-    return Probe(ids, logits)
+    return Probe(inputs, logits.float().cpu())
+
+
+def shorten(sample: Sample, task: Task) -> Sample:
+    """Of a sample's first document (or source and target, or pair) the first tokens."""
+    segments = sample.segments[: task.layout.sequences]
+    return replace(sample, segments=[{k: values[:PROBE_TOKENS] for k, values in part.items()} for part in segments])
+
+
+def plain_inputs(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch's inputs, which any model of the kind takes: without what tells documents apart."""
+    return {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+
+
+def logits_of(output: Any) -> Tensor:
+    """[n, …]: what the model gives for its one row; of a question's answer the starts' and ends' scores."""
+    if "logits" in output:
+        logits: Tensor = output.logits
+        return logits[0]
+    return torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1)
 
 
 def compare(one: Probe, other: Probe) -> Deviation:
     """How far apart two models are on the same tokens; where one has nan, infinitely."""
-    assert torch.equal(one.input_ids, other.input_ids)
+    assert all(torch.equal(tensor, other.inputs[name]) for name, tensor in one.inputs.items())
     difference = one.logits.double() - other.logits.double()
     relative = float(difference.norm() / one.logits.double().norm())
     if not np.isfinite(relative):

@@ -23,6 +23,7 @@ from .schema_method import (
     PTuningConfig,
     QloraConfig,
 )
+from .schema_task import TaskConfig
 from .strict import Count, Share, Strict
 
 
@@ -43,31 +44,7 @@ class ModelConfig(Strict):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Read it first.")
 
 
-class CausalLMConfig(Strict):
-    """Continued pre-training on text."""
-
-    name: Literal["causal_lm"]
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    packing: bool = Field(True, description="Cut the documents, one after another, into full blocks of max_length.")
-    overlong: Literal["error", "truncate", "drop"] = Field(
-        "error", description="Without packing: what to do with a document longer than max_length."
-    )
-
-
-class InstructionConfig(Strict):
-    """Answers to prompts: loss on the assistant's turns only."""
-
-    name: Literal["instruction"]
-    max_length: Annotated[int, Field(ge=2)] = 2048
-    packing: bool = Field(False, description="Put several rows into one of at most max_length tokens, kept apart.")
-    overlong: Literal["error", "truncate", "drop"] = Field("error", description="A row longer than max_length.")
-    unsupervised: Literal["error", "drop"] = Field("error", description="A row without a supervised token.")
-    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
-
-
-TaskConfig = Annotated[CausalLMConfig | InstructionConfig, Field(discriminator="name")]
-
-DataFormat = Literal["auto", "text", "prompt_completion", "messages", "sharegpt", "alpaca", "tokens"]
+DataFormat = Literal["auto", "text", "prompt_completion", "messages", "sharegpt", "alpaca", "labelled", "tokens"]
 
 
 class DataConfig(Strict):

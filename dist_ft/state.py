@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:  # torch is slow to import, and the planner must not
     import numpy as np
@@ -18,10 +18,64 @@ if TYPE_CHECKING:  # torch is slow to import, and the planner must not
     from .schema_method import MethodChoice
 
 Row = Mapping[str, Any]  # a row of data in its format's canonical shape, see data/formats.py
-Example = Mapping[
-    str, Sequence[int]
-]  # a tokenised row: ragged integer columns, for language models input_ids and labels
+Example = Mapping[str, Sequence[int]]  # one tokenised sequence: columns of whole numbers, input_ids among them
+Prediction = Mapping[str, Any]  # what a model says of one sample, as JSON holds it; `sample` is its number in the split
 Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a task knows of its data beyond its own keys: found once, when the training split is prepared."""
+
+    labels: tuple[str, ...] = ()  # names, in the order of their numbers
+    label_counts: tuple[int, ...] = ()  # how often each stands in the training split
+    pad_id: int = 0
+    mask_id: int | None = None
+    special_ids: tuple[int, ...] = ()
+    has_token_types: bool = False  # whether the tokenizer tells the texts of a pair apart by token_type_ids
+    vocabulary: int = 0  # token ids are below
+    rows: int = 0  # of the training split
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Facts:
+        """What JSON has kept of facts."""
+        found: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**found)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a task needs of a model: its class, what its configuration must say, and whether its head begins anew."""
+
+    auto_class: str = "AutoModelForCausalLM"  # of transformers
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # keys of the model's config.json
+    new_head: bool = False  # what stands outside the base model learns the task, whichever the method
+
+
+CAUSAL_LM = Architecture()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a task's rows become samples of a table (data/split.py)."""
+
+    limits: Mapping[str, int]  # key of the configuration → most tokens of each sequence of a row, in their order
+    columns: tuple[str, ...] = ("input_ids", "labels")  # one value a token
+    row_columns: tuple[str, ...] = ()  # of a sequence as a whole, of any length
+    id_columns: tuple[str, ...] = ("input_ids",)  # those that hold token ids
+    sequences: int = 1  # that make a sample
+    cuts_blocks: bool = False  # documents are cut, one after another, into full blocks
+    packs: bool = False  # several samples are put into one, kept apart
+    kept: tuple[str, ...] = ()  # columns of a row that its metrics need as they are
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one place in a batch holds: sequences (or pieces of them) that never see each other."""
+
+    segments: Sequence[Mapping[str, np.ndarray]]  # by column, [length] integers
+    index: int  # in the split
+    draw: int = 0  # how often the sample was seen before: what is drawn at random depends on (seed, index, draw)
 
 
 @dataclass(frozen=True)
@@ -29,21 +83,28 @@ class Batch:
     """One micro-batch on one device.
 
     Causal language models get it without padding: the samples' documents one after another in one row of T tokens,
-    with positions that restart and the documents' lengths for attention to keep them apart. Models whose attention
-    cannot be told so get padded rows and an attention mask. Either way a target names the flat index of the token
-    that predicts it, so a loss never depends on the layout.
+    with positions that restart and the documents' lengths for attention to keep them apart. Other models get padded
+    rows and an attention mask. Either way a target names the row of the model's flattened output that predicts it, so
+    a loss never depends on the layout.
     """
 
     inputs: dict[str, Any]  # keyword arguments of the model's forward
-    targets: Tensor  # [n] int64: the supervised token ids (after the shift)
-    positions: Tensor  # [n] int64: flat index, in input_ids.view(-1), of the token that predicts each target
+    targets: Tensor  # [n, …]: what is to be predicted, such as token ids (after the shift) or label numbers
+    positions: Tensor  # [n] int64: which row of the output, flattened but for its last dimension, predicts each target
     documents: Tensor  # [n] int64: which document of the micro-batch, from 0, each target belongs to
     tokens: int  # tokens without padding
+    samples: tuple[int, ...] = ()  # number in the split of each document's sample
+    weight: float | None = None  # what the loss is divided by; the number of targets where it is not given
 
     @property
     def supervised(self) -> int:
-        """Number of positions that enter the loss."""
+        """Number of targets that enter the loss."""
         return len(self.targets)
+
+    @property
+    def loss_weight(self) -> float:
+        """This micro-batch's part of the step's denominator."""
+        return float(self.supervised) if self.weight is None else self.weight
 
     @property
     def squared_lengths(self) -> int:
@@ -62,10 +123,15 @@ class Batch:
             documents=self.documents.to(device),
         )
 
+    def without_targets(self) -> Batch:
+        """The same inputs with nothing to learn: for a rank that has no samples and must join in collectives."""
+        none = {name: getattr(self, name)[:0] for name in ("targets", "positions", "documents")}
+        return replace(self, **none, tokens=0, samples=(), weight=None)
+
 
 @dataclass(frozen=True)
 class LossSum:
-    """A sum of token (or example) losses and how many there were; `counts` are further sums, for metrics.
+    """A sum of losses of tokens (or examples) and its weight; `counts` are further sums, for metrics.
 
     All tensors are scalars; what is added up over micro-batches and ranks stays exact, a quotient is taken last.
     """
@@ -73,6 +139,7 @@ class LossSum:
     loss: Tensor
     weight: Tensor
     counts: dict[str, Tensor] = field(default_factory=dict)
+    predictions: Sequence[Prediction] = ()  # where a metric is no quotient of sums
 
 
 @dataclass(frozen=True)
@@ -133,11 +200,22 @@ class Method(Protocol):
 class Task(Protocol):
     """What is learned."""
 
-    def encode(self, row: Row, tokenizer: Any) -> Example: ...
-    def collate(self, samples: Sequence[Sequence[Mapping[str, np.ndarray]]]) -> Batch: ...
+    uses_facts: ClassVar[bool]  # whether it needs more of the data than its rows
+
+    @staticmethod
+    def architecture(config: Any, facts: Facts) -> Architecture: ...
+    @staticmethod
+    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]: ...
+    @property
+    def layout(self) -> Layout: ...
+    def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]: ...
+    def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]: ...
+    def count_targets(self, table: Any, samples: Any) -> np.ndarray: ...
+    def collate(self, samples: Sequence[Sample]) -> Batch: ...
     def loss(self, model: nn.Module, batch: Batch) -> LossSum: ...
     def score(self, model: nn.Module, batch: Batch) -> LossSum: ...
-    def metrics(self, totals: LossSum) -> Metrics: ...
+    def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics: ...
+    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]: ...
 
 
 class Tracker(Protocol):

@@ -23,8 +23,9 @@ from .data.split import encode_row
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, RequestError
 from .plan import read_plan
-from .prepare import TASKS, Split, prepare, prepare_model
+from .prepare import TASKS, Split, find_facts, prepare, prepare_model
 from .schema import RunConfig
+from .state import Example, Facts
 
 SUPERVISED, CONTEXT, NOTE = "bold green", "dim", "italic yellow"
 
@@ -44,20 +45,32 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
     def encoder() -> ChatTokenizer:
         return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
 
-    task = TASKS[config.task.name](config.task, padding_free=True)
+    facts = find_facts(config, encoder)
+    task = TASKS[config.task.name](config.task, facts, padding_free=True)
     for number, (place, row) in enumerate(read_rows(sources, revision=config.data.revision)):
         if number == rows:
             return
         try:
-            name, example = encode_row(config, task, encoder, row, place)
+            name, _, sequences = encode_row(config, task, encoder, row, place)
         except RowFault as fault:
             console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
             continue
-        ids, labels = list(example["input_ids"]), list(example["labels"])
-        supervised = sum(label != IGNORED_LABEL for label in labels[1:])
-        console.print(Text(f"── {place} ({name}): {len(ids)} tokens, {supervised} supervised", style="bold"))
         tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
-        console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
+        for sequence in sequences:
+            title = f"── {place} ({name}): {describe_sequence(sequence, facts)}"
+            console.print(Text(title, style="bold"))
+            ids = list(sequence["input_ids"])
+            labels = list(sequence.get("labels", [IGNORED_LABEL] * len(ids)))
+            console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
+
+
+def describe_sequence(sequence: Example, facts: Facts) -> str:
+    """How long it is, and what is learned from it."""
+    length = f"{len(sequence['input_ids'])} tokens"
+    if "label" in sequence:
+        return f"{length}, {', '.join(facts.labels[number] for number in sequence['label']) or 'no label'}"
+    supervised = sum(label != IGNORED_LABEL for label in sequence["labels"][1:])
+    return f"{length}, {supervised} supervised"
 
 
 def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: bool) -> Text:

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from ..errors import RequestError
-from ..schema import HostfileConfig, InstructionConfig, RunConfig
+from ..schema import HostfileConfig, RunConfig
+from ..schema_task import InstructionConfig
 
 PACKAGE = "package:"
 CONF_DIR = Path(__file__).parent.parent / "conf"  # beside dist_ft/launch when installed, above it in a checkout

@@ -22,7 +22,7 @@ from ..schema import RunConfig
 from .sources import PACKAGE, digest_file, find_package, fingerprint
 from .template_file import read_template
 
-CODE_VERSION = 1  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
+CODE_VERSION = 2  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -101,8 +101,9 @@ def split_folder(config: RunConfig, split: SplitName) -> Path:
         "format": config.data.format,
         "columns": config.data.columns,
         "task": {**task, "chat_template": read_template(config.task)},
+        "labels": None if split == "train" else _labels_identity(config),
         "tokenizer": _tokenizer_identity(config),
-        "packing": ("train", config.data.shuffle) if config.task.packing and split == "train" else "evaluation",
+        "packing": ("train", config.data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }
     return root / "data" / _hash(content)
 
@@ -221,6 +222,13 @@ def _tokenizer_identity(config: RunConfig) -> Any:
     folder = source.path
     files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
     return ["files", {file.name: digest_file(file) for file in files}]
+
+
+def _labels_identity(config: RunConfig) -> str | None:
+    """Where the numbers of labels come from: the training split, unless the configuration names them."""
+    if not hasattr(config.task, "labels") or config.task.labels is not None:
+        return None
+    return split_folder(config, "train").name
 
 
 def _only_gguf(files: list[Path], name: str, key: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SHOWN_PLACES = 3
+EMPTY_TEXT = "the text is empty"
 
 
 class RowFault(Exception):

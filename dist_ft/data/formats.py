@@ -5,9 +5,10 @@
 | `{"text": str}` | text |
 | `{"messages": [...], "tools": […], "context": n}` | messages, sharegpt, alpaca, prompt_completion with message lists |
 | `{"prompt": str, "completion": str}` | prompt_completion of plain strings, which no chat template touches |
+| `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools` and `context` may be missing; the first `context` messages carry no loss.
+`tools`, `context`, `text_pair` and `label_text` may be missing; the first `context` messages carry no loss.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import Problem, RequestError
+from ..schema import RunConfig
 from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
 
 IGNORED_LABEL = -100
@@ -42,17 +44,15 @@ class Format:
         return [name for names in (*self.required, *self.optional) for name in names.split("|")]
 
 
-def detect(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> str | None:
+def detect(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, task: str | None = None) -> str | None:
     """The format whose columns the row has (after renaming by `columns`); None if there is none.
 
-    Where a row fits several, the first of tokens, messages, sharegpt, prompt_completion, alpaca, text is taken.
+    Where a row fits several, the first of FORMATS is taken; those that `task` learns from come first.
     """
     columns = columns or {}
-    for name, form in FORMATS.items():
-        renamed = {*row, *columns}
-        if form.fits(renamed) and set(columns) <= set(form.columns):
-            return name
-    return None
+    renamed = {*row, *columns}
+    fitting = [name for name, form in FORMATS.items() if form.fits(renamed) and set(columns) <= set(form.columns)]
+    return next((name for name in fitting if task in FORMATS[name].tasks), fitting[0] if fitting else None)
 
 
 def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str], place: str) -> dict[str, Any]:
@@ -84,6 +84,19 @@ def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str], p
         return form.convert(renamed)
     except RowShape as fault:
         raise RequestError(Problem(place, f"format {name}: {fault}", fault.way_out)) from fault
+
+
+def normalise_for(config: RunConfig, row: Mapping[str, Any], place: str) -> tuple[str, dict[str, Any]]:
+    """A row's format, and its canonical shape for the run's task.
+
+    Raises:
+        RequestError: the row is not of the configured format, or not for the task.
+    """
+    data = config.data
+    name = (detect(row, data.columns, config.task.name) if data.format == "auto" else data.format) or "auto"
+    canonical = normalise(row, name, data.columns, place)
+    check_task(name, config.task.name, place)
+    return name, canonical
 
 
 def check_task(format: str, task: str, place: str) -> None:
@@ -185,6 +198,23 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels}
 
 
+def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
+    label = next((row[name] for name in ("label", "labels", "label_text") if name in row), None)
+    several = label if isinstance(label, list) else [label]
+    if label is not None and any(type(value) not in (int, str) for value in several):
+        raise RowShape(f"the label is {label!r:.40}, neither a whole number nor text", "name classes, not measures")
+    canonical = {"text": _string(row, _first(row, TEXTS)), "label": label}
+    if (pair := _first(row, PAIRS)) is not None:
+        canonical["text_pair"] = _string(row, pair)
+    if isinstance(row.get("label_text"), str):
+        canonical["label_text"] = row["label_text"]
+    return canonical
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((name for name in names if name in row), None)
+
+
 def _string(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, str):
@@ -197,6 +227,16 @@ def _with_tools(canonical: dict[str, Any], row: Mapping[str, Any]) -> dict[str, 
     return {**canonical, "tools": tools} if tools else canonical
 
 
+TEXTS, PAIRS = (
+    ("text", "sentence", "sentence1", "premise", "question1"),
+    (
+        "text_pair",
+        "sentence2",
+        "hypothesis",
+        "question2",
+    ),
+)
+
 FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),
     "messages": Format(("messages",), ("tools",), _messages, ("instruction",)),
@@ -204,6 +244,9 @@ FORMATS: dict[str, Format] = {
     "prompt_completion": Format(("prompt", "completion"), ("tools",), _prompt_completion, ("instruction",)),
     "alpaca": Format(
         ("instruction", "output|response"), ("input", "context", "system", "history"), _alpaca, ("instruction",)
+    ),
+    "labelled": Format(
+        ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
     ),
     "text": Format(("text",), (), _text, ("causal_lm",)),
 }

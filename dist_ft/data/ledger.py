@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import Problem
 from .faults import RowFault, Tally
 
-TOO_LONG = "longer than task.max_length"
+TOO_LONG = "longer than task."
 STOP_AFTER_FAULTS = 1000  # rows that are errors anyway: the rest need not be read to say so
+
+
+def too_long(key: str) -> str:
+    """The cause of a row longer than `task.KEY`."""
+    return TOO_LONG + key
 
 
 @dataclass
@@ -27,6 +33,7 @@ class Ledger:
     truncated_tokens: int = 0
     longest: int = 0  # tokens of the longest row, before any truncation
     longest_place: str = ""
+    longest_by_limit: dict[str, int] = field(default_factory=dict)  # of rows refused, by the key they are beyond
     max_token_id: int = -1
     formats: list[str] = field(default_factory=list)
     layout: str = ""
@@ -45,23 +52,25 @@ class Ledger:
         self.refused.setdefault(fault.cause, Tally(fault.way_out)).add(place)
         return sum(tally.rows for tally in self.refused.values()) >= STOP_AFTER_FAULTS
 
-    def problems(self, split: str, max_length: int) -> list[Problem]:
-        """What is wrong with the split, by kind and cause."""
+    def problems(self, split: str, limits: Mapping[str, int]) -> list[Problem]:
+        """What is wrong with the split, by kind and cause; `limits` are those of the task, by key."""
         found = []
         causes = dict(self.refused)
-        if too_long := causes.pop(TOO_LONG, None):
-            rule = (
-                f"{_rows(too_long.rows)} longer than task.max_length={max_length}; the longest read has {self.longest} "
-                f"tokens, at {self.longest_place}; first at {', '.join(too_long.places)}"
-            )
-            way_out = f"set task.max_length={self.longest}, or task.overlong=truncate or drop"
-            found.append(Problem(f"data.{split}", rule, way_out))
+        for key, limit in limits.items():
+            if tally := causes.pop(too_long(key), None):
+                longest = self.longest_by_limit[key]
+                rule = (
+                    f"{_rows(tally.rows)} longer than task.{key}={limit}; the longest read has {longest} "
+                    f"tokens, at {self.longest_place}; first at {', '.join(tally.places)}"
+                )
+                way_out = f"set task.{key}={longest}, or task.overlong=truncate or drop"
+                found.append(Problem(f"data.{split}", rule, way_out))
         if causes:
             total = sum(tally.rows for tally in causes.values())
             parts = [
                 f"{tally.rows} because {cause}, first at {', '.join(tally.places)}" for cause, tally in causes.items()
             ]
-            rule = f"{_rows(total)} without a supervised token (of {self.rows_read} read): {'; '.join(parts)}"
+            rule = f"{_rows(total)} from which nothing is learned (of {self.rows_read} read): {'; '.join(parts)}"
             ways = dict.fromkeys(tally.way_out for tally in causes.values())
             found.append(
                 Problem(f"data.{split}", rule, "; ".join([*ways, "or leave them out: task.unsupervised=drop"]))
@@ -80,7 +89,7 @@ class Ledger:
             "places": self.truncated.places,
             "tokens": content.pop("truncated_tokens"),
         }
-        del content["refused"]
+        del content["refused"], content["longest_by_limit"]
         return content
 
 

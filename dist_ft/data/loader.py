@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from ..state import Batch
+from ..state import Batch, Sample
 from .order import Order, deal
 from .pack import Samples
 from .table import TokenTable
 
-Collate = Callable[[Sequence[Sequence[Mapping[str, np.ndarray]]]], Batch]
+Collate = Callable[[Sequence[Sample]], Batch]
 
 
 class Loader:
@@ -50,8 +49,10 @@ class Loader:
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of `step` (from 1); on every rank the same number, some without targets."""
-        dealt = deal(self.order.step(step), self.lengths, self.world, self.per_device)[self.rank]
-        return [_batch(self.table, self.samples, self.collate, micro, self.lengths) for micro in dealt]
+        chosen = self.order.step(step)
+        draws = dict(zip(chosen.tolist(), self.order.draws(step).tolist(), strict=True))
+        dealt = deal(chosen, self.lengths, self.world, self.per_device)[self.rank]
+        return [_batch(self.table, self.samples, self.collate, micro, self.lengths, draws) for micro in dealt]
 
 
 def evaluation_batches(
@@ -69,11 +70,18 @@ def evaluation_batches(
         yield _batch(table, samples, collate, micro, lengths)
 
 
-def _batch(table: TokenTable, samples: Samples, collate: Collate, micro: Sequence[int], lengths: np.ndarray) -> Batch:
+def _batch(
+    table: TokenTable,
+    samples: Samples,
+    collate: Collate,
+    micro: Sequence[int],
+    lengths: np.ndarray,
+    draws: Mapping[int, int] | None = None,
+) -> Batch:
     """Collate; a rank without samples takes the shortest one without its targets, to join in collectives."""
     chosen = micro or [int(np.argmin(lengths))]
-    batch = collate([[table.example(*segment) for segment in samples[sample]] for sample in chosen])
-    if micro:
-        return batch
-    none = batch.targets[:0]
-    return replace(batch, targets=none, positions=none, documents=none, tokens=0)
+    found = [[table.example(*segment) for segment in samples[sample]] for sample in chosen]
+    batch = collate(
+        [Sample(segments, index, (draws or {}).get(index, 0)) for segments, index in zip(found, chosen, strict=True)]
+    )
+    return batch if micro else batch.without_targets()

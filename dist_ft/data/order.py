@@ -56,6 +56,11 @@ class Order:
             chosen[here] = permutation(self.samples, self.seed, epoch)[places[here]]
         return chosen
 
+    def draws(self, step: int) -> np.ndarray:
+        """[as many] int64: how often each of them was seen before, which is what depends on chance anew."""
+        first = (step - 1) * self.global_batch_size
+        return np.arange(first, min(first + self.global_batch_size, self.samples_total), dtype=np.int64) // self.samples
+
     def epoch_at(self, step: int) -> float:
         """Epochs that are done after `step`."""
         return min(step * self.global_batch_size, self.samples_total) / self.samples

@@ -75,12 +75,12 @@ class Samples:
 _FILES = ("rows.npy", "starts.npy", "stops.npy", "offsets.npy")
 
 
-def one_by_one(lengths: np.ndarray) -> Samples:
-    """A sample for each row."""
+def in_groups(lengths: np.ndarray, sequences: int = 1) -> Samples:
+    """A sample for every so many rows of the table that follow one another."""
     count = len(lengths)
-    return Samples(
-        np.arange(count), np.zeros(count, dtype=np.int64), np.asarray(lengths, np.int64), np.arange(count + 1)
-    )
+    assert count % sequences == 0, "every sample has all its sequences"
+    starts, stops = np.zeros(count, dtype=np.int64), np.asarray(lengths, np.int64)
+    return Samples(np.arange(count), starts, stops, np.arange(0, count + 1, sequences))
 
 
 def cut_blocks(lengths: np.ndarray, max_length: int) -> Samples:
@@ -143,12 +143,17 @@ def pack_best_fit(lengths: np.ndarray, max_length: int) -> Samples:
     return _whole_rows(sorted(sorted(pack) for pack in packs), lengths)
 
 
-def count_targets(table: TokenTable, samples: Samples, ignored: int) -> np.ndarray:
-    """[samples] int64: positions that enter a loss, which are labels other than `ignored` but for first tokens."""
+def count_shifted(table: TokenTable, samples: Samples, ignored: int) -> np.ndarray:
+    """[samples] int64: labels of next-token prediction other than `ignored`; a segment's first token is no target."""
+    return count_labels(table, samples, ignored, first=1)
+
+
+def count_labels(table: TokenTable, samples: Samples, ignored: int, first: int = 0) -> np.ndarray:
+    """[samples] int64: labels other than `ignored`, from the `first` token of each segment."""
     labels = table.columns["labels"]
     origins = table.offsets[samples.rows]
-    spans = zip((origins + samples.starts).tolist(), (origins + samples.stops).tolist(), strict=True)
-    counts = [int(np.count_nonzero(labels[first + 1 : last] != ignored)) for first, last in spans]
+    spans = zip((origins + samples.starts + first).tolist(), (origins + samples.stops).tolist(), strict=True)
+    counts = [int(np.count_nonzero(labels[begin:end] != ignored)) for begin, end in spans]
     ends = np.cumsum([0, *counts], dtype=np.int64)
     return np.diff(ends[samples.offsets])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,8 +11,8 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-COLUMN = "{}.npy"
-OFFSETS = "offsets.npy"
+COLUMN, OFFSETS = "tokens-{}.npy", "offsets.npy"
+ROW_COLUMN, ROW_OFFSETS = "row-{}.npy", "row-{}.offsets.npy"  # columns of another length than the row's tokens
 _HEADER_BYTES = 128
 _FLUSH_TOKENS = 1 << 20
 
@@ -46,9 +47,19 @@ class TableWriter:
     Args:
         folder: where the table's files go; it exists.
         columns: names; every row has all of them, of one length.
+        row_columns: further names; each of a length of its own in every row.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
+    def __init__(self, folder: Path, columns: Sequence[str], row_columns: Sequence[str] = ()) -> None:
+        self._row_columns = {
+            name: (
+                FlatWriter(folder / ROW_COLUMN.format(name), "<i4"),
+                FlatWriter(folder / ROW_OFFSETS.format(name), "<i8"),
+            )
+            for name in row_columns
+        }
+        for _, offsets in self._row_columns.values():
+            offsets.append(np.zeros(1))
         self._columns = {name: FlatWriter(folder / COLUMN.format(name), "<i4") for name in columns}
         self._offsets = FlatWriter(folder / OFFSETS, "<i8")
         self._offsets.append(np.zeros(1))
@@ -60,10 +71,13 @@ class TableWriter:
 
     def append(self, example: Mapping[str, Sequence[int]]) -> None:
         """Add a row."""
-        length = len(next(iter(example.values())))
-        for name, values in example.items():
-            assert len(values) == length, "columns of a row have one length"
-            self._pending[name].append(values)
+        length = len(example[next(iter(self._pending))])
+        for name, pending in self._pending.items():
+            assert len(example[name]) == length, "columns of a row have one length"
+            pending.append(example[name])
+        for name, (writer, offsets) in self._row_columns.items():
+            writer.append(np.asarray(example[name], dtype=np.int32))
+            offsets.append(np.asarray([writer.length]))
         self.tokens += length
         self.rows += 1
         self._ends.append(self.tokens)
@@ -74,7 +88,7 @@ class TableWriter:
     def close(self) -> None:
         """Finish the files."""
         self._flush()
-        for writer in (*self._columns.values(), self._offsets):
+        for writer in (*self._columns.values(), self._offsets, *itertools.chain(*self._row_columns.values())):
             writer.close()
 
     def __enter__(self) -> TableWriter:
@@ -101,22 +115,34 @@ class TokenTable:
     Args:
         columns: flat [tokens] int32 arrays.
         offsets: [rows + 1] int64, where each row begins.
+        row_columns: flat arrays of values that belong to a row as a whole, each with its own [rows + 1] offsets.
     """
 
-    def __init__(self, columns: Mapping[str, np.ndarray], offsets: np.ndarray) -> None:
+    def __init__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        offsets: np.ndarray,
+        row_columns: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
         self.columns = dict(columns)
         self.offsets = offsets
+        self.row_columns = dict(row_columns or {})
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenTable:
         """The table that a `TableWriter` left in `folder`, memory-mapped."""
         folder = Path(folder)
-        columns = {path.stem: load_flat(path) for path in sorted(folder.glob("*.npy")) if path.name != OFFSETS}
-        return cls(columns, load_flat(folder / OFFSETS))
+        columns = {_name(path, COLUMN): load_flat(path) for path in sorted(folder.glob(COLUMN.format("*")))}
+        ragged = [_name(path, ROW_OFFSETS) for path in sorted(folder.glob(ROW_OFFSETS.format("*")))]
+        row_columns = {
+            name: (load_flat(folder / ROW_COLUMN.format(name)), load_flat(folder / ROW_OFFSETS.format(name)))
+            for name in ragged
+        }
+        return cls(columns, load_flat(folder / OFFSETS), row_columns)
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Sequence[int]]]) -> TokenTable:
-        """A table in memory."""
+        """A table in memory, of columns of one length."""
         lengths = [len(next(iter(row.values()))) for row in rows]
         columns = {name: np.concatenate([np.asarray(row[name], dtype=np.int32) for row in rows]) for name in rows[0]}
         return cls(columns, np.cumsum([0, *lengths], dtype=np.int64))
@@ -135,11 +161,19 @@ class TokenTable:
         return int(self.offsets[-1])
 
     def example(self, row: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
-        """The columns of a row, or of its tokens from `start` to before `stop`."""
+        """The columns of a row, or of its tokens from `start` to before `stop`; what belongs to the row is whole."""
         first, last = int(self.offsets[row]), int(self.offsets[row + 1])
         stop = last - first if stop is None else stop
         assert 0 <= start <= stop <= last - first, f"row {row} has {last - first} tokens"
-        return {name: values[first + start : first + stop] for name, values in self.columns.items()}
+        found = {name: values[first + start : first + stop] for name, values in self.columns.items()}
+        for name, (values, offsets) in self.row_columns.items():
+            found[name] = values[int(offsets[row]) : int(offsets[row + 1])]
+        return found
+
+
+def _name(path: Path, pattern: str) -> str:
+    before, after = pattern.split("{}")
+    return path.name[len(before) : -len(after)]
 
 
 def load_flat(path: Path) -> np.ndarray:

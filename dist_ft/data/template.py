@@ -14,7 +14,7 @@ import jinja2
 
 from ..errors import RequestError
 from ..schema import RunConfig
-from .faults import RowFault
+from .faults import EMPTY_TEXT, RowFault
 from .formats import IGNORED_LABEL
 from .spans import OWN_TEMPLATE, Closers, Message, Span, find_spans
 from .template_file import read_template
@@ -67,7 +67,7 @@ class ChatTokenizer:
             RowFault: nothing but white space is in it.
         """
         if not text.strip():
-            raise RowFault("the text is empty", "leave such rows out")
+            raise RowFault(EMPTY_TEXT, "leave such rows out")
         ids = self._end(self._begin(self._ids(text)))
         return {"input_ids": ids, "labels": list(ids)}
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import RequestError
-from ..schema import CausalLMConfig, InstructionConfig
+from ..schema_task import TaskChoice
 
 CHATML_FILE = Path(__file__).with_name("chatml.jinja")
 
 
-def read_template(task: CausalLMConfig | InstructionConfig) -> str | None:
+def read_template(task: TaskChoice) -> str | None:
     """The text of `task.chat_template`; None where the tokenizer's own is meant.
 
     Raises:
         RequestError: the file cannot be read.
     """
-    if not isinstance(task, InstructionConfig) or task.chat_template is None:
+    template: str | None = getattr(task, "chat_template", None)
+    if template is None:
         return None
-    path = CHATML_FILE if task.chat_template == "chatml" else Path(task.chat_template).expanduser()
+    path = CHATML_FILE if template == "chatml" else Path(template).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

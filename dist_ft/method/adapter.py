@@ -28,6 +28,7 @@ from ..errors import RequestError
 from ..model.structure import find_sublayer_ends
 from ..schema_method import AdapterConfig
 from ..state import Weights
+from .full import train_head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KIND = "bottleneck"
@@ -80,6 +81,7 @@ class Adapter:
         """
         model.requires_grad_(False)
         insert(model, self.config)
+        train_head(model)
         return model
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
@@ -113,7 +115,7 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     known = {key: settings[key] for key in AdapterConfig.model_fields if key in settings}
     insert(base, AdapterConfig(name="adapter", **known))
     given = load_file(folder / WEIGHTS)
-    wanted = {name: p for name, p in base.named_parameters() if ".adapter." in name}
+    wanted = {name: p for name, p in base.named_parameters() if ".adapter." in name or name in given}
     shapes = {name: tuple(p.shape) for name, p in wanted.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in given.items()}:
         different = sorted(n for n in {*shapes, *given} if n not in given or shapes.get(n) != tuple(given[n].shape))

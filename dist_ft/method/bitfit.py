@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import RequestError
 from ..schema import BitfitConfig
-from .full import Full
+from .full import Full, train_head
 
 
 class Bitfit(Full):
@@ -31,4 +31,5 @@ class Bitfit(Full):
             raise RequestError.of("method", rule, "choose method=ln_tuning or method=ia3, which are as small")
         for bias in biases:
             bias.requires_grad_(True)
+        train_head(model)
         return model

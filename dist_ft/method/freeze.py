@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import Problem, RequestError
 from ..model.structure import find_blocks
 from ..schema import FreezeConfig
-from .full import Full
+from .full import Full, train_head
 
 
 class Freeze(Full):
@@ -42,6 +42,7 @@ class Freeze(Full):
         for name, parameter in model.named_parameters():
             if any(re.search(pattern, name) for pattern in config.trainable):
                 parameter.requires_grad_(True)
+        train_head(model)
         if config.train_embeddings:
             model.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
         if config.train_head:

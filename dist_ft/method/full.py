@@ -33,3 +33,9 @@ class Full:
         """Write a model folder; `weights` are consumed one by one, `model` gives configuration and names."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
         model.save_pretrained(out, state_dict=state | self.buffers)  # type: ignore[operator]  # shards by itself
+
+
+def train_head(model: nn.Module) -> None:
+    """Have the task's head learn, if it has one that begins anew."""
+    for name in getattr(model, "task_head", ()):
+        model.get_submodule(name).requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import RequestError
 from ..schema import Ia3Config
-from .through_peft import ThroughPeft, check_names
+from .through_peft import ThroughPeft, check_names, task_head, task_type_of
 
 
 class Ia3(ThroughPeft):
@@ -42,6 +42,9 @@ class Ia3(ThroughPeft):
             rule = f"{', '.join(strange)}: not among the target modules"
             raise RequestError.of("method.feedforward_modules", rule, "add them to method.target_modules")
         settings = peft.IA3Config(
-            task_type=peft.TaskType.CAUSAL_LM, target_modules=list(targets), feedforward_modules=list(inner)
+            task_type=task_type_of(model),
+            target_modules=list(targets),
+            feedforward_modules=list(inner),
+            modules_to_save=task_head(model) or None,
         )
         return peft.get_peft_model(model, settings)

@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import RequestError
 from ..model.structure import find_norms
 from ..schema import LnTuningConfig
-from .through_peft import ThroughPeft, check_names
+from .through_peft import ThroughPeft, check_names, task_head, task_type_of
 
 
 class LnTuning(ThroughPeft):
@@ -30,6 +30,7 @@ class LnTuning(ThroughPeft):
             raise RequestError.of("method", "the model has no norm with weights", "choose method=lora")
         targets = self.config.target_modules or endings
         check_names("method.target_modules", targets, model, endings)
-        return peft.get_peft_model(
-            model, peft.LNTuningConfig(task_type=peft.TaskType.CAUSAL_LM, target_modules=targets)
+        settings = peft.LNTuningConfig(
+            task_type=task_type_of(model), target_modules=targets, modules_to_save=task_head(model) or None
         )
+        return peft.get_peft_model(model, settings)

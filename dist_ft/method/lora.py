@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import Problem, RequestError
 from ..model.structure import find_blocks, find_linears, find_packed
 from ..schema_method import LoraKeys
-from .through_peft import ThroughPeft, check_names
+from .through_peft import ThroughPeft, check_names, task_head, task_type_of
 
 
 class Lora(ThroughPeft):
@@ -41,14 +41,14 @@ class Lora(ThroughPeft):
         if config.layers_to_transform is not None and isinstance(targets, list):
             targets = _within(config.layers_to_transform, targets)
         settings = peft.LoraConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
+            task_type=task_type_of(model),
             r=config.r,
             lora_alpha=cast(int, config.lora_alpha),
             lora_dropout=config.lora_dropout,
             target_modules=targets,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            modules_to_save=config.modules_to_save or None,
+            modules_to_save=[*config.modules_to_save, *task_head(model)] or None,
             exclude_modules=config.exclude_modules,
             layers_to_transform=config.layers_to_transform,
             rank_pattern=dict(config.rank_pattern),

@@ -6,6 +6,7 @@ import peft
 from torch import nn
 
 from ..schema import PTuningConfig
+from .through_peft import task_type_of
 from .virtual_tokens import VirtualTokens
 
 
@@ -22,7 +23,7 @@ class PTuning(VirtualTokens):
         return peft.get_peft_model(
             model,
             peft.PromptEncoderConfig(
-                task_type=peft.TaskType.CAUSAL_LM,
+                task_type=task_type_of(model),
                 num_virtual_tokens=self.config.num_virtual_tokens,
                 encoder_hidden_size=self.config.encoder_hidden_size,
                 encoder_dropout=self.config.encoder_dropout,

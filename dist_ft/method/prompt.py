@@ -8,6 +8,7 @@ import peft
 from torch import nn
 
 from ..schema import PromptConfig
+from .through_peft import task_type_of
 from .virtual_tokens import VirtualTokens
 
 
@@ -31,7 +32,7 @@ class Prompt(VirtualTokens):
         return peft.get_peft_model(
             model,
             peft.PromptTuningConfig(
-                task_type=peft.TaskType.CAUSAL_LM,
+                task_type=task_type_of(model),
                 num_virtual_tokens=self.config.num_virtual_tokens,
                 prompt_tuning_init=self.config.prompt_tuning_init,
                 **settings,

@@ -26,6 +26,27 @@ class ThroughPeft:
         model.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
 
 
+TASK_TYPES = {  # by the ending of the model's class; peft gives each a wrapper of its own
+    "ForSequenceClassification": peft.TaskType.SEQ_CLS,
+    "ForTokenClassification": peft.TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": peft.TaskType.QUESTION_ANS,
+    "ForConditionalGeneration": peft.TaskType.SEQ_2_SEQ_LM,
+    "EncoderDecoderModel": peft.TaskType.SEQ_2_SEQ_LM,
+    "ForMaskedLM": peft.TaskType.FEATURE_EXTRACTION,
+}
+
+
+def task_type_of(model: nn.Module) -> peft.TaskType:
+    """What peft calls a model of this kind."""
+    name = type(model).__name__
+    return next((kind for ending, kind in TASK_TYPES.items() if name.endswith(ending)), peft.TaskType.CAUSAL_LM)
+
+
+def task_head(model: nn.Module) -> list[str]:
+    """Names of the modules that learn beside every method's own; see model/load.py."""
+    return list(getattr(model, "task_head", ()))
+
+
 def check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str]) -> None:
     """Each of `wanted` must be a module's name or an end of one, at a dot; `usual` is shown where none is near."""
     problems = []

@@ -1,4 +1,4 @@
-"""Loading a causal language model: weights on one rank, the same modules without weights on the others."""
+"""Loading a model in the form that its task needs: weights on one rank, the same modules without on the others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import Problem, RequestError
 from ..schema import ModelConfig
+from ..state import Architecture
 from .attention import AttentionChoice, choose_attention
 from .quantize import quantize
+from .structure import find_task_head
 
 
 def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
@@ -29,35 +32,41 @@ def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
         ) from error
 
 
-def attention_of(config: ModelConfig, folder: str, device: torch.device) -> AttentionChoice:
+def attention_of(config: ModelConfig, folder: str, device: torch.device, architecture: Architecture) -> AttentionChoice:
     """What `model.attn_implementation` becomes for this model on this device."""
     return choose_attention(
-        config.attn_implementation, _model_class(config, folder), device, getattr(torch, config.dtype)
+        config.attn_implementation, _model_class(config, folder, architecture), device, getattr(torch, config.dtype)
     )
 
 
-def load_model(config: ModelConfig, folder: str, attention: AttentionChoice, *, weights: bool) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, folder: str, attention: AttentionChoice, architecture: Architecture, *, weights: bool
+) -> PreTrainedModel:
     """The model on the CPU in `config.dtype`.
 
     Linear layers are quantised one by one as `config.quantization` says. With `weights` false, modules and buffers are
     the same and parameters are uninitialised memory, which the operating system does not even allocate until it is
-    written: ranks that are sent their weights cost nothing here.
+    written: ranks that are sent their weights cost nothing here. A new head starts from torch's generator; its modules
+    are named in the model's attribute `task_head`, which methods train beside what they add.
 
     Raises:
         RequestError: weights are missing, have other shapes, or belong to another architecture.
     """
-    architecture = load_config(config, folder)
+    settings = load_config(config, folder)
+    for key, value in architecture.overrides.items():
+        setattr(settings, key, value)
     options: dict[str, Any] = {
         "attn_implementation": attention.implementation,
         "trust_remote_code": config.trust_remote_code,
         "dtype": getattr(torch, config.dtype),
     }
     if weights:
-        model = _read(config, folder, options)
+        model = _read(config, folder, architecture, {**options, "config": settings})
     else:
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(architecture, **options)
+            model = auto_class(architecture).from_config(settings, **options)
         model.tie_weights()
+    model.task_head = tuple(find_task_head(model)) if architecture.new_head else ()
     quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=weights)
     model.config.use_cache = False
     if config.gradient_checkpointing:
@@ -65,38 +74,53 @@ def load_model(config: ModelConfig, folder: str, attention: AttentionChoice, *, 
     return model
 
 
-def _read(config: ModelConfig, folder: str, options: dict[str, Any]) -> PreTrainedModel:
+def auto_class(architecture: Architecture) -> Any:
+    """The class of transformers that gives models of this kind."""
+    return getattr(transformers, architecture.auto_class)
+
+
+def _read(config: ModelConfig, folder: str, architecture: Architecture, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, revision=config.revision, use_safetensors=True, output_loading_info=True, **options
+        model, report = auto_class(architecture).from_pretrained(
+            folder,
+            revision=config.revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
+            **options,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise RequestError.of(
             "model.name_or_path", f"{folder}: {_first_line(error)}", "see that its safetensors are whole and its own"
         ) from error
+    head = tuple(f"{name}." for name in find_task_head(model)) if architecture.new_head else ()
     problems = []
     for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report.get(kind) or ()):
+        found = (entry if isinstance(entry, str) else entry[0] for entry in report.get(kind) or ())
+        if names := sorted(name for name in found if not (head and name.startswith(head))):
             rule = f"{kind.replace('_', ' ')} would be made up at random: {', '.join(names[:5])} ({len(names)} in all)"
             problems.append(Problem(f"model.name_or_path={folder}", rule, "use weights of the config.json beside them"))
     if problems:
         raise RequestError(*problems)
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
-def _model_class(config: ModelConfig, folder: str) -> type[PreTrainedModel]:
-    architecture = load_config(config, folder)
+def _model_class(config: ModelConfig, folder: str, architecture: Architecture) -> type[PreTrainedModel]:
+    settings = load_config(config, folder)
+    auto = auto_class(architecture)
     with torch.device("meta"), no_init_weights():  # remote code has no mapping to look up
-        if type(architecture) in AutoModelForCausalLM._model_mapping:
-            found: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(architecture)]
+        if type(settings) in auto._model_mapping:
+            found: type[PreTrainedModel] = auto._model_mapping[type(settings)]
             return found
         try:
-            return type(AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code))
+            return type(auto.from_config(settings, trust_remote_code=config.trust_remote_code))
         except ValueError as error:
+            kind = architecture.auto_class.removeprefix("AutoModelFor")
             raise RequestError.of(
                 "model.name_or_path",
                 f"{Path(folder).name}: {_first_line(error)}",
-                "name a causal language model",
+                f"name a model that has a {kind} form",
             ) from error
 
 

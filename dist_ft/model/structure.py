@@ -49,6 +49,17 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def find_task_head(model: Any) -> list[str]:
+    """Modules, by name, that stand outside a model's base: what a task puts on it. A pooler is among them.
+
+    The pooler of a BERT is trained for its own pre-training task, and not at all in many folders.
+    """
+    prefix = model.base_model_prefix
+    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    poolers = [f"{prefix}.{name}" for name, _ in getattr(model, prefix).named_children() if name == "pooler"]
+    return [*poolers, *heads]
+
+
 def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers by name inside the repeated blocks, without routers: what `all-linear` means.
 

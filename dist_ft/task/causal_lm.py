@@ -13,7 +13,7 @@ class CausalLM(LanguageModelTask):
 
     answers = False
 
-    def encode(self, row: Row, tokenizer: Any) -> Example:
+    def tokens_of(self, row: Row, tokenizer: Any) -> Example:
         """`{"text"}` by `tokenizer.encode_text` (see data/template.py), `{"input_ids", "labels"}` as it is."""
         if "input_ids" in row:
             return {"input_ids": row["input_ids"], "labels": row["labels"]}

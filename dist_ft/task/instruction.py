@@ -13,7 +13,7 @@ class Instruction(LanguageModelTask):
 
     answers = True
 
-    def encode(self, row: Row, tokenizer: Any) -> Example:
+    def tokens_of(self, row: Row, tokenizer: Any) -> Example:
         """Messages or a prompt and its completion by `tokenizer` (see data/template.py); token rows as they are."""
         if "input_ids" in row:
             return {"input_ids": row["input_ids"], "labels": row["labels"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..state import Batch, LossSum, Metrics
-
-IGNORED_LABEL = -100
-
-Segment = Mapping[str, np.ndarray]  # input_ids and labels, [length] each
+from ..data.formats import IGNORED_LABEL
+from ..state import Batch, LossSum, Metrics, Sample
 
 
-def collate_documents(samples: Sequence[Sequence[Segment]]) -> Batch:
+def collate_documents(samples: Sequence[Sample]) -> Batch:
     """All segments one after another in one row of T tokens, their lengths beside it; nothing is padded."""
-    segments = [segment for sample in samples for segment in sample]
+    segments = [segment for sample in samples for segment in sample.segments]
     lengths = tuple(len(segment["input_ids"]) for segment in segments)
     inputs = {
         "input_ids": torch.from_numpy(_joined(segment["input_ids"] for segment in segments))[None],
@@ -28,13 +25,13 @@ def collate_documents(samples: Sequence[Sequence[Segment]]) -> Batch:
         "document_lengths": lengths,
     }
     origins = np.cumsum([0, *lengths[:-1]]).tolist()
-    return _with_targets(inputs, segments, origins, sum(lengths))
+    return _with_targets(inputs, samples, origins, sum(lengths))
 
 
-def collate_padded(samples: Sequence[Sequence[Segment]]) -> Batch:
+def collate_padded(samples: Sequence[Sample]) -> Batch:
     """A row of [B, T] for each sample, padded behind; a sample is one segment, as rows of this layout see all of it."""
-    assert all(len(sample) == 1 for sample in samples), "packed samples need the layout without padding"
-    segments = [sample[0] for sample in samples]
+    assert all(len(sample.segments) == 1 for sample in samples), "packed samples need the layout without padding"
+    segments = [sample.segments[0] for sample in samples]
     lengths = [len(segment["input_ids"]) for segment in segments]
     ids = torch.zeros(len(segments), max(lengths), dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -42,7 +39,7 @@ def collate_padded(samples: Sequence[Sequence[Segment]]) -> Batch:
         ids[i, :length] = torch.from_numpy(segment["input_ids"].astype(np.int64))
         mask[i, :length] = 1
     origins = [i * max(lengths) for i in range(len(segments))]
-    return _with_targets({"input_ids": ids, "attention_mask": mask}, segments, origins, sum(lengths))
+    return _with_targets({"input_ids": ids, "attention_mask": mask}, samples, origins, sum(lengths))
 
 
 def sum_losses(model: nn.Module, batch: Batch) -> LossSum:
@@ -94,17 +91,18 @@ def _joined(pieces: Iterator[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(pieces)).astype(np.int64)
 
 
-def _with_targets(inputs: dict[str, Any], segments: Sequence[Segment], origins: Sequence[int], tokens: int) -> Batch:
+def _with_targets(inputs: dict[str, Any], samples: Sequence[Sample], origins: Sequence[int], tokens: int) -> Batch:
     """The shift: token t + 1 of a segment is the target of position t; a segment's first token is no target."""
     targets, positions, documents = [], [], []
-    for document, (segment, origin) in enumerate(zip(segments, origins, strict=True)):
+    numbered = [(sample.index, segment) for sample in samples for segment in sample.segments]
+    for document, ((_, segment), origin) in enumerate(zip(numbered, origins, strict=True)):
         labels = segment["labels"][1:]
         at = np.flatnonzero(labels != IGNORED_LABEL)
         targets.append(labels[at])
         positions.append(at + origin)
         documents.append(np.full(len(at), document))
     flat = [torch.from_numpy(_joined(iter(pieces))) for pieces in (targets, positions, documents)]
-    return Batch(inputs, flat[0], flat[1], flat[2], tokens)
+    return Batch(inputs, flat[0], flat[1], flat[2], tokens, tuple(index for index, _ in numbered))
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ import yaml
 from dist_ft.card import render_card
 from dist_ft.plan import Plan
 from dist_ft.schema import RunConfig
+from dist_ft.state import Facts
 
 LEDGER = {"rows_read": 1200, "rows_kept": 1199, "tokens": 34567, "supervised_tokens": 8901}
 
@@ -40,7 +41,7 @@ def make_plan(method: dict[str, Any]) -> Plan:
 
 def make_card(method: dict[str, Any], **options: Any) -> str:
     split = SimpleNamespace(table="/somewhere/data/0123abcd", ledger=LEDGER)
-    prepared: Any = SimpleNamespace(model_dir="/somewhere/m", train=split, validation=None, test=None)
+    prepared: Any = SimpleNamespace(model_dir="/somewhere/m", train=split, validation=None, test=None, facts=Facts())
     before, after = {"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.0}, {"step": 60, "eval/loss": 1.23456}
     return render_card(make_plan(method), prepared, before, after, **options)
 

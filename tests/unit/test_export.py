@@ -22,6 +22,7 @@ from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
 from dist_ft.probe import Deviation, compare, probe_model
 from dist_ft.schema import FullConfig, LoraConfig, ModelConfig
+from tests.samples import given
 
 TOKENS = list(range(5, 45))
 
@@ -74,7 +75,7 @@ class Case:
             "weights": self.weights(),
             "out": self.out,
             "card": "# card\n",
-            "probe": changes.get("probe") or probe_model(self.model, TOKENS),
+            "probe": changes.get("probe") or probe_model(self.model, given(TOKENS)),
         }
         return export_run(**{**arguments, **changes})
 
@@ -156,7 +157,7 @@ def test_an_untied_head_survives(tiny_llama: Path, tmp_path: Path, out: Path) ->
 
 def test_bfloat16_exports_what_it_computed_with(tiny_llama: Path, out: Path) -> None:
     case = full(tiny_llama, out, "bfloat16")
-    probe = probe_model(case.model.bfloat16(), TOKENS)
+    probe = probe_model(case.model.bfloat16(), given(TOKENS))
     case.model.float()
     case.export(probe=probe)
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -326,12 +327,12 @@ def test_publishing_replaces_an_older_export_whole(tmp_path: Path) -> None:
 def test_merged_equals_unmerged(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """Also where training has parted embeddings that were tied in the base."""
     case = lora(tiny_llama, tmp_path / "model", **options)
-    before = probe_model(case.model, TOKENS)
+    before = probe_model(case.model, given(TOKENS))
     merged = merge(case.model)
-    assert compare(before, probe_model(merged, TOKENS)).relative < 1e-5
+    assert compare(before, probe_model(merged, given(TOKENS))).relative < 1e-5
     merged.save_pretrained(tmp_path / "merged")  # type: ignore[operator]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert compare(before, probe_model(loaded, TOKENS)).relative < 1e-5
+    assert compare(before, probe_model(loaded, given(TOKENS))).relative < 1e-5
 
 
 def test_fingerprints_tell_tensors_apart() -> None:

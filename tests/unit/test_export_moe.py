@@ -16,6 +16,7 @@ from dist_ft.method.lora import Lora
 from dist_ft.model.moe import route_method
 from dist_ft.probe import compare, probe_model
 from dist_ft.schema import FullConfig, LoraConfig, MoeConfig
+from tests.samples import given
 from tests.unit.model.test_moe import CONFIGS, build
 from tests.unit.test_export import TOKENS, Case
 
@@ -48,11 +49,11 @@ def test_what_learned_is_there_after_loading(name: str, variant: str, tmp_path: 
         config = LoraConfig(name="lora", r=2, **options)
         method = Lora(route_method(config, MoeConfig(router=router), base))  # type: ignore[call-arg,arg-type]
     case = Case(tmp_path / "base", tmp_path / "model", method)
-    probe = probe_model(case.model, TOKENS)
+    probe = probe_model(case.model, given(TOKENS))
     deviation = export_run(
         method=method, model_config=case.config, model_dir=str(case.folder), build_model=case.build, tokenizer=None,
         end_token_id=2, weights=case.weights(), out=case.out, card="# card\n", probe=probe,
     )  # fmt: skip
     assert deviation is not None and deviation.relative < 1e-5
     if options is not None:
-        assert compare(probe, probe_model(merge(case.model), TOKENS)).relative < 1e-4
+        assert compare(probe, probe_model(merge(case.model), given(TOKENS))).relative < 1e-4

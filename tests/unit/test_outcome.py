@@ -24,9 +24,10 @@ from dist_ft.plan import Plan, read_plan, write_plan
 from dist_ft.prepare import prepare
 from dist_ft.probe import probe_model
 from dist_ft.schema import RunConfig
-from dist_ft.state import NamedState
+from dist_ft.state import CAUSAL_LM, NamedState
 from dist_ft.track.jsonl import JsonLines
 from dist_ft.turns import Question, find_end_token, open_tokenizer
+from tests.samples import given
 
 ROWS = [
     {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
@@ -72,8 +73,8 @@ def make_run(folder: Path, model: Path, method: dict[str, object], cache: Path) 
         )
     )  # fmt: skip
     prepared = prepare(config)
-    attention = attention_of(config.model, prepared.model_dir, torch.device("cpu"))
-    factory = model_factory(config, prepared.model_dir, attention, build_method(config))
+    attention = attention_of(config.model, prepared.model_dir, torch.device("cpu"), CAUSAL_LM)
+    factory = model_factory(config, prepared.model_dir, attention, CAUSAL_LM, build_method(config))
     trained = factory(True)
     torch.manual_seed(3)
     for parameter in trained.parameters():
@@ -95,7 +96,7 @@ def make_run(folder: Path, model: Path, method: dict[str, object], cache: Path) 
         weights=weights.items(),
         out=folder / "model",
         card="# card\n",
-        probe=probe_model(trained, prepared.train.open_table().example(0)["input_ids"]),
+        probe=probe_model(trained, given(prepared.train.open_table().example(0)["input_ids"])),
     )
     comm.join(Place(), comm.open_store(Place(), 10), torch.device("cpu"), 10)
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
@@ -190,8 +191,8 @@ def test_merging_gives_a_model_for_transformers_alone(
     out = tmp_path / "merged"
     export_main([str(lora_run / "run.yaml"), "merge=true", f"out={out}"])
     assert "logits differ by" in capsys.readouterr().out
-    probe = probe_model(by_hand(lora_run, tiny_llama), range(5, 45))
-    merged = probe_model(AutoModelForCausalLM.from_pretrained(out), range(5, 45))
+    probe = probe_model(by_hand(lora_run, tiny_llama), given(range(5, 45)))
+    merged = probe_model(AutoModelForCausalLM.from_pretrained(out), given(range(5, 45)))
     torch.testing.assert_close(merged.logits, probe.logits, rtol=1e-4, atol=1e-5)
     assert not (out / "adapter_config.json").exists()
     card = (out / "README.md").read_text()

@@ -162,7 +162,9 @@ def test_rows_without_a_supervised_token_are_counted_by_cause(make_config: Any) 
     empty = [{"messages": [CHAT[0], {"role": "assistant", "content": ""}]}] * 2
     found = problem(make_config([{"messages": CHAT}, *mute, *empty]))
     assert found.where == "data.train"
-    assert found.rule.startswith("7 rows without a supervised token (of 8 read): 5 because there is no assistant turn")
+    assert found.rule.startswith(
+        "7 rows from which nothing is learned (of 8 read): 5 because there is no assistant turn"
+    )
     assert "rows.jsonl:2, " in found.rule and "rows.jsonl:5;" not in found.rule
     assert "2 because the assistant's turns are empty" in found.rule
     assert "task.unsupervised=drop" in found.way_out
@@ -242,7 +244,7 @@ def test_no_room_is_the_machines_fault(make_config: Any, monkeypatch: pytest.Mon
 
 def test_a_torn_table_is_made_again(make_config: Any) -> None:
     config = make_config([{"messages": CHAT}])
-    table = Path(prepare(config).train.table) / "input_ids.npy"
+    table = Path(prepare(config).train.table) / "tokens-input_ids.npy"
     whole = table.read_bytes()
     table.write_bytes(whole[:-4])
     assert not cache.is_prepared(config)

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dist_ft.errors import RequestError
-from dist_ft.schema import CausalLMConfig, InstructionConfig
+from dist_ft.schema_task import CausalLMConfig, InstructionConfig
 from dist_ft.turns import Question, find_end_token, question_of
 
 TASK = InstructionConfig(name="instruction")

@@ -7,7 +7,7 @@ import pytest
 
 from dist_ft.data.loader import Loader, evaluation_batches
 from dist_ft.data.order import Order
-from dist_ft.data.pack import Samples, one_by_one, pack_best_fit
+from dist_ft.data.pack import Samples, in_groups, pack_best_fit
 from dist_ft.data.table import TokenTable
 from dist_ft.state import Batch
 from dist_ft.task.tokens import collate_documents
@@ -39,7 +39,7 @@ def loaders(world: int, per_device: int, samples: Samples, global_batch: int = 8
 @pytest.mark.parametrize(("world", "per_device"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_holds_the_same_targets_on_any_world(world: int, per_device: int, packed: bool) -> None:
-    samples = pack_best_fit(LENGTHS, 64) if packed else one_by_one(LENGTHS)
+    samples = pack_best_fit(LENGTHS, 64) if packed else in_groups(LENGTHS)
     alone = loaders(1, 8, samples)[0]
     ranks = loaders(world, per_device, samples)
     for step in (1, 2, 3):
@@ -50,7 +50,7 @@ def test_a_step_holds_the_same_targets_on_any_world(world: int, per_device: int,
 
 
 def test_an_empty_micro_batch_joins_in_without_targets() -> None:
-    samples = one_by_one(LENGTHS)
+    samples = in_groups(LENGTHS)
     order = Order(len(samples), 0, False, 3, 3)
     ranks = [Loader(TABLE, samples, collate_documents, order, rank=r, world=4, per_device=1) for r in range(4)]
     batches = [batch for loader in ranks for batch in loader.step(1)]
@@ -63,7 +63,7 @@ def test_an_empty_micro_batch_joins_in_without_targets() -> None:
 
 @pytest.mark.parametrize(("world", "per_device"), [(1, 4), (2, 3), (4, 2), (3, 16)])
 def test_evaluation_sees_every_row_once(world: int, per_device: int) -> None:
-    samples = one_by_one(LENGTHS)
+    samples = in_groups(LENGTHS)
     ranks = [
         list(evaluation_batches(TABLE, samples, collate_documents, rank=r, world=world, per_device=per_device))
         for r in range(world)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_ft.data.pack import Samples, count_targets, cut_blocks, one_by_one, pack_best_fit, pack_in_order
+from dist_ft.data.pack import Samples, count_shifted, cut_blocks, in_groups, pack_best_fit, pack_in_order
 from dist_ft.data.table import TableWriter, TokenTable
 
 RANDOM = np.random.default_rng(5)
@@ -25,7 +25,7 @@ def test_a_table_gives_back_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for opened in (table, TokenTable.of(rows)):
         assert [{k: v.tolist() for k, v in opened.example(i).items()} for i in range(5)] == rows
         assert opened.example(2, 1, 3)["a"].tolist() == [1, 2]
-    assert np.load(tmp_path / "a.npy").tolist() == [n for row in rows for n in row["a"]]
+    assert np.load(tmp_path / "tokens-a.npy").tolist() == [n for row in rows for n in row["a"]]
 
 
 def test_an_empty_table_opens(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_samples_are_saved_selected_and_loaded(tmp_path: Path) -> None:
     assert [loaded[i] for i in range(3)] == [[(0, 0, 3), (2, 1, 2)], [(1, 0, 4)], [(3, 0, 1)]]
     kept = loaded.select(np.array([True, False, True]))
     assert [kept[i] for i in range(len(kept))] == [[(0, 0, 3), (2, 1, 2)], [(3, 0, 1)]]
-    assert one_by_one(np.array([2, 5]))[1] == [(1, 0, 5)]
+    assert in_groups(np.array([2, 5]))[1] == [(1, 0, 5)]
     with pytest.raises(IndexError):
         loaded[3]
 
@@ -106,4 +106,4 @@ def test_samples_are_saved_selected_and_loaded(tmp_path: Path) -> None:
 def test_targets_are_labels_but_for_first_tokens_of_segments() -> None:
     table = TokenTable.of([{"labels": [5, 6, -100, 7]}, {"labels": [-100, 8]}])
     samples = Samples.of([[(0, 0, 4)], [(0, 0, 2), (1, 0, 2)], [(0, 3, 4)]])
-    assert count_targets(table, samples, -100).tolist() == [2, 2, 0]
+    assert count_shifted(table, samples, -100).tolist() == [2, 2, 0]

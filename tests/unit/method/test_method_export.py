@@ -17,6 +17,7 @@ from dist_ft.families import METHODS
 from dist_ft.merge import merge
 from dist_ft.probe import compare, probe_model
 from dist_ft.schema import MethodConfig
+from tests.samples import given
 from tests.unit.test_export import TOKENS, Case
 
 
@@ -86,7 +87,7 @@ def test_an_adapter_is_small_and_gives_the_trained_model(
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     loaded = open_export(case.out, case.config, str(tiny_llama))
     width = len(TOKENS)
-    before, after = (probe_model(model, TOKENS).logits[-width:] for model in (base, loaded))
+    before, after = (probe_model(model, given(TOKENS)).logits[-width:] for model in (base, loaded))
     assert not torch.allclose(before, after, atol=1e-2), "the training is in it"
 
 
@@ -106,11 +107,11 @@ def test_a_wrong_prompt_is_caught(tiny_llama: Path, tmp_path: Path, settings: di
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_merged_equals_unmerged(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     case = case_of(tiny_llama, tmp_path / "model", {"name": name})
-    before = probe_model(case.model, TOKENS)
+    before = probe_model(case.model, given(TOKENS))
     merged = merge(case.model)
     merged.save_pretrained(tmp_path / "merged")  # type: ignore[operator]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert compare(before, probe_model(loaded, TOKENS)).relative < 1e-5
+    assert compare(before, probe_model(loaded, given(TOKENS))).relative < 1e-5
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
@@ -119,5 +120,5 @@ def test_bfloat16(tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]) ->
     """Trained in float32 beside a base in bfloat16, as engines do that compute in it."""
     case = case_of(tiny_llama, tmp_path / "model", settings, "bfloat16")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        probe = probe_model(case.model, TOKENS)
+        probe = probe_model(case.model, given(TOKENS))
     case.export(probe=probe)

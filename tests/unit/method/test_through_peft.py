@@ -24,6 +24,7 @@ from dist_ft.errors import RequestError
 from dist_ft.families import METHODS
 from dist_ft.schema import MethodConfig
 from dist_ft.task import tokens
+from tests.samples import samples_of
 
 SIZES = {
     "hidden_size": 32,
@@ -122,7 +123,7 @@ def test_padding_and_virtual_tokens_do_not_move_the_loss(name: str) -> None:
     torch.manual_seed(1)
     model = method(name, num_virtual_tokens=3).apply(llama()).eval()
     rows = [np.arange(1, 12), np.arange(20, 25), np.arange(40, 48)]
-    samples = [[{"input_ids": ids, "labels": ids}] for ids in rows]
+    samples = samples_of([{"input_ids": ids, "labels": ids}] for ids in rows)
     together = tokens.sum_losses(model, tokens.collate_padded(samples))
     by_hand = 0.0
     for ids in rows:

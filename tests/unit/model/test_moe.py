@@ -31,6 +31,7 @@ from dist_ft.model.structure import find_linears, find_mixtures
 from dist_ft.schema import FullConfig, LoraConfig, MoeConfig
 from dist_ft.state import Batch, LossSum
 from dist_ft.task.tokens import collate_documents, collate_padded, sum_losses
+from tests.samples import samples_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -217,7 +218,7 @@ def test_gradients_of_the_balance_loss_are_those_of_the_whole_batch(padded: bool
     else:
         model.set_attn_implementation(DOCUMENTS["eager"])
     routing = Routing(model, 0.7, 0.0, "train", per_layer=per_layer)
-    micros = [collate([[segments[i]] for i in part]) for part in ((0, 3), (1, 2))]
+    micros = [collate(samples_of([segments[i]] for i in part)) for part in ((0, 3), (1, 2))]
     routing.survey(micros, Alone(model), sum_losses, lambda phase: None)  # type: ignore[arg-type]
     total = sum(micro.supervised for micro in micros)
     for micro in micros:
@@ -247,7 +248,7 @@ def test_metrics_tell_dead_experts_and_load() -> None:
         nn.init.zeros_(mixture.router.weight)  # ties: the first two are chosen for every token
     routing = Routing(model, 0.0, 0.0, "frozen", per_layer=False)
     row = np.arange(1, 8)
-    micro = collate_padded([[{"input_ids": row, "labels": row}]])
+    micro = collate_padded(samples_of([[{"input_ids": row, "labels": row}]]))
     routing.survey([micro], Alone(model), sum_losses, lambda phase: None)  # type: ignore[arg-type]
     routing.loss(model, micro, sum_losses)
     told = routing.metrics()

@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from dist_ft.schema import CausalLMConfig, InstructionConfig
+from dist_ft.data.faults import RowFault
+from dist_ft.schema_task import CausalLMConfig, InstructionConfig
 from dist_ft.state import LossSum
 from dist_ft.task.causal_lm import CausalLM
 from dist_ft.task.instruction import Instruction
-
-Sample = list[dict[str, np.ndarray]]
+from tests.samples import samples_of
 
 
 def segment(ids: list[int], labels: list[int]) -> dict[str, np.ndarray]:
@@ -32,8 +32,8 @@ SEGMENTS = [
     segment([9, 10, 11], [9, 10, -100]),
     segment([12, 13, 14, 15, 16], [-100, 13, -100, 15, 16]),
 ]
-UNPACKED: list[Sample] = [[s] for s in SEGMENTS]
-PACKED: list[Sample] = [SEGMENTS[:2], SEGMENTS[2:]]
+UNPACKED = samples_of([[s] for s in SEGMENTS])
+PACKED = samples_of([SEGMENTS[:2], SEGMENTS[2:]])
 
 
 def task(padding_free: bool) -> Instruction:
@@ -116,11 +116,11 @@ def test_a_micro_batch_without_targets_gives_zero_and_zero_gradients(
     used = documents_model if padding_free else model
     used.zero_grad()
     subject = task(padding_free)
-    result = subject.loss(used, subject.collate([[segment([1, 2, 3], [-100] * 3)]]))
+    result = subject.loss(used, subject.collate(samples_of([[segment([1, 2, 3], [-100] * 3)]])))
     assert (result.loss.item(), result.weight.item()) == (0.0, 0.0)
     result.loss.backward()
     assert all(p.grad is not None and float(p.grad.abs().sum()) == 0.0 for p in used.parameters())
-    scores = subject.score(used, subject.collate([[segment([1, 2, 3], [-100] * 3)]]))
+    scores = subject.score(used, subject.collate(samples_of([[segment([1, 2, 3], [-100] * 3)]])))
     assert {name: int(value) for name, value in scores.counts.items()} == {
         "correct_tokens": 0,
         "exact_rows": 0,
@@ -151,7 +151,7 @@ def test_scores_count_right_tokens_and_rows_that_are_right_throughout(padding_fr
         "rows": 3,
     }
     assert float(scores.loss) == pytest.approx(50.0, abs=1e-3)
-    metrics = subject.metrics(scores)
+    metrics = subject.metrics(scores, ())
     assert metrics == pytest.approx(
         {"loss": 50 / 6, "perplexity": math.exp(50 / 6), "token_accuracy": 5 / 6, "exact_match": 2 / 3}, rel=1e-4
     )
@@ -167,7 +167,7 @@ def test_teacher_forced_exactness_is_what_greedy_decoding_gives(model: nn.Module
         subject = task(False)
         exact = []
         for wanted in (answer, [*answer[:-1], (answer[-1] + 1) % 512]):
-            batch = subject.collate([[segment(prompt + wanted, [-100] * 3 + wanted)]])
+            batch = subject.collate(samples_of([[segment(prompt + wanted, [-100] * 3 + wanted)]]))
             exact.append(int(subject.score(model, batch).counts["exact_rows"]))
     model.train()
     assert exact == [1, 0]
@@ -177,14 +177,14 @@ def test_causal_metrics_have_no_exact_match() -> None:
     counts = {"correct_tokens": torch.tensor(3), "exact_rows": torch.tensor(0), "rows": torch.tensor(1)}
     totals = LossSum(torch.tensor(8.0), torch.tensor(4.0), counts)
     subject = CausalLM(CausalLMConfig(name="causal_lm"), padding_free=True)
-    assert subject.metrics(totals) == pytest.approx({"loss": 2.0, "perplexity": math.e**2, "token_accuracy": 0.75})
+    assert subject.metrics(totals, ()) == pytest.approx({"loss": 2.0, "perplexity": math.e**2, "token_accuracy": 0.75})
 
 
 class Recorder:
     """Stands in for data/template.ChatTokenizer."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *arguments: {"input_ids": [name, *arguments], "labels": []}
+        return lambda *arguments: {"input_ids": [name, *arguments], "labels": [0, 1]}
 
 
 @pytest.mark.parametrize(
@@ -197,10 +197,12 @@ class Recorder:
     ],
 )
 def test_rows_reach_the_tokenizer_by_their_shape(row: dict[str, Any], expected: list[Any]) -> None:
-    assert task(True).encode(row, Recorder())["input_ids"] == expected
+    assert task(True).encode(row, Recorder())[0]["input_ids"] == expected
 
 
 def test_text_rows_reach_the_tokenizer() -> None:
     subject = CausalLM(CausalLMConfig(name="causal_lm"), padding_free=True)
-    assert subject.encode({"text": "x"}, Recorder())["input_ids"] == ["encode_text", "x"]
-    assert subject.encode({"input_ids": [1], "labels": [1]}, None) == {"input_ids": [1], "labels": [1]}
+    assert subject.encode({"text": "x"}, Recorder())[0]["input_ids"] == ["encode_text", "x"]
+    assert subject.encode({"input_ids": [1, 2], "labels": [1, 2]}, None) == [{"input_ids": [1, 2], "labels": [1, 2]}]
+    with pytest.raises(RowFault, match="no label but perhaps the first"):
+        subject.encode({"input_ids": [1, 2], "labels": [1, -100]}, None)

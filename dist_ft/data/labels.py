@@ -1,0 +1,92 @@
+"""Label names, found in the training split: what numbers they have is the same for every split and in the export."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..errors import RequestError
+from ..schema import RunConfig
+from .faults import RowFault
+from .formats import normalise_for
+from .rows import read_rows
+
+Labels = Callable[[Mapping[str, Any]], Iterable[tuple[int | str, str | None]]]  # of a row: values, and their names
+
+NO_LABEL = -1  # by which sets of the hub mark rows whose label is not given
+OUTSIDE = "O"  # of the IOB schemes: always number 0
+
+
+def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], tuple[int, ...], int]:
+    """The names in the order of their numbers, how often each is met in data.train, and the number of its rows.
+
+    Names are those of `task.labels`, or of the data: numbers in their order (named by `label_text` where every number
+    has one), text in alphabetical order.
+
+    Args:
+        config: of the run.
+        labels_of: gives a canonical row's labels.
+
+    Raises:
+        RequestError: there are fewer than two labels, or the data mixes numbers and text.
+    """
+    counts: Counter[int | str] = Counter()
+    names: dict[int | str, set[str]] = {}
+    rows = 0
+    for place, row in read_rows(config.data.train, revision=config.data.revision):
+        rows += 1
+        for value, name in labels_of(normalise_for(config, row, place)[1]):
+            counts[value] += 1
+            if name is not None:
+                names.setdefault(value, set()).add(name)
+    given: Sequence[str] | None = config.task.labels  # type: ignore[union-attr]
+    found = tuple(given) if given is not None else _ordered(counts, names)
+    if len(found) < 2:
+        rule = (
+            f"{len(found)} label{'s' * (len(found) != 1)} in all ({', '.join(found) or 'none'}): nothing to tell apart"
+        )
+        raise RequestError.of("data.train", rule, "see data.columns: which column has the label?")
+    tallies = [0] * len(found)
+    for value, count in counts.items():
+        number = find_number(value, found)
+        if number is not None:
+            tallies[number] += count
+    return found, tuple(tallies), rows
+
+
+def find_number(value: int | str, labels: Sequence[str]) -> int | None:
+    """The number of a label that is given by its name or its number; None for an unknown one."""
+    if str(value) in labels:
+        return labels.index(str(value))
+    return value if isinstance(value, int) and 0 <= value < len(labels) else None
+
+
+def number_of(value: Any, labels: Sequence[str]) -> int:
+    """The number of a row's label.
+
+    Raises:
+        RowFault: it is missing, or not one of `labels`.
+    """
+    if value in (None, "", NO_LABEL):
+        raise RowFault("the label is missing", "give every row a label")
+    number = find_number(value, labels)
+    if number is None:
+        shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
+        raise RowFault(f"the label {value!r:.40} is none of data.train's ({shown})", "correct it, or set task.labels")
+    return number
+
+
+def _ordered(counts: Mapping[int | str, int], names: Mapping[int | str, set[str]]) -> tuple[str, ...]:
+    kinds = {type(value) for value in counts}
+    if kinds == {int, str}:
+        examples = ", ".join(repr(next(value for value in counts if type(value) is kind)) for kind in (int, str))
+        rule = f"some labels are numbers and some are text (such as {examples})"
+        raise RequestError.of("data.train", rule, "write all of them alike")
+    ordered = sorted(counts, key=lambda value: (value != OUTSIDE, value))
+    if kinds == {int} and ordered == list(range(len(ordered))):
+        texts = [names.get(value, set()) for value in ordered]
+        flat = [text for found in texts for text in found]
+        if all(len(found) == 1 for found in texts) and len(set(flat)) == len(flat):
+            return tuple(flat)
+    return tuple(str(value) for value in ordered)

@@ -1,0 +1,66 @@
+"""The keys of every task; see schema.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .strict import Share, Strict
+
+Overlong = Literal["error", "truncate", "drop"]
+Unsupervised = Literal["error", "drop"]
+
+
+class TaskChoice(Strict):
+    """What the keys of every task have."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows of the training split share a sample."""
+        return bool(getattr(self, "packing", False))
+
+
+class CausalLMConfig(TaskChoice):
+    """Continued pre-training on text."""
+
+    name: Literal["causal_lm"]
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    packing: bool = Field(True, description="Cut the documents, one after another, into full blocks of max_length.")
+    overlong: Overlong = Field(
+        "error", description="Without packing: what to do with a document longer than max_length."
+    )
+
+
+class InstructionConfig(TaskChoice):
+    """Answers to prompts: loss on the assistant's turns only."""
+
+    name: Literal["instruction"]
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    packing: bool = Field(False, description="Put several rows into one of at most max_length tokens, kept apart.")
+    overlong: Overlong = Field("error", description="A row longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="A row without a supervised token.")
+    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+
+
+class SequenceClassificationConfig(TaskChoice):
+    """A label, or several, for a text or a pair of texts."""
+
+    name: Literal["sequence_classification"]
+    max_length: Annotated[int, Field(ge=2)] = 512
+    overlong: Overlong = Field("error", description="A row longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="A row without a label, or without a text.")
+    labels: list[str] | None = Field(
+        None, description="Names in the order of their numbers; from data.train if not given."
+    )
+    multi_label: bool = Field(False, description="Rows have a list of labels, each learned as a yes or no of its own.")
+    class_weights: Literal["balanced"] | list[float] | None = Field(
+        None, description="`balanced`: rows weigh as their label is rare in data.train; or a weight a label."
+    )
+    label_smoothing: Share = Field(0.0, description="Share of the target that all labels divide among them.")
+
+
+TaskConfig = Annotated[
+    CausalLMConfig | InstructionConfig | SequenceClassificationConfig,
+    Field(discriminator="name"),
+]

@@ -1,0 +1,190 @@
+"""Labels for texts: one of several, or any of them, on encoders and on decoders alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..data.faults import EMPTY_TEXT, RowFault
+from ..data.labels import number_of
+from ..schema_task import SequenceClassificationConfig
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LABEL = "label"
+
+
+class SequenceClassification:
+    """The task `sequence_classification`.
+
+    The head is that of transformers: it reads an encoder's first token, or a decoder's last one that is no padding.
+
+    Args:
+        config: the task's keys.
+        facts: of the data: labels, padding.
+        padding_free: not possible here.
+    """
+
+    uses_facts: ClassVar[bool] = True
+
+    def __init__(self, config: SequenceClassificationConfig, facts: Facts, *, padding_free: bool = False) -> None:
+        self.config = config
+        self.facts = facts
+
+    @staticmethod
+    def architecture(config: SequenceClassificationConfig, facts: Facts) -> Architecture:
+        """A head with an output for each label, whose names go into config.json."""
+        kind = "multi_label_classification" if config.multi_label else "single_label_classification"
+        names = dict(enumerate(facts.labels))
+        overrides = {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: number for number, name in names.items()},
+            "problem_type": kind,
+            "pad_token_id": facts.pad_id,
+        }
+        return Architecture("AutoModelForSequenceClassification", overrides, new_head=True)
+
+    @staticmethod
+    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
+        """The row's labels that are given, with the name of a number where the row has it."""
+        several = row["label"] if isinstance(row["label"], list) else [row["label"]]
+        return [(value, row.get("label_text")) for value in several if value not in (None, "", -1)]
+
+    @property
+    def layout(self) -> Layout:
+        """A row is a sequence with its labels' numbers."""
+        from .padded import input_columns
+
+        return Layout({"max_length": self.config.max_length}, input_columns(self.facts), (LABEL,))
+
+    def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
+        """The text or pair, and the numbers of its labels.
+
+        Raises:
+            RowFault: the text is empty, a label is missing or unknown, or there are several where one is meant.
+        """
+        return self._encode(row, tokenizer)
+
+    def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
+        """At most `max_length` tokens, special ones included; of a pair the longer text is cut."""
+        return self._encode(row, tokenizer, truncation=True, max_length=self.config.max_length)
+
+    def count_targets(self, table: Any, samples: Any) -> np.ndarray:
+        """[samples]: each is one example."""
+        return np.ones(len(samples), dtype=np.int64)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Padded rows; targets [B] label numbers, or [B, labels] of 0 and 1."""
+        import torch
+
+        from .padded import only_segments, pad_inputs
+
+        segments = only_segments(samples)
+        inputs = pad_inputs(segments, self.facts)
+        places = torch.arange(len(segments))
+        labels = [segment[LABEL].tolist() for segment in segments]
+        if self.config.multi_label:
+            targets = torch.zeros(len(labels), len(self.facts.labels))
+            for row, numbers in zip(targets, labels, strict=True):
+                row[numbers] = 1.0
+            weight = float(targets.numel())
+        else:
+            targets = torch.tensor([numbers[0] for numbers in labels])
+            weights = self.class_weights()
+            weight = float(len(targets)) if weights is None else float(weights[targets].sum())
+        tokens = int(inputs["attention_mask"].sum())
+        return Batch(inputs, targets, places, places, tokens, tuple(sample.index for sample in samples), weight)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Sum of cross-entropies, each times its label's weight; of multi-label rows, of all yes-or-no losses."""
+        return self._loss(self._logits(model, batch), batch)
+
+    def score(self, model: nn.Module, batch: Batch) -> LossSum:
+        """The loss with each row's probabilities."""
+        from dataclasses import replace
+
+        logits = self._logits(model, batch)
+        probabilities = (logits.sigmoid() if self.config.multi_label else logits.softmax(dim=-1)).tolist()
+        names = self.facts.labels
+        predictions = []
+        for sample, target, row in zip(batch.samples, batch.targets.tolist(), probabilities, strict=True):
+            given: Any
+            chosen: Any
+            if self.config.multi_label:
+                given = [name for name, is_set in zip(names, target, strict=True) if is_set]
+                chosen = [name for name, value in zip(names, row, strict=True) if value > 0.5]
+            else:
+                given, chosen = names[target], names[int(np.argmax(row))]
+            values = [round(value, 6) for value in row]
+            predictions.append({"sample": sample, "label": given, "prediction": chosen, "probabilities": values})
+        return replace(self._loss(logits, batch), predictions=predictions)
+
+    def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
+        """loss, accuracy, f1 (macro), calibration_error; see classes.py."""
+        from .classes import measure
+
+        loss = {"loss": float(totals.loss) / float(totals.weight)}
+        return loss | measure(totals.predictions, self.facts.labels, multi_label=self.config.multi_label)
+
+    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
+        """Precision, recall and F1 of every class, and what is taken for what."""
+        from .classes import describe
+
+        return describe(totals.predictions, self.facts.labels, multi_label=self.config.multi_label)
+
+    def class_weights(self) -> Tensor | None:
+        """[labels]: what a row with each label weighs; None where all weigh 1.
+
+        `balanced` is rows / (labels * rows with the label) as in scikit-learn's compute_class_weight; of multi-label
+        rows, how many are without the label for one that has it.
+        """
+        import torch
+
+        wanted = self.config.class_weights
+        if wanted is None:
+            return None
+        if wanted != "balanced":
+            return torch.tensor(wanted, dtype=torch.float32)
+        counts = torch.tensor(self.facts.label_counts, dtype=torch.float32).clamp(min=1)
+        if self.config.multi_label:
+            return (self.facts.rows - counts).clamp(min=1) / counts
+        return counts.sum() / (len(counts) * counts)
+
+    def _encode(self, row: Row, tokenizer: Any, **options: Any) -> Sequence[Example]:
+        from .padded import tokenize
+
+        if not row["text"].strip() and not (row.get("text_pair") or "").strip():
+            raise RowFault(EMPTY_TEXT, "leave such rows out")
+        several = isinstance(row["label"], list)
+        if several and not self.config.multi_label and len(row["label"]) != 1:
+            raise RowFault(f"it has {len(row['label'])} labels", "set task.multi_label=true")
+        labels = row["label"] if several else [row["label"]]
+        numbers = [number_of(value, self.facts.labels) for value in labels]
+        return [
+            {**tokenize(tokenizer.tokenizer, self.facts, row["text"], row.get("text_pair"), **options), LABEL: numbers}
+        ]
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[n, labels] float32."""
+        logits: Tensor = model(**batch.inputs).logits
+        return logits.float()[batch.positions]
+
+    def _loss(self, logits: Tensor, batch: Batch) -> LossSum:
+        from torch.nn import functional
+
+        weights = self.class_weights()
+        weights = None if weights is None else weights.to(logits.device)
+        if self.config.multi_label:
+            smoothing = self.config.label_smoothing
+            targets = batch.targets * (1 - smoothing) + smoothing / 2
+            loss = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="sum")
+        else:
+            loss = functional.cross_entropy(
+                logits, batch.targets, weights, reduction="sum", label_smoothing=self.config.label_smoothing
+            )
+        return LossSum(loss, loss.new_tensor(batch.loss_weight))
