@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from typing import cast
 
 import peft
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import Problem, RequestError
 from ..model.structure import find_blocks, find_linears, find_packed
@@ -134,11 +136,11 @@ def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[s
     return names
 
 
-def _ambiguous(linears: dict[str, nn.Linear], model: nn.Module) -> bool:
+def _ambiguous(linears: Mapping[str, nn.Module], model: nn.Module) -> bool:
     """Whether an ending of the targets also names another linear layer, such as a router or the head."""
     endings = {name.rsplit(".", 1)[-1] for name in linears}
     return any(
-        isinstance(module, nn.Linear) and name not in linears and name.rsplit(".", 1)[-1] in endings
+        isinstance(module, nn.Linear | Conv1D) and name not in linears and name.rsplit(".", 1)[-1] in endings
         for name, module in model.named_modules()
     )
 

@@ -105,7 +105,8 @@ def quantize(model: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool
     if getattr(getattr(model, "config", None), "quantization_config", None):
         rule = f"{scheme} was asked for, and the model's own files are quantised already"
         raise RequestError.of("model.quantization", rule, "name the model that they were made from")
-    linears, fused = find_linears(model), [unwrap(m.experts) for m in find_mixtures(model) if m.fused]
+    linears = {name: layer for name, layer in find_linears(model).items() if isinstance(layer, nn.Linear)}
+    fused = [unwrap(m.experts) for m in find_mixtures(model) if m.fused]
     _refuse_the_rest(model, scheme, [*linears.values(), *fused])
     for experts in fused:
         quantize_experts(experts, scheme, dtype, weights=weights)

@@ -60,17 +60,17 @@ def find_task_head(model: Any) -> list[str]:
     return [*poolers, *heads]
 
 
-def find_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def find_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Linear layers by name inside the repeated blocks, without routers: what `all-linear` means.
 
-    The head stands outside the blocks. Fused experts are no linear layers and are not among them.
+    GPT-2's, which are called Conv1D, are among them. The head stands outside the blocks. Fused experts are no linear layers and are not among them.
     """
     inside = {id(module) for block in find_blocks(model) for module in block.modules()}
     routers = {id(module) for module in find_routers(model)}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in inside and id(module) not in routers
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and id(module) not in routers
     }
 
 

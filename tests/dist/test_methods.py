@@ -10,10 +10,10 @@ import torch
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.families import METHODS
 from dist_ft.checkpoint import SafeReader
 from dist_ft.errors import RequestError
 from dist_ft.exported import open_export
+from dist_ft.families import METHODS
 from dist_ft.merge import main as export_again
 from dist_ft.schema import MethodConfig, ModelConfig
 from dist_ft.testing.spawn import spawn
@@ -102,9 +102,7 @@ def test_the_curve_is_that_of_one_process_and_falls(method: str, runs: dict[tupl
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_only_what_is_meant_changes_is_kept_and_comes_back(
-    method: str, runs: dict[tuple, Path], biased: str
-) -> None:
+def test_only_what_is_meant_changes_is_kept_and_comes_back(method: str, runs: dict[tuple, Path], biased: str) -> None:
     config = TypeAdapter(MethodConfig).validate_python(CASES[method])
     base = AutoModelForCausalLM.from_pretrained(biased)
     before = {bits(tensor) for tensor in base.state_dict().values()}

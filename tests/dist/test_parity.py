@@ -62,7 +62,7 @@ def test_full_fine_tuning_follows_the_plain_loop(
         trained = torch.load(run_dir / "weights.pt", weights_only=True)
         assert set(trained) == set(weights), case
         for name, tensor in weights.items():
-            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4, msg=lambda m: f"{case} {name}: {m}")
+            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4, msg=f"{case} {name}")
 
 
 def test_lora_is_the_same_on_every_engine(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_lora_is_the_same_on_every_engine(model: str, rows: tuple[str, list[dict
             tmp_path / str(world),
             world,
             [(engine, 2, True) for engine in ENGINES],
-            lambda out, engine, accumulation, packing: config_of(
+            lambda out, engine, accumulation, packing, world=world: config_of(
                 out, model, rows[0], engine, world, accumulation, packing, method
             ),
         )

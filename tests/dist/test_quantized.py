@@ -58,7 +58,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_same_curve_on_every_engine(wide: str, mixture: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
-    """Mixtures' blocks are recomputed on two ranks, which must not matter; bfloat16 rounds, its bits must not change."""
+    """Mixtures' blocks are recomputed on two ranks, which must not matter; bfloat16 rounds, its bits stay."""
     kinds = {"nf4": wide, "int8": wide, "nf4-experts": mixture, "nf4-bfloat16": wide}
     runs: dict[tuple, Path] = {}
     for world in (1, 2):

@@ -1,4 +1,4 @@
-"""A resumed run goes on as if it had never stopped: to the bit on the same topology, and on any other engine or size."""
+"""A resumed run goes on as if never stopped: to the bit on the same topology, and on any other engine or size."""
 
 from __future__ import annotations
 

@@ -1,0 +1,92 @@
+"""Tiny models of many shapes that read words, and labelled rows for them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(90)]
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "<eos>"]
+LABELS = ["calm", "glad", "cross"]
+SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {**SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {**SIZE, "intermediate_size": 48, "max_position_embeddings": 64}),
+    "distilbert": ("DistilBert", {"vocab_size": 96, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}),
+    "roberta": ("Roberta", {**SIZE, "intermediate_size": 48, "max_position_embeddings": 66}),
+    "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "opt": ("OPT", {**SIZE, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
+    "bloom": ("Bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "llama": ("Llama", WIDE),
+    "qwen3": ("Qwen3", WIDE),
+}
+ENCODERS = ("bert", "distilbert", "roberta")
+
+
+def make_model(shape: str, folder: Path) -> str:
+    """A base model without dropout, random weights, and a tokenizer of words; a decoder's has no padding token."""
+    kind, settings = SHAPES[shape]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    for key in vars(config):
+        if "drop" in key and isinstance(getattr(config, key), float):
+            setattr(config, key, 0.0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    words = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if shape in ENCODERS:
+        words.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+        names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    else:
+        names = {"eos_token": "<eos>"}
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if shape == "bert" else [])]
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", model_input_names=inputs, **names
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def make_rows(path: Path, count: int = 37) -> list[dict[str, Any]]:
+    """Texts of 2 to 20 words, the label told by the first; unevenly many of each."""
+    dice = random.Random(3)
+    rows = []
+    for _ in range(count):
+        label = dice.choices(range(3), weights=[5, 3, 1])[0]
+        text = " ".join([WORDS[label], *dice.choices(WORDS[3:], k=dice.randint(1, 19))])
+        rows.append({"text": text, "label": label, "label_text": LABELS[label]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def config_of(folder: Path, model: str, data: Path, engine: str, world: int, **changes: Any) -> dict[str, Any]:
+    """A run over labelled rows; `changes` are whole groups."""
+    given: dict[str, Any] = {
+        "run_name": folder.name,
+        "output_dir": str(folder),
+        "model": {"name_or_path": model},
+        "task": {"name": "sequence_classification", "max_length": 32, "class_weights": "balanced"},
+        "data": {
+            "train": str(data),
+            "validation": str(data),
+            "shuffle": False,
+            "cache_dir": str(folder.parent / "cache"),
+        },
+        "method": {"name": "full"},
+        "engine": {"name": engine},
+        "optim": {"learning_rate": 3e-3, "weight_decay": 0.1, "lr_scheduler_type": "linear", "max_grad_norm": 1.0},
+        "train": {"max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 8 // world // 2},
+        "track": {"wandb": "off"},
+        "launch": {"name": "local", "workers_per_node": world},
+    }
+    return {**given, **changes}
