@@ -63,7 +63,8 @@ def find_task_head(model: Any) -> list[str]:
 def find_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Linear layers by name inside the repeated blocks, without routers: what `all-linear` means.
 
-    GPT-2's, which are called Conv1D, are among them. The head stands outside the blocks. Fused experts are no linear layers and are not among them.
+    GPT-2's, which are called Conv1D, are among them; the head, which stands outside the blocks, and fused experts,
+    which are no linear layers, are not.
     """
     inside = {id(module) for block in find_blocks(model) for module in block.modules()}
     routers = {id(module) for module in find_routers(model)}

@@ -17,6 +17,7 @@ ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 FILES = sorted(CONF_DIR.glob("*/*.yaml"))
 NEEDS = {  # what only the user can give, for each file that leaves it open
     "task/causal_lm": ["data=text", "data.train=rows.jsonl"],
+    "task/sequence_classification": ["data=jsonl", "data.train=rows.jsonl"],
     "model/hub": ["model.name_or_path=a/b"],
     "data/jsonl": ["data.train=rows.jsonl"],
     "data/text": ["data.train=rows.jsonl", "task=causal_lm"],
@@ -73,7 +74,7 @@ def test_holds_no_target_and_no_resolver():
 
 def test_groups_are_those_of_the_schema():
     groups = list_groups()
-    assert groups["task"] == ["causal_lm", "instruction"]
+    assert groups["task"] == sorted(n for r in members(RunConfig.model_fields["task"].annotation) for n in names(r))
     assert groups["method"] == sorted(n for r in members(RunConfig.model_fields["method"].annotation) for n in names(r))
     assert groups["engine"] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
     assert groups["launch"] == ["deepspeed", "local", "slurm"]

@@ -1,0 +1,82 @@
+"""Label names and numbers: found in the training split, the same for every split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_ft.data.faults import RowFault
+from dist_ft.data.labels import find_labels, number_of
+from dist_ft.errors import RequestError
+from dist_ft.schema import RunConfig
+from dist_ft.task.sequence_classification import SequenceClassification
+
+
+def config_of(folder: Path, rows: list[dict[str, Any]], **task: Any) -> RunConfig:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return RunConfig.model_validate(
+        {
+            "run_name": "r",
+            "output_dir": "runs/r",
+            "model": {"name_or_path": "m"},
+            "task": {"name": "sequence_classification", **task},
+            "data": {"train": str(path)},
+            "method": {"name": "full"},
+            "engine": {"name": "ddp"},
+            "optim": {},
+            "train": {},
+            "track": {},
+            "launch": {"name": "local"},
+        }
+    )
+
+
+def found(
+    folder: Path, labels: list[Any], texts: list[str] | None = None, names: list[str] | None = None, **task: Any
+) -> tuple[Any, ...]:
+    named = texts or [None] * len(labels)
+    rows = [
+        {"text": "x", "label": label, **({"label_text": text} if text else {})}
+        for label, text in zip(labels, named, strict=True)
+    ]
+    return find_labels(config_of(folder, rows, labels=names, **task), SequenceClassification.labels_of)
+
+
+def test_text_is_in_alphabetical_order_and_counted(tmp_path: Path) -> None:
+    assert found(tmp_path, ["b", "a", "b", "čaj"]) == (("a", "b", "čaj"), (1, 2, 1), 4)
+
+
+def test_numbers_are_named_by_label_text_where_each_has_one(tmp_path: Path) -> None:
+    assert found(tmp_path, [1, 0, 1], ["good", "bad", "good"])[:2] == (("bad", "good"), (1, 2))
+    assert found(tmp_path, [1, 0, 1], ["good", "bad", "great"])[0] == ("0", "1")
+    assert found(tmp_path, [10, 2, 10])[:2] == (("2", "10"), (1, 2))
+
+
+def test_rows_without_a_label_are_no_label(tmp_path: Path) -> None:
+    assert found(tmp_path, [1, 0, None, -1, ""])[:2] == (("0", "1"), (1, 1))
+
+
+def test_lists_of_labels_are_counted_one_by_one(tmp_path: Path) -> None:
+    assert found(tmp_path, [["a", "b"], ["b"], []], multi_label=True) == (("a", "b"), (1, 2), 3)
+
+
+def test_names_that_are_given_keep_their_order(tmp_path: Path) -> None:
+    assert found(tmp_path, ["a", "b"], names=["b", "a", "c"])[:2] == (("b", "a", "c"), (1, 1, 0))
+
+
+@pytest.mark.parametrize(("labels", "said"), [(["a", "a"], "1 label in all"), (["a", 1], "some labels are numbers")])
+def test_nothing_to_tell_apart(tmp_path: Path, labels: list[Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        found(tmp_path, labels)
+
+
+def test_a_labels_number() -> None:
+    assert [number_of(value, ("2", "10")) for value in (2, "10", 10)] == [0, 1, 1]
+    assert number_of(1, ("bad", "good")) == 1 and number_of("bad", ("bad", "good")) == 0
+    for value, said in ((None, "missing"), (-1, "missing"), ("", "missing"), ("ugly", "none of"), (2, "none of")):
+        with pytest.raises(RowFault, match=said):
+            number_of(value, ("bad", "good"))
