@@ -37,7 +37,7 @@ from .plan import Plan
 from .prepare import Prepared, Split
 from .probe import take_probe
 from .report import build_tracker, describe
-from .resume import resume, save_checkpoint
+from .resume import restore, resume, save_checkpoint
 from .state import Engine, Method, ModelFactory, Task
 from .turns import find_end_token, open_tokenizer
 
@@ -127,6 +127,7 @@ def build(
         learning_rate=lambda step: learning_rate(config.optim, step, steps),
         epoch_at=loader.order.epoch_at,
         save=lambda progress: save_checkpoint(plan, engine, progress, place),
+        restore=lambda name: restore(plan, engine, name),
         beat=beat,
         measure=watched.measure,
         export=lambda: export(plan, prepared, place, engine, task, method, factory),

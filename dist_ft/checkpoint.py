@@ -43,7 +43,7 @@ class Progress:
     world_size: int
     engine: str
     tracker_id: str | None
-    best_loss: float | None
+    best_score: float | None  # of eval/<train.metric_for_best_model>
     best_step: int | None
     stale_evaluations: int  # evaluations since the best
 

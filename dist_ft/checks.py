@@ -125,6 +125,21 @@ READ_WHEN = [
         "set train.eval_steps, or remove it",
     ),
     ReadWhen(
+        "train.load_best_model_at_end",
+        lambda c: not c.train.load_best_model_at_end or bool(c.data.validation and c.train.eval_steps),
+        "without train.eval_steps and data.validation only the last step is evaluated",
+        "set both, or remove it",
+    ),
+    ReadWhen(
+        "train.metric_for_best_model",
+        lambda c: bool(
+            c.data.validation
+            and (c.train.load_best_model_at_end or c.train.early_stopping_patience or c.train.save_steps)
+        ),
+        "nothing asks which step was the best",
+        "set train.load_best_model_at_end=true or train.early_stopping_patience, or remove it",
+    ),
+    ReadWhen(
         "train.save_total_limit",
         lambda c: c.train.save_steps is not None,
         "without train.save_steps only the last step is saved",

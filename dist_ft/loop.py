@@ -15,6 +15,8 @@ from .errors import TrainingError
 from .schema import TrainConfig
 from .state import Batch, Engine, Hook, LossFn, LossSum, Metrics, Prediction, Row, StepInfo, Task, Tracker
 
+LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")
+
 
 @dataclass
 class Run:
@@ -34,6 +36,7 @@ class Run:
     learning_rate: Callable[[int], float]
     epoch_at: Callable[[int], float]
     save: Callable[[Progress], None]
+    restore: Callable[[str], None]  # the weights of a checkpoint, by its name
     beat: Callable[[str], None]  # tells the watchdog how far this rank has come
     measure: Callable[[float, int, int], Metrics]  # step time in s, tokens, squared lengths of all ranks → perf/*
     export: Callable[[], None]
@@ -42,7 +45,7 @@ class Run:
 def fit(run: Run) -> Progress:
     """Train from `run.progress` to the last step, or to where patience ends; return where the run then stands."""
     if run.progress.step == 0 and run.validation:
-        assess(run, 0)
+        assess(run, 0, counts=not run.config.load_best_model_at_end)
     while run.progress.step < run.total_steps and not out_of_patience(run):
         step = run.progress.step + 1
         metrics = train_step(run, step)
@@ -58,6 +61,9 @@ def fit(run: Run) -> Progress:
             run.save(run.progress)
         for hook in run.hooks:
             hook.on_step(StepInfo(step, run.total_steps, metrics))
+    if run.config.load_best_model_at_end and run.progress.best_step != run.progress.step:
+        run.restore(f"step-{run.progress.best_step}")
+        assess(run, run.progress.step, counts=False)  # what is exported is what the last line tells of
     return run.progress
 
 
@@ -91,19 +97,38 @@ def train_step(run: Run, step: int) -> Metrics:
     }
 
 
-def assess(run: Run, step: int) -> None:
-    """Evaluate, log, and remember the best loss."""
+def assess(run: Run, step: int, *, counts: bool = True) -> None:
+    """Evaluate and log; where it `counts`, remember which step was the best."""
     assert run.validation
     run.beat(f"evaluation at step {step}")
     totals = evaluate(run.engine, run.validation(), run.task.score, run.beat)
     found = run.task.metrics(totals, run.validation_rows) if run.rank == 0 else {}
     metrics = {f"eval/{name}": value for name, value in comm.from_main(found).items()}
     run.tracker.log(metrics, step=step)
-    best = run.progress.best_loss
-    if best is None or metrics["eval/loss"] < best:
-        run.progress = replace(run.progress, best_loss=metrics["eval/loss"], best_step=step, stale_evaluations=0)
+    score = score_of(metrics, run.config.metric_for_best_model)
+    if not counts:
+        return
+    if is_better(score, run.progress.best_score, run.config.metric_for_best_model):
+        run.progress = replace(run.progress, best_score=score, best_step=step, stale_evaluations=0)
     else:
         run.progress = replace(run.progress, stale_evaluations=run.progress.stale_evaluations + 1)
+
+
+def score_of(metrics: Metrics, name: str) -> float:
+    """What `train.metric_for_best_model` names.
+
+    Raises:
+        TrainingError: this task has no such metric.
+    """
+    if f"eval/{name}" not in metrics:
+        known = ", ".join(key.removeprefix("eval/") for key in metrics)
+        raise TrainingError.of("train.metric_for_best_model", f"there is no eval/{name}", f"name one of {known}")
+    return metrics[f"eval/{name}"]
+
+
+def is_better(score: float, best: float | None, name: str) -> bool:
+    """Whether a score of this name is the best so far; losses, errors and perplexities are better when lower."""
+    return best is None or (score < best if name in LOWER_IS_BETTER else score > best)
 
 
 def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Callable[[str], None]) -> LossSum:
@@ -130,10 +155,10 @@ def due(step: int, every: int | None) -> bool:
 
 def keeps_best(config: TrainConfig) -> bool:
     """Whether a checkpoint is written where the evaluation is the best so far."""
-    return config.save_steps is not None or config.early_stopping_patience is not None
+    return bool(config.save_steps or config.early_stopping_patience or config.load_best_model_at_end)
 
 
 def out_of_patience(run: Run) -> bool:
-    """Whether the loss has not improved for as many evaluations as the run waits."""
+    """Whether there was nothing better for as many evaluations as the run waits."""
     patience = run.config.early_stopping_patience
     return patience is not None and run.progress.stale_evaluations >= patience

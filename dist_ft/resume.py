@@ -8,7 +8,7 @@ from typing import TextIO
 from . import checkpoint, comm
 from .checkpoint import CHECKPOINTS, Progress
 from .comm import Place
-from .errors import RequestError
+from .errors import RequestError, TrainingError
 from .plan import Plan
 from .state import Engine
 
@@ -34,10 +34,26 @@ def resume(plan: Plan, engine: Engine, place: Place, terminal: TextIO) -> Progre
     path = comm.from_main(path)
     if path is None:
         return Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
+    _bring(engine, path)
+    return checkpoint.read_progress(path)
+
+
+def restore(plan: Plan, engine: Engine, name: str) -> None:
+    """Bring the engine to one of the run's own checkpoints.
+
+    Raises:
+        TrainingError: it is not sound.
+    """
+    path = plan.run_dir / CHECKPOINTS / name
+    if reason := checkpoint.verify(path):
+        raise TrainingError.of(str(path), f"the best step's checkpoint: {reason}", "export another: dist-ft export")
+    _bring(engine, path)
+
+
+def _bring(engine: Engine, path: Path) -> None:
     state = engine.state()
     checkpoint.load(path, state)
     engine.load(state)
-    return checkpoint.read_progress(path)
 
 
 def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place) -> None:

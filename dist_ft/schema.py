@@ -147,7 +147,9 @@ class TrainConfig(Strict):
     eval_steps: Count | None = Field(None, description="Also evaluated before the first and after the last step.")
     save_steps: Count | None = Field(None, description="Also saved after the last step.")
     save_total_limit: Count | None = Field(None, description="Newest checkpoints kept; the best one is kept besides.")
-    early_stopping_patience: Count | None = Field(None, description="Evaluations without a better eval/loss.")
+    metric_for_best_model: str = Field("loss", description="Which eval/… is meant by best: loss, accuracy, f1 …")
+    early_stopping_patience: Count | None = Field(None, description="Evaluations without a better one.")
+    load_best_model_at_end: bool = Field(False, description="Export the best evaluated step, not the last.")
     resume: str = Field("auto", description="`auto` (newest sound checkpoint), `never`, or a checkpoint's path.")
     timeout_s: Annotated[float, Field(gt=0)] = Field(600, description="A rank silent for so long is given up.")
 

@@ -142,3 +142,20 @@ def test_it_is_what_transformers_trains(
         optimizer.zero_grad()
         losses.append(loss.item())
     assert curve(folder)[::2] == pytest.approx(losses, rel=1e-5)
+
+
+def test_the_best_step_is_exported_where_it_was_asked_for(shapes: dict[str, str], data: Path, tmp_path: Path) -> None:
+    """A rate at which the score falls again; engines hold the best step's weights afterwards."""
+    cases = []
+    for engine in ("ddp", "fsdp", "zero3"):
+        config = config_of(tmp_path / engine, shapes["bert"], data, engine, 2)
+        config["optim"] |= {"learning_rate": 0.3, "lr_scheduler_type": "constant"}
+        config["train"] |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "f1"}
+        cases.append({"config": config, "export": True})
+    spawn(2, "tests.dist.cases:run_cases", cases, timeout_s=300)
+    for engine in ("ddp", "fsdp", "zero3"):
+        _, *during, last = evaluations(tmp_path / engine)
+        scores = [metrics["eval/f1"] for metrics in during]
+        best = (tmp_path / engine / "checkpoints" / "best").resolve().name
+        assert best == f"step-{1 + scores.index(max(scores))}" != "step-6", (engine, scores)
+        assert last["eval/f1"] == pytest.approx(max(scores)) and last != during[-1], engine

@@ -65,6 +65,14 @@ UNREAD = {
         ["train.early_stopping_patience=3", "data.validation=rows.jsonl"],
         ["train.early_stopping_patience=3", "data.validation=rows.jsonl", "train.eval_steps=2"],
     ),
+    "train.load_best_model_at_end": (
+        ["train.load_best_model_at_end=true", "data.validation=rows.jsonl"],
+        ["train.load_best_model_at_end=true", "data.validation=rows.jsonl", "train.eval_steps=2"],
+    ),
+    "train.metric_for_best_model": (
+        ["train.metric_for_best_model=loss", "data.validation=rows.jsonl"],
+        ["train.metric_for_best_model=loss", "data.validation=rows.jsonl", "train.save_steps=2"],
+    ),
     "train.save_total_limit": (["train.save_total_limit=3"], ["train.save_total_limit=3", "train.save_steps=2"]),
     "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
     "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
