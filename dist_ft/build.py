@@ -105,8 +105,7 @@ def build(
 
     engine.setup(build_model, optim_factory(config, device))
     progress = resume(plan, engine, place, terminal)
-    cost = None if routings else costs[0]  # what a mixture's experts cost depends on the routing
-    watched = Watched(task, loader.step, meter(device, place.world_size, cost))
+    watched = Watched(task, loader.step, meter(device, place.world_size, costs[0]))
     for routing in routings:  # one for a mixture of experts, none for a dense model
         watched = watch(routing, watched, engine, beat)
     if place.is_main:

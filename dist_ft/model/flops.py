@@ -2,17 +2,20 @@
 
 Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products only, recomputation is not model work. Attention
 is counted for each document's own length and causally, so that packing gains nothing on paper. Weights that are
-frozen need no weight gradient: two thirds of the work of trained ones.
+frozen need no weight gradient: two thirds of the work of trained ones. Of a mixture's experts those count that work.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from .structure import find_blocks
+from .moe import find_form
+from .structure import find_blocks, find_mixtures, shapes_of
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
@@ -33,21 +36,61 @@ class StepCost:
 def count_step_cost(model: nn.Module) -> StepCost:
     """From the model's matrices: 2 FLOP a weight and token forward, as much for each of the two gradients.
 
-    Embeddings are looked up and do not count; a tied head does, as a product. Experts are not resolved here: a
-    mixture's fused experts are no linear layers, and its utilisation is left out by the caller.
+    Embeddings are looked up and do not count; a tied head does, as a product. Of a mixture's experts a token uses
+    `top_k`, whichever they are, so their matrices and the adapters on them count by that share; routers and shared
+    experts see every token. A low-rank adapter counts as its factors, however its product is computed. Attention
+    counts as if every layer saw the whole document: a sliding window does less than that.
+
+    Raises:
+        RequestError: a mixture's router does not show how many experts it chooses.
     """
-    frozen = trained = 0
+    mixtures = find_mixtures(model)
+    shares = {
+        id(module): find_form(mixture, model).top_k / mixture.num_experts
+        for mixture in mixtures
+        for module in mixture.experts.modules()
+    }
+    routers = {id(module) for mixture in mixtures for module in mixture.router.modules()}
+    idle = _replaced(model)
+    frozen = trained = 0.0
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            if module.weight.requires_grad:
-                trained += module.in_features * module.out_features
-            else:
-                frozen += module.in_features * module.out_features
+        if id(module) in idle:
+            continue
+        share = shares.get(id(module), 1.0)
+        for size, learns in _matrices(module, is_expert=id(module) in shares, is_router=id(module) in routers):
+            trained, frozen = trained + share * size * learns, frozen + share * size * (not learns)
+    # QK and AV: 2 FLOP a feature over half of the square forward, twice that backward.
+    return StepCost(6.0 * trained + 4.0 * frozen, 3.0 * _attention_features(model) * len(find_blocks(model)))
+
+
+def _matrices(module: nn.Module, *, is_expert: bool, is_router: bool) -> list[tuple[int, bool]]:
+    """Elements of the matrices of a module's own that tokens are multiplied with, and whether each learns."""
+    if isinstance(module, nn.Linear):  # a quantised one too, whose parameter has another size
+        return [(module.in_features * module.out_features, module.weight.requires_grad)]
+    if isinstance(module, Conv1D):
+        return [(module.weight.numel(), module.weight.requires_grad)]
+    dimensions = 3 if is_expert else 2 if is_router else 0
+    sizes = zip(shapes_of(module, recurse=False), module.parameters(recurse=False), strict=True)
+    return [(math.prod(shape), p.requires_grad) for shape, p in sizes if len(shape) == dimensions]
+
+
+def _replaced(model: nn.Module) -> set[int]:
+    """Modules that are kept and not called, because peft's copy of them learns."""
+    wrappers = [module for module in model.modules() if getattr(module, "modules_to_save", None)]
+    originals = [getattr(wrapper, "original_module", None) for wrapper in wrappers]
+    return {id(module) for original in originals if original is not None for module in original.modules()}
+
+
+def _attention_features(model: nn.Module) -> float:
+    """Features of a layer's queries and of its values, all heads together."""
     config = model.config
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
-    # QK and AV: 2 products of 2 FLOP over half of the square forward, twice that backward.
-    return StepCost(6.0 * trained + 4.0 * frozen, 3.0 * 2.0 * heads * width * len(find_blocks(model)))
+    values = getattr(config, "v_head_dim", None) or width
+    # Of latent attention (DeepSeek-V2, 2024, section 2.1) `head_dim` is the rotated part alone.
+    plain, rotated = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
+    queries = width if plain is None or rotated is None else plain + rotated
+    return float(heads * (queries + values))
 
 
 def peak_flops(device: torch.device) -> float | None:
