@@ -22,6 +22,7 @@ PIPELINES = {  # the hub's names of tasks
     "causal_lm": "text-generation",
     "instruction": "text-generation",
     "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
 }
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")

@@ -37,11 +37,13 @@ from .state import Facts, Row, Sample
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
 from .task.sequence_classification import SequenceClassification
+from .task.token_classification import TokenClassification
 
 TASKS: dict[str, Any] = {
     "causal_lm": CausalLM,
     "instruction": Instruction,
     "sequence_classification": SequenceClassification,
+    "token_classification": TokenClassification,
 }
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

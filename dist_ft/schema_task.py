@@ -60,7 +60,20 @@ class SequenceClassificationConfig(TaskChoice):
     label_smoothing: Share = Field(0.0, description="Share of the target that all labels divide among them.")
 
 
+class TokenClassificationConfig(TaskChoice):
+    """A tag for each word: names of persons and places (IOB tags), parts of speech."""
+
+    name: Literal["token_classification"]
+    max_length: Annotated[int, Field(ge=2)] = 512
+    overlong: Overlong = Field("error", description="A row longer than max_length; words that are cut count as `O`.")
+    unsupervised: Unsupervised = Field("error", description="A row without words, or with a word without a tag.")
+    labels: list[str] | None = Field(
+        None, description="Names in the order of their numbers; from data.train if not given."
+    )
+    label_smoothing: Share = Field(0.0, description="Share of the target that all labels divide among them.")
+
+
 TaskConfig = Annotated[
-    CausalLMConfig | InstructionConfig | SequenceClassificationConfig,
+    CausalLMConfig | InstructionConfig | SequenceClassificationConfig | TokenClassificationConfig,
     Field(discriminator="name"),
 ]

@@ -6,6 +6,7 @@
 | `{"messages": [...], "tools": […], "context": n}` | messages, sharegpt, alpaca, prompt_completion with message lists |
 | `{"prompt": str, "completion": str}` | prompt_completion of plain strings, which no chat template touches |
 | `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
+| `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
 `tools`, `context`, `text_pair` and `label_text` may be missing; the first `context` messages carry no loss.
@@ -211,6 +212,17 @@ def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
     return canonical
 
 
+def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
+    words, tags = row["tokens"], row[_first(row, TAGS)]
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise RowShape(f"tokens is {words!r:.40}, not a list of words")
+    if not isinstance(tags, list) or any(tag is not None and type(tag) not in (int, str) for tag in tags):
+        raise RowShape(f"the tags are {tags!r:.40}, not a list of names or whole numbers")
+    if len(words) != len(tags):
+        raise RowShape(f"{len(words)} tokens but {len(tags)} tags", "write a tag for each word")
+    return {"tokens": words, "tags": tags}
+
+
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((name for name in names if name in row), None)
 
@@ -237,6 +249,8 @@ TEXTS, PAIRS = (
     ),
 )
 
+TAGS = ("ner_tags", "tags", "labels")
+
 FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),
     "messages": Format(("messages",), ("tools",), _messages, ("instruction",)),
@@ -248,5 +262,6 @@ FORMATS: dict[str, Format] = {
     "labelled": Format(
         ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
     ),
+    "tagged": Format(("tokens", "|".join(TAGS)), (), _tagged, ("token_classification",)),
     "text": Format(("text",), (), _text, ("causal_lm",)),
 }
