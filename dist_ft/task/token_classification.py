@@ -66,7 +66,7 @@ class TokenClassification:
     @staticmethod
     def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
         """The tags of the row's words that are given."""
-        return [(tag, None) for tag in row["tags"] if tag not in (None, "", NO_LABEL)]
+        return [(tag, None) for tag in row["tags"] if tag not in (None, "", NO_LABEL, IGNORED_LABEL)]
 
     @property
     def layout(self) -> Layout:

@@ -212,6 +212,11 @@ def test_parts_of_speech_have_no_entities() -> None:
     assert describe(predictions, ("NOUN", "VERB"))["per_class"]["NOUN"]["recall"] == 1.0
 
 
+def test_only_tags_that_are_given_become_labels() -> None:
+    row = {"tokens": list("abcdef"), "tags": [3, None, -1, -100, "", 3]}
+    assert list(TokenClassification.labels_of(row)) == [(3, None), (3, None)]
+
+
 @pytest.mark.parametrize("column", ["ner_tags", "tags", "labels"])
 def test_format_tagged(column: str) -> None:
     row = {"id": "0", "tokens": ["a", "b"], column: ["O", "B-loc"]}
@@ -240,6 +245,7 @@ def test_rows_of_another_shape_are_refused(row: dict[str, Any], says: str) -> No
         ({"tokens": ["", "\u200b"], "tags": [0, 0]}, "no word has a token"),
         ({"tokens": ["a"], "tags": [None]}, "label is missing"),
         ({"tokens": ["a"], "tags": ["B-film"]}, "none of data.train's"),
+        ({"tokens": ["a"], "tags": [-100]}, "none of data.train's"),
     ],
 )
 def test_rows_with_nothing_to_learn_are_faults(row: dict[str, Any], cause: str, wordpiece: Any) -> None:
