@@ -74,11 +74,12 @@ class Zero:
         # gather that another never starts.
         for mixture in find_mixtures(model) if self.stage == 3 else ():
             set_z3_leaf_module(mixture.module, True)
+        # Before parameters are taken apart, because weight decay goes by their dimensions.
+        optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
         if self.stage == 3:  # one tensor after another; `initialize` alone would send every rank the whole model first
             deepspeed.zero.Init(module=model, config_dict_or_path=self.json)
             for buffer in model.buffers():  # which `initialize` now leaves to us
                 buffer.data = buffer.data.to(self.device)
-        optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
         self.model: nn.Module = self.engine.module
         self.engine.train()

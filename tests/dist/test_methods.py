@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix": {"name": "prefix", "num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 7},
     "p_tuning": {"name": "p_tuning", "num_virtual_tokens": 5},
 }
+WHOLE_AND_CASES = {"full": {"name": "full"}, **CASES}
 RATE = {"ln_tuning": 1e-2, "ia3": 1e-2, "bitfit": 1e-2, "prompt": 3e-2, "prefix": 3e-2, "p_tuning": 1e-2}
 
 
@@ -157,3 +158,53 @@ def test_a_run_is_exported_again_from_its_checkpoint_and_merged_where_it_can_be(
     else:
         with pytest.raises(RequestError, match=r"adapter to merge|cannot be put into the base's weights"):
             export_again(merged)
+
+
+@pytest.fixture(scope="module")
+def halves(biased: str, rows: tuple[str, list[dict]], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple, Path]:
+    """In bfloat16: every engine on two ranks, and one process; that one in float32 too."""
+    top = tmp_path_factory.mktemp("halves")
+    folders: dict[tuple, Path] = {}
+    for world in (1, 2):
+        cases = []
+        for method, settings in WHOLE_AND_CASES.items():
+            kinds = [("ddp", "float32"), ("ddp", "bfloat16")] if world == 1 else [(e, "bfloat16") for e in ENGINES]
+            for engine, dtype in kinds:
+                folder = top / f"{method}-{engine}-{world}-{dtype}"
+                config = config_of(folder, biased, rows[0], engine, world, 2, False, settings)
+                config["optim"]["learning_rate"] = RATE.get(method, 3e-3)
+                config["train"]["max_steps"] = STEPS
+                config["model"]["dtype"] = dtype
+                cases.append({"config": config})
+                folders[method, engine, world, dtype] = folder
+        spawn(world, "tests.dist.cases:run_cases", cases, timeout_s=600)
+    return folders
+
+
+@pytest.mark.parametrize("method", WHOLE_AND_CASES)
+def test_in_bfloat16_the_curve_is_that_of_one_process_up_to_rounding(method: str, halves: dict[tuple, Path]) -> None:
+    """Two curves that rounding alone takes from the float32 one are at most twice as far from each other.
+
+    How far is measured, on the single process. It may have been lucky, so a rounding comes on top: of a gradient norm
+    bfloat16's spacing, 2 ** -7; of a loss half of it, averaged over the step's n tokens, whose errors are independent.
+    With the first step's weights, which no rounding has moved yet, the norms must agree to the spacing.
+    """
+    single, exact = halves[method, "ddp", 1, "bfloat16"], halves[method, "ddp", 1, "float32"]
+    assert curve(single) != curve(exact), "bfloat16 was not used"
+    tokens = min(line["train/supervised_tokens"] for line in metrics_of(single))
+    for name, rounding in {"train/loss": 2**-8 / tokens**0.5, "train/grad_norm": 2**-7}.items():
+        reference = values(single, name)
+        tolerance = 2 * distance(reference, values(exact, name)) + rounding
+        for engine in ENGINES:
+            got = values(halves[method, engine, 2, "bfloat16"], name)
+            assert distance(got, reference) < tolerance, (engine, name, got, reference)
+            assert distance(got[:1], reference[:1]) < 2**-7, (engine, name, got, reference)
+
+
+def values(run_dir: Path, name: str) -> list[float]:
+    return [line[name] for line in metrics_of(run_dir)]
+
+
+def distance(curve: list[float], reference: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a / b - 1) for a, b in zip(curve, reference, strict=True))
