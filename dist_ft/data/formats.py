@@ -248,5 +248,5 @@ FORMATS: dict[str, Format] = {
     "labelled": Format(
         ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
     ),
-    "text": Format(("text",), (), _text, ("causal_lm",)),
+    "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }
