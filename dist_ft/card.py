@@ -21,6 +21,7 @@ LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets"
 PIPELINES = {  # the hub's names of tasks
     "causal_lm": "text-generation",
     "instruction": "text-generation",
+    "masked_lm": "fill-mask",
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
 }

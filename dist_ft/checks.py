@@ -239,6 +239,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
         rule = "the prefix reaches attention as a cache of keys and values, which recomputed blocks do not get"
         way_out = "set model.gradient_checkpointing=false, or choose method=prompt"
         yield Problem(_where("model.gradient_checkpointing", origins), rule, way_out)
+    if config.model.from_scratch and method.name != "full":
+        rule = f"method={method.name} leaves weights as they were drawn at random, and those know nothing"
+        yield Problem(_where("model.from_scratch", origins), rule, "choose method=full, or set it to false")
     quantization = config.model.quantization or "none"
     if method.name == "qlora" and quantization == "none":
         rule = "method=qlora is LoRA over a quantised base, and none was asked for"

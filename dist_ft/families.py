@@ -56,7 +56,9 @@ def build_task(config: RunConfig, facts: Facts, *, padding_free: bool) -> Task:
     Raises:
         RequestError: packing was asked for with a model whose attention cannot keep documents apart.
     """
-    task: Task = TASKS[config.task.name](config.task, facts, padding_free=padding_free)
+    kind = TASKS[config.task.name]
+    seed = {"seed": config.train.seed} if getattr(kind, "uses_seed", False) else {}  # of what it draws at random
+    task: Task = kind(config.task, facts, padding_free=padding_free, **seed)
     if task.layout.packs and not padding_free:
         rule = f"{config.model.name_or_path}'s attention cannot keep packed documents apart"
         raise RequestError.of("task.packing", rule, "set task.packing=false")

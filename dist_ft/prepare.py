@@ -36,12 +36,14 @@ from .schema import RunConfig
 from .state import Facts, Row, Sample
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
+from .task.masked_lm import MaskedLM
 from .task.sequence_classification import SequenceClassification
 from .task.token_classification import TokenClassification
 
 TASKS: dict[str, Any] = {
     "causal_lm": CausalLM,
     "instruction": Instruction,
+    "masked_lm": MaskedLM,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
 }
@@ -186,6 +188,8 @@ def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts
         return Facts()
     labels, counts, rows = find_labels(config, task.labels_of) if hasattr(config.task, "labels") else ((), (), 0)
     tokenizer = encoder().tokenizer
+    around = tokenizer("a", return_special_tokens_mask=True)
+    inner = [place for place, special in enumerate(around["special_tokens_mask"]) if not special]
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return Facts(
         labels=labels,
@@ -194,6 +198,8 @@ def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts
         pad_id=next(token for token in ends if token is not None),
         mask_id=tokenizer.mask_token_id,
         special_ids=tuple(tokenizer.all_special_ids),
+        prefix_ids=tuple(around["input_ids"][: inner[0]]),
+        suffix_ids=tuple(around["input_ids"][inner[-1] + 1 :]),
         has_token_types="token_type_ids" in tokenizer.model_input_names,
         vocabulary=len(tokenizer),
     )

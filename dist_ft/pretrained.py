@@ -77,7 +77,8 @@ def _folder_problems(folder: Path, model: ModelConfig) -> Iterator[Problem]:
         )
         yield Problem(key, problem, hint)
         return
-    yield from _weight_problems(folder)
+    if not model.from_scratch:
+        yield from _weight_problems(folder)
     if "auto_map" in config and not model.trust_remote_code:
         rule = f"{folder} brings its own Python code (auto_map in config.json), and that is not run unasked"
         yield Problem(key, rule, "read the code, then set model.trust_remote_code=true")

@@ -33,6 +33,9 @@ class ModelConfig(Strict):
     name_or_path: str = Field(description="Folder, hub id, or `package:NAME` (a Python package that carries a GGUF).")
     revision: str | None = Field(None, description="Hub revision; a commit hash makes the run repeatable.")
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer; the model's own if not given.")
+    from_scratch: bool = Field(
+        False, description="Weights drawn from train.seed; of the folder only config.json and the tokenizer are read."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Forward and backward, and frozen weights; trained weights and AdamW stay in float32."
     )

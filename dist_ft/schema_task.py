@@ -43,6 +43,20 @@ class InstructionConfig(TaskChoice):
     chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
 
 
+class MaskedLMConfig(TaskChoice):
+    """Hidden tokens of text: pre-training of encoders."""
+
+    name: Literal["masked_lm"]
+    max_length: Annotated[int, Field(ge=8)] = 512
+    packing: bool = Field(True, description="Cut the documents, one after another, into full blocks of max_length.")
+    overlong: Overlong = Field("error", description="Without packing: what to do with a text longer than max_length.")
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="Share of tokens to predict.")
+    whole_word: bool = Field(False, description="Choose words, with all their tokens, and not single tokens.")
+    new_head: bool = Field(
+        False, description="The head begins anew and learns under every method; for a folder that has none."
+    )
+
+
 class SequenceClassificationConfig(TaskChoice):
     """A label, or several, for a text or a pair of texts."""
 
@@ -74,6 +88,6 @@ class TokenClassificationConfig(TaskChoice):
 
 
 TaskConfig = Annotated[
-    CausalLMConfig | InstructionConfig | SequenceClassificationConfig | TokenClassificationConfig,
+    CausalLMConfig | InstructionConfig | MaskedLMConfig | SequenceClassificationConfig | TokenClassificationConfig,
     Field(discriminator="name"),
 ]

@@ -32,6 +32,8 @@ class Facts:
     pad_id: int = 0
     mask_id: int | None = None
     special_ids: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...] = ()  # what the tokenizer puts before a text
+    suffix_ids: tuple[int, ...] = ()  # and behind it
     has_token_types: bool = False  # whether the tokenizer tells the texts of a pair apart by token_type_ids
     vocabulary: int = 0  # token ids are below
     rows: int = 0  # of the training split

@@ -263,5 +263,5 @@ FORMATS: dict[str, Format] = {
         ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
     ),
     "tagged": Format(("tokens", "|".join(TAGS)), (), _tagged, ("token_classification",)),
-    "text": Format(("text",), (), _text, ("causal_lm",)),
+    "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

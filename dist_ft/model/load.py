@@ -60,7 +60,9 @@ def load_model(
         "trust_remote_code": config.trust_remote_code,
         "dtype": getattr(torch, config.dtype),
     }
-    if weights:
+    if weights and config.from_scratch:
+        model = auto_class(architecture).from_config(settings, **options)  # which draws them from torch's generator
+    elif weights:
         model = _read(config, folder, architecture, {**options, "config": settings})
     else:
         with no_init_weights():
