@@ -37,7 +37,7 @@ from .plan import Plan
 from .prepare import Prepared, Split
 from .probe import take_probe
 from .report import build_tracker, describe
-from .resume import restore, resume, save_checkpoint
+from .resume import restore, resume, save_checkpoint, settle_start
 from .state import Engine, Method, ModelFactory, Task
 from .turns import find_end_token, open_tokenizer
 
@@ -91,7 +91,9 @@ def build(
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
     routings: list[Routing] = []
-    method = build_method(config)
+    method = build_method(config, plan.run_dir)
+    if place.is_main:
+        settle_start(plan)
     factory = model_factory(config, prepared.model_dir, attention, architecture, method)
 
     def build_model(weights: bool) -> nn.Module:

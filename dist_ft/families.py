@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .method.lora import Lora
 from .method.p_tuning import PTuning
 from .method.prefix import Prefix
 from .method.prompt import Prompt
+from .method.start import START_FILE
 from .model.attention import AttentionChoice
 from .model.load import attention_of, load_model
 from .model.moe import apply_policy, route_method
@@ -65,9 +67,12 @@ def build_task(config: RunConfig, facts: Facts, *, padding_free: bool) -> Task:
     return task
 
 
-def build_method(config: RunConfig) -> Method:
-    """The method of the configuration."""
-    return METHODS[config.method.name](config.method)
+def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
+    """The method of the configuration; `run_dir` is where it keeps what a run that goes on must know."""
+    method = METHODS[config.method.name](config.method)
+    if isinstance(method, Lora) and run_dir is not None:
+        method.start_file = run_dir / START_FILE
+    return method
 
 
 def choose_attention(
@@ -115,6 +120,8 @@ def model_factory(
         routed = route_method(config.method, config.moe, model)
         torch.manual_seed(config.train.seed)
         model = (method if routed is config.method else METHODS[routed.name](routed)).apply(model)
+        if weights and isinstance(method, Lora):
+            method.begin(model, getattr(torch, config.model.dtype))
         apply_policy(config.moe, config.method, model)
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -33,6 +33,7 @@ from .export import (
 )
 from .exported import find_export, find_trained_run, is_adapter, name_base, open_export, set_adapter_base
 from .families import architecture_of, build_method, choose_attention, model_factory
+from .method.start import START_FILE, read_start
 from .plan import read_plan
 from .prepare import TASKS, Prepared, prepare
 from .probe import Deviation, Probe, compare, plain_inputs, probe_model, shorten
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     deviation = (
         _export_merged(model, config, prepared, out, card, probe, dtype)
         if options.merge
-        else _export_as_is(model, config, prepared, out, card, probe, dtype)
+        else _export_as_is(model, config, prepared, run_dir, out, card, probe, dtype)
     )
     print(f"{out}: {'merged' if options.merge else 'exported'} in {dtype}, loaded again; logits differ by {deviation}")
 
@@ -123,7 +124,9 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
     if reason := checkpoint.verify(path.resolve()):
         raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
-    model = _factory(config, prepared)(True)
+    if getattr(config.method, "moves_base", False):
+        read_start(run_dir / START_FILE)
+    model = _factory(config, prepared, run_dir)(True)
     tensors = {f"model/{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
     held = {n for n in checkpoint.SafeReader(path).read_metadata().state_dict_metadata if n.startswith("model/")}
     if held != set(tensors):
@@ -135,10 +138,10 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
     return model
 
 
-def _factory(config: RunConfig, prepared: Prepared) -> ModelFactory:
+def _factory(config: RunConfig, prepared: Prepared, run_dir: Path) -> ModelFactory:
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, torch.device("cpu"), architecture)
-    return model_factory(config, prepared.model_dir, attention, architecture, build_method(config))
+    return model_factory(config, prepared.model_dir, attention, architecture, build_method(config, run_dir))
 
 
 def _probe_inputs(config: RunConfig, prepared: Prepared) -> Mapping[str, torch.Tensor]:
@@ -179,13 +182,22 @@ def _export_merged(
 
 
 def _export_as_is(
-    model: nn.Module, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
+    model: nn.Module,
+    config: RunConfig,
+    prepared: Prepared,
+    run_dir: Path,
+    out: Path,
+    card: str,
+    probe: Probe,
+    dtype: str,
 ) -> Deviation:
     if config.method.whole:
         return _write(model, config, prepared, out, card, probe, dtype)
     account = Account(stored_dtypes(config.method, config.model))
-    method = build_method(config)
-    bare = build_bare(_factory(config, prepared))  # a loaded adapter is frozen and does not tell what was trained
+    method = build_method(config, run_dir)
+    bare = build_bare(
+        _factory(config, prepared, run_dir)
+    )  # a loaded adapter is frozen and does not tell what was trained
     learned = {name for name, p in bare.named_parameters() if p.requires_grad}
     wanted = {name: p for name, p in model.named_parameters() if name in learned}
 

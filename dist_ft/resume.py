@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TextIO
 
@@ -9,6 +10,7 @@ from . import checkpoint, comm
 from .checkpoint import CHECKPOINTS, Progress
 from .comm import Place
 from .errors import RequestError, TrainingError
+from .method.start import START_FILE, read_start
 from .plan import Plan
 from .state import Engine
 
@@ -54,6 +56,27 @@ def _bring(engine: Engine, path: Path) -> None:
     state = engine.state()
     checkpoint.load(path, state)
     engine.load(state)
+
+
+def settle_start(plan: Plan) -> None:
+    """Before the model is built: have a run that goes on start as it did, and a new one by itself.
+
+    Raises:
+        RequestError: it goes on, and its start is not there.
+    """
+    if not getattr(plan.config.method, "moves_base", False):
+        return
+    wish, own = plan.config.train.resume, plan.run_dir / START_FILE
+    if wish not in ("auto", "never"):
+        given = Path(wish).resolve().parent.parent / START_FILE
+        read_start(given)
+        if given != own.resolve():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(given, own)
+    elif wish == "auto" and checkpoint.steps(plan.run_dir / CHECKPOINTS):
+        read_start(own)
+    else:
+        own.unlink(missing_ok=True)
 
 
 def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place) -> None:

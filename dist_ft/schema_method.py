@@ -155,12 +155,25 @@ class LoraKeys(MethodChoice):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="Name ending → its own lora_alpha."
     )
-    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
-        True, description="true: as Microsoft's LoRA. All start at the base model."
+    init_lora_weights: (
+        Literal[True, "gaussian", "orthogonal", "pissa", "olora"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
+    ) = Field(
+        True, description="true: as Microsoft's LoRA; also pissa, pissa_niter_N, olora. All start at the base model."
     )
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
         None, description="Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."
     )
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether the adapter starts with a part of the base's weights, which hold the rest."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    @property
+    def exact(self) -> bool:
+        """What such a start took from the base is taken off the adapter again, in an export of twice the rank."""
+        return not self.moves_base
 
     def lr_scale(self, parameter: str) -> float:
         """LoRA+ lets B, which starts at zero, learn faster than A."""

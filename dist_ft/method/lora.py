@@ -6,9 +6,11 @@ import copy
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import peft
+import torch
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,16 +18,23 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import Problem, RequestError
 from ..model.structure import find_blocks, find_linears, find_packed
 from ..schema_method import LoraKeys
+from ..state import Weights
+from .start import ADAPTER, Start, begin, double_rank, read_start, start_problems, subtract, write_start
 from .through_peft import ThroughPeft, check_names, task_head, task_type_of
 
 
 class Lora(ThroughPeft):
-    """See the module; DoRA and rsLoRA are settings of it."""
+    """See the module; DoRA and rsLoRA are settings of it.
+
+    `start_file` is where a run keeps a start that moves the base; without one it is kept in memory.
+    """
 
     config: LoraKeys
 
-    def __init__(self, config: LoraKeys) -> None:
+    def __init__(self, config: LoraKeys, start_file: Path | None = None) -> None:
         self.config = config
+        self.start_file = start_file
+        self.start: Start | None = None
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Freeze the model and put adapters beside the target modules.
@@ -55,7 +64,7 @@ class Lora(ThroughPeft):
             layers_to_transform=config.layers_to_transform,
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
-            init_lora_weights=config.init_lora_weights,
+            init_lora_weights=True if config.moves_base else config.init_lora_weights,
             target_parameters=config.target_parameters or None,
         )
         _keep_from_experts(settings, model, all_linear=config.target_modules == "all-linear")
@@ -66,7 +75,44 @@ class Lora(ThroughPeft):
             raise
         if problems := _pattern_problems(config, adapted.targeted_module_names):
             raise RequestError(*problems)
+        if config.moves_base:
+            if problems := list(start_problems(config, adapted)):
+                raise RequestError(*problems)
+            settings.init_lora_weights = config.init_lora_weights  # what `export` goes by
         return adapted
+
+    def begin(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Where the model has its weights: have the adapters start with a part of them, if they are to.
+
+        Ranks without weights are sent the result, as all weights. A run that goes on starts as it did.
+        """
+        if not self.config.moves_base:
+            return
+        assert isinstance(model, peft.PeftModel)
+        known = read_start(self.start_file) if self.start_file and self.start_file.exists() else self.start
+        start = begin(model, str(self.config.init_lora_weights), dtype, known)
+        if self.start_file is None:
+            self.start = start
+        elif known is None:
+            write_start(self.start_file, start)
+
+    def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
+        """As peft does; an adapter that started with a part of the base becomes one for the whole base."""
+        assert isinstance(model, peft.PeftModel)
+        settings = model.peft_config[ADAPTER]
+        assert isinstance(settings, peft.LoraConfig)
+        if not self.config.moves_base or settings.init_lora_weights is True:  # one that has become it already
+            super().export(model, weights, out)
+            return
+        start = self.start if self.start_file is None else read_start(self.start_file)
+        assert start is not None
+        doubled = copy.deepcopy(settings)
+        double_rank(doubled)
+        model.peft_config[ADAPTER] = doubled
+        try:
+            super().export(model, subtract(weights, start), out)
+        finally:
+            model.peft_config[ADAPTER] = settings
 
 
 def _layer_problems(config: LoraKeys, model: nn.Module, targets: str | list[str]) -> list[Problem]:

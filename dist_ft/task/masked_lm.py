@@ -164,6 +164,7 @@ class MaskedLM:
         drawn = draw_masks(units, self.config.mlm_probability, (self.seed, sample.index, sample.draw))
         chosen = places[drawn.chosen]
         hidden = ids.copy()
+        assert self.facts.mask_id is not None, "prepare refuses a tokenizer without one"
         hidden[chosen[drawn.masked]] = self.facts.mask_id
         hidden[chosen[drawn.replaced]] = self.candidates[drawn.words[drawn.replaced] % len(self.candidates)]
         if not self.config.packing:

@@ -25,6 +25,7 @@ from dist_ft.loop import Run, fit
 from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import prepare
 from dist_ft.schema import RunConfig
+from dist_ft.state import CAUSAL_LM
 
 
 def hold_all(place: Place, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,8 +69,8 @@ def load_all(place: Place, configs: list[dict[str, Any]]) -> list[int]:
     for given in configs:
         config = RunConfig.model_validate(given)
         prepared = prepare(config)
-        attention = choose_attention(config, prepared.model_dir, torch.device("cpu"))
-        factory = model_factory(config, prepared.model_dir, attention, build_method(config))
+        attention = choose_attention(config, prepared.model_dir, torch.device("cpu"), CAUSAL_LM)
+        factory = model_factory(config, prepared.model_dir, attention, CAUSAL_LM, build_method(config))
         trim()
         resident = read_status("VmRSS")
         model = factory(place.is_main)
