@@ -69,6 +69,8 @@ def describe_sequence(sequence: Example, facts: Facts) -> str:
     length = f"{len(sequence['input_ids'])} tokens"
     if "label" in sequence:
         return f"{length}, {', '.join(facts.labels[number] for number in sequence['label']) or 'no label'}"
+    if "tags" in sequence:
+        return f"{length}, {' '.join(facts.labels[number] for number in sequence['tags'])}"
     supervised = sum(label != IGNORED_LABEL for label in sequence["labels"][1:])
     return f"{length}, {supervised} supervised"
 

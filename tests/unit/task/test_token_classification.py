@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,13 @@ from dist_ft.data.formats import detect, normalise
 from dist_ft.data.pack import in_groups
 from dist_ft.data.table import TableWriter, TokenTable
 from dist_ft.errors import RequestError
+from dist_ft.prepare import prepare
+from dist_ft.schema import RunConfig
 from dist_ft.schema_task import TokenClassificationConfig
 from dist_ft.state import Batch, Facts, Sample
 from dist_ft.task.entities import describe, measure
 from dist_ft.task.token_classification import TokenClassification
+from dist_ft.view import describe_sequence
 
 NAMES = ("O", "B-loc", "B-per", "I-loc", "I-per")
 ROWS: list[dict[str, Any]] = [
@@ -251,3 +255,43 @@ def test_rows_of_another_shape_are_refused(row: dict[str, Any], says: str) -> No
 def test_rows_with_nothing_to_learn_are_faults(row: dict[str, Any], cause: str, wordpiece: Any) -> None:
     with pytest.raises(RowFault, match=cause):
         build().encode(row, SimpleNamespace(tokenizer=wordpiece))
+
+
+def test_prepared_rows_are_counted_by_what_became_of_them(tiny_llama: Path, tmp_path: Path) -> None:
+    """From files to a table: `O` is 0, empty lists are left out and counted, long rows are cut."""
+    rows = [
+        {"tokens": ["my", "bill"], "ner_tags": ["B-x", "O"]},
+        {"tokens": [], "ner_tags": []},
+        {"tokens": ["القاهرة"] * 9, "ner_tags": ["A-y"] * 9},
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    keys = {"max_length": 16, "overlong": "truncate", "unsupervised": "drop"}
+    content: dict[str, Any] = {
+        "run_name": "t",
+        "output_dir": str(tmp_path / "run"),
+        "model": {"name_or_path": str(tiny_llama)},
+        "task": {"name": "token_classification", **keys},
+        "data": {"train": str(source), "validation": str(source), "cache_dir": str(tmp_path / "cache")},
+        "method": {"name": "full"},
+        "engine": {"name": "ddp"},
+        "optim": {},
+        "train": {"global_batch_size": 1, "per_device_train_batch_size": 1},
+        "track": {},
+        "launch": {"name": "local", "workers_per_node": 1},
+    }
+    prepared = prepare(RunConfig.model_validate(content))
+    assert prepared.facts.labels == ("O", "A-y", "B-x")
+    assert prepared.facts.label_counts == (1, 9, 1)
+    ledger = prepared.train.ledger
+    assert (ledger["rows_read"], ledger["rows_kept"]) == (3, 2)
+    assert ledger["dropped"]["it has no words"]["rows"] == 1
+    assert prepared.validation is not None
+    example = prepared.validation.open_table().example(1)
+    assert len(example["input_ids"]) == 16 and example["tags"].tolist() == [1] * 9
+    assert 0 < len(example["words"]) < 9
+
+
+def test_view_tells_the_words_tags() -> None:
+    sequence = {"input_ids": [5, 6, 7], "labels": [2, -100, 0], "tags": [2, 0], "words": [0, 1]}
+    assert describe_sequence(sequence, Facts(labels=NAMES)) == "3 tokens, B-per O"
