@@ -63,7 +63,8 @@ def render_card(
     is_adapter = not config.method.whole and not merged
     library = config.method.library if is_adapter else "transformers"
     kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
-    origin = f"{_indefinite(config.method.name)} {kind}, trained from `{config.model.name_or_path}`"
+    source = "scratch with the configuration of " if config.model.from_scratch else ""
+    origin = f"{_indefinite(config.method.name)} {kind}, trained from {source}`{config.model.name_or_path}`"
     origin += f" on the task `{config.task.name}`" + (f", checkpoint `{checkpoint}`" if checkpoint else "")
     sections = [
         _front_matter(plan, library),
@@ -107,7 +108,7 @@ def load_lines(base: str, library: str, architecture: Architecture) -> str:
 def _front_matter(plan: Plan, library: str) -> str:
     config = plan.config
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": PIPELINES[config.task.name]}
-    if is_hub_id(config.model.name_or_path):
+    if is_hub_id(config.model.name_or_path) and not config.model.from_scratch:
         values["base_model"] = config.model.name_or_path
     values["tags"] = ["dist-ft", config.task.name, config.method.name]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"

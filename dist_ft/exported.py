@@ -59,7 +59,14 @@ def name_base(config: ModelConfig, model_dir: str) -> str:
 def open_base(
     config: ModelConfig, model_dir: str, architecture: Architecture = CAUSAL_LM, **options: Any
 ) -> PreTrainedModel:
-    """The base model as transformers loads it, quantised as the run's was; a new head of it is not trained."""
+    """The base model as transformers loads it, quantised as the run's was; a new head of it is not trained.
+
+    Raises:
+        RequestError: the run began from scratch.
+    """
+    if config.from_scratch:
+        rule = "the run began from scratch, so there is no base model"
+        raise RequestError.of("model.from_scratch", rule, "ask for model=export, without baseline")
     options.setdefault("dtype", getattr(torch, config.dtype))
     model: PreTrainedModel = auto_class(architecture).from_pretrained(
         model_dir,

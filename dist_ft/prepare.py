@@ -189,7 +189,9 @@ def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts
     labels, counts, rows = find_labels(config, task.labels_of) if hasattr(config.task, "labels") else ((), (), 0)
     tokenizer = encoder().tokenizer
     around = tokenizer("a", return_special_tokens_mask=True)
-    inner = [place for place, special in enumerate(around["special_tokens_mask"]) if not special]
+    inner = [place for place, special in enumerate(around["special_tokens_mask"]) if not special] or [
+        len(around["input_ids"])
+    ]
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return Facts(
         labels=labels,

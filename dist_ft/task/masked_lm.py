@@ -161,6 +161,7 @@ class MaskedLM:
         # a number of its own for each word of the block; without whole_word every token is one
         groups = np.unique(np.stack([pieces, words])[:, places], axis=1, return_inverse=True)[1].reshape(-1)
         units = groups if self.config.whole_word else np.arange(len(places))
+        assert self.facts.mask_id is not None, "no row is encoded without one"
         drawn = draw_masks(units, self.config.mlm_probability, (self.seed, sample.index, sample.draw))
         chosen = places[drawn.chosen]
         hidden = ids.copy()
