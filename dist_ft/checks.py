@@ -11,8 +11,10 @@ import contextlib
 import itertools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +166,19 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
 
 
 def check_machine(config: RunConfig) -> list[Problem]:
-    """What is wrong with this machine's disk for the run: the folder cannot be written, or there is no room."""
+    """What this machine lacks for the run: a folder to write to, room, or a library that only some runs need."""
+    return [*_disk_problems(config), *_library_problems(config)]
+
+
+def _library_problems(config: RunConfig) -> Iterator[Problem]:
+    """A job whose own shell lines choose its Python knows itself what is there."""
+    scheme = config.model.quantization or "none"
+    if scheme != "none" and not getattr(config.launch, "setup", None) and find_spec("bitsandbytes") is None:
+        rule = f"{scheme} needs the package bitsandbytes, which is not installed in {sys.executable}"
+        yield Problem("model.quantization", rule, "pip install bitsandbytes, or set model.quantization=none")
+
+
+def _disk_problems(config: RunConfig) -> list[Problem]:
     folder = Path(config.output_dir)
     while not folder.exists():
         folder = folder.parent
@@ -236,6 +250,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if quantization != "none" and getattr(method, "use_dora", False):
         rule = "DoRA needs the norms of whole weights, which a quantised base does not hold"
         yield Problem(_where("method.use_dora", origins), rule, "set method.use_dora=false")
+    if quantization != "none" and getattr(method, "moves_base", False):
+        rule = f"{method.init_lora_weights} changes the base, and what it leaves would have to be quantised anew"
+        yield Problem(_where("method.init_lora_weights", origins), rule, "remove it, or set model.quantization=none")
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
         yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")
