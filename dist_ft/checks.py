@@ -7,12 +7,13 @@ existing run. Nothing is silently ignored: a key that the user set and that noth
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from .data.rows import read_rows
 from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
-from .pretrained import is_hub_id, is_known_dense, model_problems, weight_bytes
-from .schema import LocalConfig, RunConfig
+from .pretrained import is_known_dense, model_problems, weight_bytes
+from .read_when import READ_WHEN, sources
+from .schema import RunConfig
 
 MIB = 2**20
 LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
@@ -50,113 +52,6 @@ MAY_CHANGE = {
 }
 
 
-@dataclass(frozen=True)
-class ReadWhen:
-    """A key that is read only under a condition, and what the user can do where it is not."""
-
-    key: str
-    reads: Callable[[RunConfig], bool]
-    otherwise: str  # the end of "nothing reads it: …"
-    way_out: str
-
-
-def _packs(config: RunConfig) -> bool:
-    return config.task.name in ("causal_lm", "masked_lm") and config.task.packs
-
-
-def _hub_data(config: RunConfig) -> bool:
-    for _, source in sources(config):
-        with contextlib.suppress(DistFtError):  # a source that names nothing is a problem of its own
-            if any(isinstance(found, HubSet) for found in resolve(source)):
-                return True
-    return False
-
-
-NO_VALIDATION = "there is no validation data"
-GIVE_VALIDATION = "set data.validation, or remove it"
-NO_TRACKING = "track.wandb=off"
-TRACK = "set track.wandb=auto, or remove it"
-
-READ_WHEN = [
-    ReadWhen(
-        "model.revision",
-        lambda c: is_hub_id(c.model.name_or_path),
-        "the model does not come from the hub",
-        "remove it, or name a hub id",
-    ),
-    ReadWhen(
-        "task.overlong",
-        lambda c: not _packs(c) or c.data.format == "tokens",
-        "packing cuts documents into blocks, so none is too long",
-        "remove it, or set task.packing=false",
-    ),
-    ReadWhen(
-        "task.chat_template",
-        lambda c: c.data.format != "tokens",
-        "rows of tokens are used as they are",
-        "remove it, or give rows of text",
-    ),
-    ReadWhen(
-        "method.prompt_tuning_init_text",
-        lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
-        "the prompt starts at random",
-        "set method.prompt_tuning_init=TEXT, or remove it",
-    ),
-    ReadWhen(
-        "method.tokenizer_name_or_path",
-        lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
-        "there is no text to read",
-        "set method.prompt_tuning_init=TEXT, or remove it",
-    ),
-    ReadWhen(
-        "method.encoder_hidden_size",
-        lambda c: getattr(c.method, "prefix_projection", True),
-        "without method.prefix_projection there is no network",
-        "set method.prefix_projection=true, or remove it",
-    ),
-    ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
-    ReadWhen("train.eval_steps", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
-    ReadWhen("train.per_device_eval_batch_size", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
-    ReadWhen("train.early_stopping_patience", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
-    ReadWhen(
-        "train.early_stopping_patience",
-        lambda c: not c.data.validation or c.train.eval_steps is not None,
-        "without train.eval_steps no evaluation comes before the end",
-        "set train.eval_steps, or remove it",
-    ),
-    ReadWhen(
-        "train.load_best_model_at_end",
-        lambda c: not c.train.load_best_model_at_end or bool(c.data.validation and c.train.eval_steps),
-        "without train.eval_steps and data.validation only the last step is evaluated",
-        "set both, or remove it",
-    ),
-    ReadWhen(
-        "train.metric_for_best_model",
-        lambda c: bool(
-            c.data.validation
-            and (c.train.load_best_model_at_end or c.train.early_stopping_patience or c.train.save_steps)
-        ),
-        "nothing asks which step was the best",
-        "set train.load_best_model_at_end=true or train.early_stopping_patience, or remove it",
-    ),
-    ReadWhen(
-        "train.save_total_limit",
-        lambda c: c.train.save_steps is not None,
-        "without train.save_steps only the last step is saved",
-        "set train.save_steps, or remove it",
-    ),
-    ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
-    ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
-    ReadWhen("track.tags", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
-    ReadWhen(
-        "launch.port",
-        lambda c: not (isinstance(c.launch, LocalConfig) and c.launch.workers_per_node == 1),
-        "a single worker has no one to meet",
-        "remove it, or set launch.workers_per_node=2",
-    ),
-]
-
-
 def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ()) -> list[Problem]:
     """Every problem of a valid configuration; empty if there is none.
 
@@ -179,7 +74,19 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
 
 
 def check_machine(config: RunConfig) -> list[Problem]:
-    """What is wrong with this machine's disk for the run: the folder cannot be written, or there is no room."""
+    """What this machine lacks for the run: a folder to write to, room, or a library that only some runs need."""
+    return [*_disk_problems(config), *_library_problems(config)]
+
+
+def _library_problems(config: RunConfig) -> Iterator[Problem]:
+    """A job whose own shell lines choose its Python knows itself what is there."""
+    scheme = config.model.quantization or "none"
+    if scheme != "none" and not getattr(config.launch, "setup", None) and find_spec("bitsandbytes") is None:
+        rule = f"{scheme} needs the package bitsandbytes, which is not installed in {sys.executable}"
+        yield Problem("model.quantization", rule, "pip install bitsandbytes, or set model.quantization=none")
+
+
+def _disk_problems(config: RunConfig) -> list[Problem]:
     folder = Path(config.output_dir)
     while not folder.exists():
         folder = folder.parent
@@ -194,14 +101,6 @@ def check_machine(config: RunConfig) -> list[Problem]:
         rule = f"{free // MIB} MiB are free in {folder}; the run needs some {needed // MIB} MiB"
         return [Problem("output_dir", rule, "make room, or set output_dir to a larger disk")]
     return []
-
-
-def sources(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every source of data with its key."""
-    for key in ("train", "validation", "test"):
-        value = getattr(config.data, key)
-        for source in [value] if isinstance(value, str) else value or []:
-            yield f"data.{key}", source
 
 
 def _unread_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
@@ -254,6 +153,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if quantization != "none" and getattr(method, "use_dora", False):
         rule = "DoRA needs the norms of whole weights, which a quantised base does not hold"
         yield Problem(_where("method.use_dora", origins), rule, "set method.use_dora=false")
+    if quantization != "none" and getattr(method, "moves_base", False):
+        rule = f"{getattr(method, 'init_lora_weights', None)} changes the base, and what it leaves would have to be quantised anew"
+        yield Problem(_where("method.init_lora_weights", origins), rule, "remove it, or set model.quantization=none")
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
         yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")

@@ -40,14 +40,15 @@ def build_adamw(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     **options: Any,
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters; vectors (biases, norms, magnitudes) are not decayed.
+    """AdamW over named parameters; what scales or shifts single features is not decayed.
 
-    Each group carries its `lr_scale`: engines set the group's rate to the step's rate times this.
+    These are vectors (biases, norms, DoRA's magnitudes) and matrices with one row or one column ((IA)^3's factors,
+    which start at one, and LoRA's of rank 1). Each group carries its `lr_scale`: engines set the group's rate to the
+    step's rate times this.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        # Engines may have flattened or sharded it already; `ndim` of the tensor itself still tells a vector.
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        decay = config.weight_decay if sum(size > 1 for size in parameter.shape) > 1 else 0.0
         groups.setdefault((decay, lr_scale(name)), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": held, "weight_decay": decay, "lr_scale": scale} for (decay, scale), held in groups.items()],

@@ -131,7 +131,7 @@ class OptimConfig(Strict):
 
     name: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Not of vectors, nor of (IA)^3's factors.")
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"

@@ -15,7 +15,7 @@ from .finding import Finding, note, ok, problem
 SELF = "dist-ft"
 # What every run imports; a run of another engine or without W&B goes without the others.
 NEEDED = ("torch", "transformers", "peft", "pydantic", "hydra-core", "numpy", "safetensors", "rich")
-USUAL = ("deepspeed", "datasets", "wandb", "accelerate", "tokenizers", "pyarrow", "gguf")
+USUAL = ("deepspeed", "datasets", "wandb", "accelerate", "tokenizers", "pyarrow", "gguf", "bitsandbytes")
 
 
 def check_versions() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ..model.structure import find_buffers
 from ..schema_method import MethodChoice
 from ..state import Weights
+from .shards import write_model
 
 
 class Full:
@@ -31,8 +33,7 @@ class Full:
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
         """Write a model folder; `weights` are consumed one by one, `model` gives configuration and names."""
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
-        model.save_pretrained(out, state_dict=state | self.buffers)  # type: ignore[operator]  # shards by itself
+        write_model(model, itertools.chain(weights, self.buffers.items()), out)
 
 
 def train_head(model: nn.Module) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from dist_ft import checks
-from dist_ft.checks import MAY_CHANGE, READ_WHEN, check, check_machine
+from dist_ft.checks import MAY_CHANGE, check, check_machine
 from dist_ft.launch.compose import compose
 from dist_ft.plan import make_plan, write_plan
+from dist_ft.read_when import READ_WHEN
 from dist_ft.schema import RunConfig
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
@@ -277,6 +278,7 @@ def test_disk(tmp_path, monkeypatch):
         (["method=ia3", "model.quantization=int8"], "proven over whole weights"),
         (["method=qlora", "model.quantization=none"], "none was asked for"),
         (["method=qlora", "method.use_dora=true"], "DoRA needs the norms"),
+        (["method=qlora", "method.init_lora_weights=pissa"], "pissa changes the base"),
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_refused(words: list[str], rule: str) -> None:
@@ -288,6 +290,18 @@ def test_qlora_means_nf4_unless_told_otherwise() -> None:
     assert compose(["method=qlora"]).config.model.quantization == "nf4"
     assert compose(["method=qlora", "model.quantization=int8"]).config.model.quantization == "int8"
     assert compose(["method=lora"]).config.model.quantization == "none"
+
+
+def test_a_missing_library_is_told_before_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(*words: str) -> list[str]:
+        return [problem.where for problem in check_machine(compose(["track=off", *words]).config)]
+
+    slurm = ["method=qlora", "launch=slurm", "launch.workers_per_node=1"]
+    assert told("method=qlora") == []
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    assert told("method=qlora") == told("method=lora", "model.quantization=int8") == ["model.quantization"]
+    assert told(*slurm) == ["model.quantization"] and told(*slurm, "launch.setup=['module load ours']") == []
+    assert told("method=lora") == []
 
 
 def test_keys_for_experts_need_experts(tmp_path):

@@ -1,0 +1,127 @@
+"""Keys that are read only under a condition: one that was set where nothing reads it is an error (checks.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .data.sources import HubSet, resolve
+from .errors import DistFtError
+from .pretrained import is_hub_id
+from .schema import LocalConfig, RunConfig
+
+
+def sources(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every source of data with its key."""
+    for key in ("train", "validation", "test"):
+        value = getattr(config.data, key)
+        for source in [value] if isinstance(value, str) else value or []:
+            yield f"data.{key}", source
+
+
+@dataclass(frozen=True)
+class ReadWhen:
+    """A key that is read only under a condition, and what the user can do where it is not."""
+
+    key: str
+    reads: Callable[[RunConfig], bool]
+    otherwise: str  # the end of "nothing reads it: …"
+    way_out: str
+
+
+def _packs(config: RunConfig) -> bool:
+    return config.task.name in ("causal_lm", "masked_lm") and config.task.packs
+
+
+def _hub_data(config: RunConfig) -> bool:
+    for _, source in sources(config):
+        with contextlib.suppress(DistFtError):  # a source that names nothing is a problem of its own
+            if any(isinstance(found, HubSet) for found in resolve(source)):
+                return True
+    return False
+
+
+NO_VALIDATION = "there is no validation data"
+GIVE_VALIDATION = "set data.validation, or remove it"
+NO_TRACKING = "track.wandb=off"
+TRACK = "set track.wandb=auto, or remove it"
+
+READ_WHEN = [
+    ReadWhen(
+        "model.revision",
+        lambda c: is_hub_id(c.model.name_or_path),
+        "the model does not come from the hub",
+        "remove it, or name a hub id",
+    ),
+    ReadWhen(
+        "task.overlong",
+        lambda c: not _packs(c) or c.data.format == "tokens",
+        "packing cuts documents into blocks, so none is too long",
+        "remove it, or set task.packing=false",
+    ),
+    ReadWhen(
+        "task.chat_template",
+        lambda c: c.data.format != "tokens",
+        "rows of tokens are used as they are",
+        "remove it, or give rows of text",
+    ),
+    ReadWhen(
+        "method.prompt_tuning_init_text",
+        lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
+        "the prompt starts at random",
+        "set method.prompt_tuning_init=TEXT, or remove it",
+    ),
+    ReadWhen(
+        "method.tokenizer_name_or_path",
+        lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
+        "there is no text to read",
+        "set method.prompt_tuning_init=TEXT, or remove it",
+    ),
+    ReadWhen(
+        "method.encoder_hidden_size",
+        lambda c: getattr(c.method, "prefix_projection", True),
+        "without method.prefix_projection there is no network",
+        "set method.prefix_projection=true, or remove it",
+    ),
+    ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
+    ReadWhen("train.eval_steps", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen("train.per_device_eval_batch_size", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen("train.early_stopping_patience", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen(
+        "train.early_stopping_patience",
+        lambda c: not c.data.validation or c.train.eval_steps is not None,
+        "without train.eval_steps no evaluation comes before the end",
+        "set train.eval_steps, or remove it",
+    ),
+    ReadWhen(
+        "train.load_best_model_at_end",
+        lambda c: not c.train.load_best_model_at_end or bool(c.data.validation and c.train.eval_steps),
+        "without train.eval_steps and data.validation only the last step is evaluated",
+        "set both, or remove it",
+    ),
+    ReadWhen(
+        "train.metric_for_best_model",
+        lambda c: bool(
+            c.data.validation
+            and (c.train.load_best_model_at_end or c.train.early_stopping_patience or c.train.save_steps)
+        ),
+        "nothing asks which step was the best",
+        "set train.load_best_model_at_end=true or train.early_stopping_patience, or remove it",
+    ),
+    ReadWhen(
+        "train.save_total_limit",
+        lambda c: c.train.save_steps is not None,
+        "without train.save_steps only the last step is saved",
+        "set train.save_steps, or remove it",
+    ),
+    ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen("track.tags", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen(
+        "launch.port",
+        lambda c: not (isinstance(c.launch, LocalConfig) and c.launch.workers_per_node == 1),
+        "a single worker has no one to meet",
+        "remove it, or set launch.workers_per_node=2",
+    ),
+]

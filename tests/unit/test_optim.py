@@ -1,0 +1,44 @@
+"""What is decayed: matrices, and nothing that scales or shifts single features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from transformers import Trainer
+
+from dist_ft.families import METHODS
+from dist_ft.optim import build_adamw
+from dist_ft.schema import MethodConfig, OptimConfig
+from tests.unit.method.test_methods import llama
+
+
+def decayed(settings: dict[str, Any], build: Any = llama) -> tuple[set[str], set[str], Any]:
+    """Names of what a step without gradients shrinks, of all that learns, and the model."""
+    config = TypeAdapter(MethodConfig).validate_python(settings)
+    model = METHODS[config.name](config).apply(build())
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in learned.values():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    build_adamw(OptimConfig(learning_rate=0.1, weight_decay=0.5), learned.items()).step()
+    shrunk = {name for name, p in learned.items() if not torch.equal(p.data, torch.ones_like(p))}
+    return shrunk, set(learned), model
+
+
+@pytest.mark.parametrize("settings", [{"name": "ia3"}, {"name": "ln_tuning"}, {"name": "lora", "r": 1}], ids=str)
+def test_nothing_of_single_features_decays(settings: dict[str, Any]) -> None:
+    shrunk, learned, _ = decayed(settings)
+    assert learned and not shrunk
+
+
+def test_of_a_whole_model_decays_what_transformers_would() -> None:
+    shrunk, learned, model = decayed({"name": "full"})
+    assert shrunk == set(Trainer.get_decay_parameter_names(None, model)) < learned  # type: ignore[arg-type]
+
+
+def test_low_rank_matrices_decay_and_magnitudes_do_not() -> None:
+    shrunk, learned, _ = decayed({"name": "lora", "r": 2, "use_dora": True})
+    assert {name for name in learned if "magnitude" in name} == learned - shrunk and shrunk
