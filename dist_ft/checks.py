@@ -154,7 +154,8 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
         rule = "DoRA needs the norms of whole weights, which a quantised base does not hold"
         yield Problem(_where("method.use_dora", origins), rule, "set method.use_dora=false")
     if quantization != "none" and getattr(method, "moves_base", False):
-        rule = f"{getattr(method, 'init_lora_weights', None)} changes the base, and what it leaves would have to be quantised anew"
+        start = getattr(method, "init_lora_weights", None)
+        rule = f"{start} changes the base, and what it leaves would have to be quantised anew"
         yield Problem(_where("method.init_lora_weights", origins), rule, "remove it, or set model.quantization=none")
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
