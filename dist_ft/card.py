@@ -22,6 +22,7 @@ PIPELINES = {  # the hub's names of tasks
     "causal_lm": "text-generation",
     "instruction": "text-generation",
     "sequence_classification": "text-classification",
+    "seq2seq": "text2text-generation",
 }
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")

@@ -44,7 +44,9 @@ class ModelConfig(Strict):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Read it first.")
 
 
-DataFormat = Literal["auto", "text", "prompt_completion", "messages", "sharegpt", "alpaca", "labelled", "tokens"]
+DataFormat = Literal[
+    "auto", "text", "prompt_completion", "messages", "sharegpt", "alpaca", "labelled", "source_target", "tokens"
+]
 
 
 class DataConfig(Strict):
