@@ -24,6 +24,7 @@ PIPELINES = {  # the hub's names of tasks
     "masked_lm": "fill-mask",
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
+    "seq2seq": "text2text-generation",
 }
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")

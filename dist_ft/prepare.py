@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from .state import Facts, Row, Sample
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
 from .task.masked_lm import MaskedLM
+from .task.seq2seq import Seq2Seq
 from .task.sequence_classification import SequenceClassification
 from .task.token_classification import TokenClassification
 
@@ -46,6 +47,7 @@ TASKS: dict[str, Any] = {
     "masked_lm": MaskedLM,
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
+    "seq2seq": Seq2Seq,
 }
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -76,7 +78,9 @@ class Split:
     def read_rows(self) -> list[Row]:
         """What the task keeps of each row as it was (state.Layout.kept); nothing of a training split."""
         path = Path(self.table) / ROWS
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+        )
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ class Prepared:
 
     @property
     def facts(self) -> Facts:
-        """What the task knows of the data."""
-        return Facts.of(self.train.ledger["facts"])
+        """What the task knows of the data; what is of model and tokenizer is not cached with the data."""
+        kept = Facts.of(self.train.ledger["facts"])
+        return replace(kept, decoder_start_id=_decoder_start(Path(self.model_dir)), tokenizer_dir=self.tokenizer_dir)
 
 
 def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
@@ -259,6 +264,16 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     if isinstance(vocabulary, list):  # unigram models list (token, score)
         return {token: number for number, (token, *_) in enumerate(vocabulary)}
     return dict(vocabulary)
+
+
+def _decoder_start(folder: Path) -> int:
+    """Of encoder-decoders; 0, which nothing reads, of other models."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    found = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
+    return next((number for number in found if isinstance(number, int)), 0)
 
 
 def _vocabulary_size(folder: Path) -> int | None:

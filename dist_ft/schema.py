@@ -48,7 +48,16 @@ class ModelConfig(Strict):
 
 
 DataFormat = Literal[
-    "auto", "text", "prompt_completion", "messages", "sharegpt", "alpaca", "labelled", "tagged", "tokens"
+    "auto",
+    "text",
+    "prompt_completion",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "labelled",
+    "tagged",
+    "source_target",
+    "tokens",
 ]
 
 

@@ -87,7 +87,31 @@ class TokenClassificationConfig(TaskChoice):
     label_smoothing: Share = Field(0.0, description="Share of the target that all labels divide among them.")
 
 
+class Seq2SeqConfig(TaskChoice):
+    """A text from a text, on an encoder-decoder."""
+
+    name: Literal["seq2seq"]
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Most tokens of a source.")
+    max_target_length: Annotated[int, Field(ge=2)] = Field(128, description="Most tokens of a target.")
+    overlong: Overlong = Field("error", description="A row with a longer source or target.")
+    unsupervised: Unsupervised = Field("error", description="A row without a source or without a target.")
+    source_prefix: str = Field("", description="Put before every source, such as `summarize: `.")
+    metrics: list[Literal["rouge", "bleu", "chrf", "exact_match"]] = Field(
+        default_factory=list, description="Of texts generated in evaluation; none: loss only, nothing is generated."
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Most tokens generated in evaluation; max_target_length if not given."
+    )
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    label_smoothing: Share = Field(0.0, description="Share of the target that all tokens divide among them.")
+
+
 TaskConfig = Annotated[
-    CausalLMConfig | InstructionConfig | MaskedLMConfig | SequenceClassificationConfig | TokenClassificationConfig,
+    CausalLMConfig
+    | InstructionConfig
+    | MaskedLMConfig
+    | SequenceClassificationConfig
+    | TokenClassificationConfig
+    | Seq2SeqConfig,
     Field(discriminator="name"),
 ]

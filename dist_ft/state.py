@@ -37,6 +37,8 @@ class Facts:
     has_token_types: bool = False  # whether the tokenizer tells the texts of a pair apart by token_type_ids
     vocabulary: int = 0  # token ids are below
     rows: int = 0  # of the training split
+    decoder_start_id: int = 0  # what an encoder-decoder's decoder reads first
+    tokenizer_dir: str = ""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Facts:

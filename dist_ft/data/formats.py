@@ -7,9 +7,11 @@
 | `{"prompt": str, "completion": str}` | prompt_completion of plain strings, which no chat template touches |
 | `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
+| `{"source": str, "target": str, "references": [str]}` | source_target |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools`, `context`, `text_pair` and `label_text` may be missing; the first `context` messages carry no loss.
+`tools`, `context`, `text_pair`, `references` and `label_text` may be missing; the first `context` messages carry no
+loss.
 """
 
 from __future__ import annotations
@@ -185,6 +187,15 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": _string(row, "prompt"), "completion": _string(row, "completion")}
 
 
+def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
+    canonical: dict[str, Any] = {"source": _string(row, "source"), "target": _string(row, "target")}
+    if (references := row.get("references")) is not None:
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+            raise RowShape("references must be a list of texts")
+        canonical["references"] = references
+    return canonical
+
+
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     ids, labels = row["input_ids"], row["labels"]
     for name, values in (("input_ids", ids), ("labels", labels)):
@@ -255,7 +266,7 @@ FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),
     "messages": Format(("messages",), ("tools",), _messages, ("instruction",)),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt, ("instruction",)),
-    "prompt_completion": Format(("prompt", "completion"), ("tools",), _prompt_completion, ("instruction",)),
+    "prompt_completion": Format(("prompt", "completion"), ("tools",), _prompt_completion, ("instruction", "seq2seq")),
     "alpaca": Format(
         ("instruction", "output|response"), ("input", "context", "system", "history"), _alpaca, ("instruction",)
     ),
@@ -263,5 +274,6 @@ FORMATS: dict[str, Format] = {
         ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
     ),
     "tagged": Format(("tokens", "|".join(TAGS)), (), _tagged, ("token_classification",)),
+    "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

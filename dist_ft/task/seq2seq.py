@@ -1,0 +1,189 @@
+"""Texts from texts on encoder-decoder models: translation, summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from ..data.faults import EMPTY_TEXT, RowFault
+from ..schema_task import Seq2SeqConfig
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Seq2Seq:
+    """The task `seq2seq`: a row is two sequences of the table, its source and its target.
+
+    Args:
+        config: the task's keys.
+        facts: of the data and model: padding, the decoder's first token, the tokenizer's folder.
+        padding_free: not possible here.
+    """
+
+    uses_facts: ClassVar[bool] = True
+
+    def __init__(self, config: Seq2SeqConfig, facts: Facts, *, padding_free: bool = False) -> None:
+        self.config = config
+        self.facts = facts
+
+    @staticmethod
+    def architecture(config: Seq2SeqConfig, facts: Facts) -> Architecture:
+        """An encoder-decoder with the head that it has."""
+        return Architecture("AutoModelForSeq2SeqLM", {})
+
+    @staticmethod
+    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
+        """None: tokens are what is predicted."""
+        return ()
+
+    @property
+    def layout(self) -> Layout:
+        """Two sequences a row, each with a limit of its own."""
+        limits = {"max_length": self.config.max_length, "max_target_length": self.config.max_target_length}
+        return Layout(
+            limits, ("input_ids",), sequences=2, kept=("source", "target", "references", "prompt", "completion")
+        )
+
+    def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
+        """Source with its prefix, and target; both as the tokenizer ends them, the target always in EOS.
+
+        Raises:
+            RowFault: either is empty.
+        """
+        return self._encode(row, tokenizer.tokenizer, None)
+
+    def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
+        """Each at most as long as its limit, special tokens (EOS) included."""
+        return self._encode(row, tokenizer.tokenizer, (self.config.max_length, self.config.max_target_length))
+
+    def count_targets(self, table: Any, samples: Any) -> np.ndarray:
+        """[samples]: tokens of the target, EOS included."""
+        lengths = table.lengths
+        return np.asarray([lengths[samples[i][1][0]] for i in range(len(samples))], dtype=np.int64)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Padded sources [B, S] and decoder inputs [B, T]; a target's position is its place in [B * T]."""
+        import torch
+
+        from .padded import pad_inputs, pad_rows
+
+        assert all(len(sample.segments) == 2 for sample in samples)
+        inputs = pad_inputs([sample.segments[0] for sample in samples], replace(self.facts, has_token_types=False))
+        labels = [np.asarray(sample.segments[1]["input_ids"]) for sample in samples]
+        # The decoder reads what stands before each target; it begins with a token of the model's configuration.
+        shifted = [np.concatenate([[self.facts.decoder_start_id], ids[:-1]]) for ids in labels]
+        inputs["decoder_input_ids"] = pad_rows(shifted, self.facts.pad_id)
+        width = inputs["decoder_input_ids"].shape[1]
+        return Batch(
+            inputs,
+            torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            torch.cat([torch.arange(len(ids)) + i * width for i, ids in enumerate(labels)]),
+            torch.cat([torch.full((len(ids),), i) for i, ids in enumerate(labels)]),
+            int(inputs["attention_mask"].sum()) + sum(len(ids) for ids in labels),
+            tuple(sample.index for sample in samples),
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Sum of cross-entropies over the targets' tokens."""
+        return self._loss(self._logits(model, batch), batch)
+
+    def score(self, model: nn.Module, batch: Batch) -> LossSum:
+        """The loss, how many tokens are right, and each row's text if metrics want it."""
+        logits = self._logits(model, batch)
+        right = (logits.argmax(dim=-1) == batch.targets).sum()
+        found = self._loss(logits, batch)
+        predictions = self._generate(model, batch) if self.config.metrics else []
+        return replace(found, counts={"right": right}, predictions=predictions)
+
+    def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
+        """loss, perplexity, token_accuracy, and those of `task.metrics`; see text_scores.py."""
+        from math import exp
+
+        from .text_scores import measure
+
+        loss, weight = float(totals.loss) / float(totals.weight), float(totals.weight)
+        accuracy = float(totals.counts["right"]) / weight
+        found = {"loss": loss, "perplexity": exp(min(loss, 700)), "token_accuracy": accuracy}
+        if not self.config.metrics:
+            return found
+        kept = [rows[prediction["origin"]] for prediction in totals.predictions]
+        references = [row.get("references") or [_texts(row)[1]] for row in kept]
+        return found | measure([p["prediction"] for p in totals.predictions], references, self.config.metrics)
+
+    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
+        """Nothing further."""
+        return {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What turns generated tokens into text."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.facts.tokenizer_dir)
+
+    def _encode(self, row: Row, tokenizer: Any, limits: tuple[int, int] | None) -> Sequence[Example]:
+        source, target = _texts(row)
+        if not source.strip() or not target.strip():
+            raise RowFault(EMPTY_TEXT, "leave such rows out")
+        cut = [{"truncation": True, "max_length": limit} for limit in limits] if limits else [{}, {}]
+        options = {"return_attention_mask": False, "verbose": False}
+        ids = list(tokenizer(self.config.source_prefix + source, **options, **cut[0])["input_ids"])
+        labels = list(tokenizer(text_target=target, **options, **cut[1])["input_ids"])
+        eos = tokenizer.eos_token_id
+        if eos is not None and labels[-1:] != [eos]:
+            labels = [*(labels[: limits[1] - 1] if limits else labels), eos]
+        return [{"input_ids": ids}, {"input_ids": labels}]
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[n, vocabulary] float32."""
+        logits: Tensor = model(**batch.inputs).logits
+        return logits.flatten(0, 1)[batch.positions].float()
+
+    def _loss(self, logits: Tensor, batch: Batch) -> LossSum:
+        from torch.nn import functional
+
+        smoothing = self.config.label_smoothing
+        loss = functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=smoothing)
+        return LossSum(loss, loss.new_tensor(batch.loss_weight))
+
+    def _generate(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
+        import torch
+        from torch import distributed
+
+        whole: Any = model if hasattr(model, "generate") else model.module
+        # Where weights are sharded, a rank that is done must go on until all are.
+        synced = distributed.is_initialized() and distributed.get_world_size() > 1
+        with torch.no_grad():
+            ids = whole.generate(
+                input_ids=batch.inputs["input_ids"],
+                attention_mask=batch.inputs["attention_mask"],
+                max_new_tokens=self.config.max_new_tokens or self.config.max_target_length,
+                num_beams=self.config.num_beams,
+                do_sample=False,
+                synced_gpus=synced,
+            )
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        labels = [batch.targets[batch.documents == i] for i in range(len(batch.samples))]
+        given = [self.tokenizer.decode(label.tolist(), skip_special_tokens=True) for label in labels]
+        # Evaluation neither packs nor leaves out rows, so that a sample's number is its line of the kept rows.
+        return [
+            {"sample": sample, "origin": sample, "prediction": text.strip(), "label": label.strip()}
+            for sample, text, label in zip(batch.samples, texts, given, strict=False)
+        ]
+
+
+def _texts(row: Row) -> tuple[str, str]:
+    """Source and target of either format.
+
+    Raises:
+        RowFault: the row is of messages.
+    """
+    if "messages" in row:
+        raise RowFault("prompt and completion are lists of messages", "give both as text")
+    return (row["source"], row["target"]) if "source" in row else (row["prompt"], row["completion"])
