@@ -141,6 +141,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if config.model.from_scratch and method.name != "full":
         rule = f"method={method.name} leaves weights as they were drawn at random, and those know nothing"
         yield Problem(_where("model.from_scratch", origins), rule, "choose method=full, or set it to false")
+    if getattr(config.task, "new_head", False) and not method.whole:
+        rule = f"the head shares its weights with the embeddings, which method={method.name} cannot store"
+        yield Problem(_where("task.new_head", origins), rule, "choose method=full, or a folder that has a head")
     quantization = config.model.quantization or "none"
     if method.name == "qlora" and quantization == "none":
         rule = "method=qlora is LoRA over a quantised base, and none was asked for"

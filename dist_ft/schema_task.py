@@ -52,9 +52,7 @@ class MaskedLMConfig(TaskChoice):
     overlong: Overlong = Field("error", description="Without packing: what to do with a text longer than max_length.")
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="Share of tokens to predict.")
     whole_word: bool = Field(False, description="Choose words, with all their tokens, and not single tokens.")
-    new_head: bool = Field(
-        False, description="The head begins anew and learns under every method; for a folder that has none."
-    )
+    new_head: bool = Field(False, description="The head begins anew; for a folder that has none. Not with adapters.")
 
 
 class SequenceClassificationConfig(TaskChoice):

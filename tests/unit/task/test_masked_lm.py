@@ -268,6 +268,13 @@ def test_from_scratch_begins_from_the_seed_alone(name: str, bert: Path, tiny_lla
     assert one.get_output_embeddings().weight is embeddings or not one.config.tie_word_embeddings
 
 
+def test_an_adapter_cannot_hold_a_new_head(bert: Path, tmp_path: Path) -> None:
+    config = make_config(bert, tmp_path, TEXTS[:5], task={"new_head": True}, method={"name": "lora"})
+    (problem,) = check(config)
+    assert problem.where == "task.new_head"
+    assert check(make_config(bert, tmp_path, TEXTS[:5], task={"new_head": True})) == []
+
+
 def test_from_scratch_leaves_nothing_frozen(bert: Path, tmp_path: Path) -> None:
     config = make_config(bert, tmp_path, TEXTS[:5], model={"from_scratch": True}, method={"name": "lora"})
     (problem,) = check(config)
