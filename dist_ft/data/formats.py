@@ -9,7 +9,8 @@
 | `{"source": str, "target": str, "references": [str]}` | source_target |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools`, `context`, `text_pair`, `references` and `label_text` may be missing; the first `context` messages carry no loss.
+`tools`, `context`, `text_pair`, `references` and `label_text` may be missing; the first `context` messages carry no
+loss.
 """
 
 from __future__ import annotations
