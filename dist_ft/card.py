@@ -14,6 +14,7 @@ from .exported import name_base
 from .plan import Plan
 from .prepare import Prepared, Split
 from .pretrained import is_hub_id
+from .schema import ModelConfig
 from .track.jsonl import METRICS_FILE, read_evaluations
 
 LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
@@ -53,13 +54,14 @@ def render_card(
     base = name_base(config.model, prepared.model_dir)
     is_adapter = not config.method.whole and not merged
     library = config.method.library if is_adapter else "transformers"
+    is_quantised = is_adapter and config.model.quantization not in (None, "none")
     kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
     origin = f"{_indefinite(config.method.name)} {kind}, trained from `{config.model.name_or_path}`"
     origin += f" on the task `{config.task.name}`" + (f", checkpoint `{checkpoint}`" if checkpoint else "")
     sections = [
         _front_matter(plan, library),
         f"# {config.run_name}\n\n{origin}.",
-        f"## Load\n\n```python\n{load_lines(base, library)}\n```",
+        "## Load\n\n" + (_load_quantised(config.model, base) if is_quantised else _python(load_lines(base, library))),
         "## Data\n\n" + _table(DATA_COLUMNS, _data_rows(plan, prepared)),
     ]
     if rows := list(_metric_rows(before, after)):
@@ -91,6 +93,57 @@ def load_lines(base: str, library: str) -> str:
         f'model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), ".")\n'
         'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
     )
+
+
+def load_lines_bitsandbytes(base: str, scheme: str, dtype: str) -> str:
+    """Lines that load an adapter over its base in `nf4` or `int8` with transformers, bitsandbytes and peft."""
+    settings = (
+        "load_in_8bit=True"
+        if scheme == "int8"
+        else 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
+        f"    bnb_4bit_compute_dtype=torch.{dtype}"
+    )
+    return (
+        "import peft, torch, transformers\n"
+        f"quantization = transformers.BitsAndBytesConfig(\n    {settings},\n)\n"
+        "base = transformers.AutoModelForCausalLM.from_pretrained(\n"
+        f"    {base!r}, dtype=torch.{dtype}, quantization_config=quantization\n)\n"
+        'model = peft.PeftModel.from_pretrained(base, ".")\n'
+        'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
+    )
+
+
+def load_lines_as_trained(base: str, scheme: str, dtype: str) -> str:
+    """Lines that put the base into the very bits of training, by this package."""
+    return (
+        "import peft, torch, transformers\n"
+        "from dist_ft.model.quantize import quantize\n"
+        f"base = transformers.AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.{dtype})\n"
+        f"quantize(base, {scheme!r}, torch.{dtype}, weights=True)\n"
+        'model = peft.PeftModel.from_pretrained(base, ".")\n'
+        'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
+    )
+
+
+def _load_quantised(model: ModelConfig, base: str) -> str:
+    """How to load an adapter that learned to make up for a quantised base's errors."""
+    scheme, dtype = str(model.quantization), model.dtype
+    bits = 8 if scheme == "int8" else 4
+    other = [
+        "bitsandbytes also rounds what goes into the layers to 8 bits, which training did not."
+        if bits == 8
+        else "The bits of linear layers are the same; on a CPU bitsandbytes computes with them in bfloat16.",
+        "It leaves a mixture's fused experts as they are; in training they were packed too.",
+    ]
+    return (
+        f"The base was in {bits} bits ({scheme}) in training. With bitsandbytes:\n\n"
+        f"{_python(load_lines_bitsandbytes(base, scheme, dtype))}\n\n{' '.join(other)}\n"
+        f"As it was trained, where dist_ft is installed:\n\n{_python(load_lines_as_trained(base, scheme, dtype))}"
+    )
+
+
+def _python(lines: str) -> str:
+    return f"```python\n{lines}\n```"
 
 
 def _front_matter(plan: Plan, library: str) -> str:
@@ -128,7 +181,7 @@ def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Ite
 def _setting_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     config = plan.config
     groups = {"model": config.model, "task": config.task, "method": config.method, "optim": config.optim}
-    shown = {"model": ("dtype", "revision"), "optim": None, "task": None, "method": None}
+    shown = {"model": ("dtype", "quantization", "revision"), "optim": None, "task": None, "method": None}
     for group, values in groups.items():
         for key, value in values.model_dump(mode="json").items():
             wanted = shown[group]

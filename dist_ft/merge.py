@@ -28,6 +28,7 @@ from .export import (
     inner_layer,
     publish,
     stored_dtypes,
+    tell_both_bases,
     ties_embeddings,
     verify,
 )
@@ -38,6 +39,7 @@ from .plan import read_plan
 from .prepare import Prepared, prepare
 from .probe import Deviation, Probe, compare, probe_model
 from .schema import RunConfig, Strict
+from .schema_method import LoraKeys
 from .state import ModelFactory
 from .turns import find_end_token, open_tokenizer
 from .words import read_words, run_command, split_run
@@ -122,7 +124,7 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
     if reason := checkpoint.verify(path.resolve()):
         raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
-    if getattr(config.method, "moves_base", False):
+    if isinstance(config.method, LoraKeys) and config.method.moves_base:
         read_start(run_dir / START_FILE)
     model = _factory(config, prepared, run_dir)(True)
     tensors = {f"model/{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -200,7 +202,9 @@ def _export_as_is(
 
     def check(folder: Path) -> Deviation:
         assert is_adapter(folder)
-        return verify(folder, account, model, config.model, prepared.model_dir, probe, exact=config.method.exact)
+        found = verify(folder, account, model, config.model, prepared.model_dir, probe, exact=config.method.exact)
+        tell_both_bases(folder, config.model, prepared.model_dir, probe, found)
+        return found
 
     return publish(out, fill, check, needed_bytes=_bytes(wanted.values()))
 
