@@ -131,12 +131,19 @@ def build(
         restore=lambda name: restore(plan, engine, name),
         beat=beat,
         measure=watched.measure,
-        export=lambda: export(plan, prepared, place, engine, task, method, factory),
+        export=lambda: export(plan, prepared, place, engine, task, method, factory, terminal),
     )
 
 
 def export(
-    plan: Plan, prepared: Prepared, place: Place, engine: Engine, task: Task, method: Method, factory: ModelFactory
+    plan: Plan,
+    prepared: Prepared,
+    place: Place,
+    engine: Engine,
+    task: Task,
+    method: Method,
+    factory: ModelFactory,
+    terminal: TextIO,
 ) -> None:
     """Write the trained model into the run's folder, and see that it loads to the same logits; all ranks take part."""
     config = plan.config
@@ -155,6 +162,7 @@ def export(
         card=card_of_run(plan, prepared, plan.run_dir) if place.is_main else "",
         probe=probe,
         is_main=place.is_main,
+        tell=lambda line: print(f"dist-ft: {line}", file=terminal, flush=True),
     )
 
 

@@ -14,7 +14,8 @@ from .exported import name_base
 from .plan import Plan
 from .prepare import TASKS, Prepared, Split
 from .pretrained import is_hub_id
-from .state import Architecture
+from .schema import ModelConfig
+from .state import CAUSAL_LM, Architecture
 from .track.jsonl import METRICS_FILE, read_evaluations
 
 LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
@@ -63,6 +64,7 @@ def render_card(
     architecture = TASKS[config.task.name].architecture(config.task, prepared.facts)
     is_adapter = not config.method.whole and not merged
     library = config.method.library if is_adapter else "transformers"
+    is_quantised = is_adapter and config.model.quantization not in (None, "none")
     kind = "adapter" if is_adapter else "merged adapter" if merged else "model"
     source = "scratch with the configuration of " if config.model.from_scratch else ""
     origin = f"{_indefinite(config.method.name)} {kind}, trained from {source}`{config.model.name_or_path}`"
@@ -70,7 +72,12 @@ def render_card(
     sections = [
         _front_matter(plan, library),
         f"# {config.run_name}\n\n{origin}.",
-        f"## Load\n\n```python\n{load_lines(base, library, architecture)}\n```",
+        "## Load\n\n"
+        + (
+            _load_quantised(config.model, base, architecture)
+            if is_quantised
+            else _python(load_lines(base, library, architecture))
+        ),
         "## Data\n\n" + _table(DATA_COLUMNS, _data_rows(plan, prepared)),
     ]
     if rows := list(_metric_rows(before, after)):
@@ -83,10 +90,9 @@ def render_card(
     return "\n\n".join(sections) + "\n"
 
 
-def load_lines(base: str, library: str, architecture: Architecture) -> str:
+def load_lines(base: str, library: str, architecture: Architecture = CAUSAL_LM) -> str:
     """Three lines of Python that load the model; run them in the export's folder, or put its name for the dot."""
-    kind = architecture.auto_class
-    arguments = "".join(f", {key}={value!r}" for key, value in architecture.overrides.items() if key != "problem_type")
+    kind, arguments = architecture.auto_class, _arguments(architecture)
     if library == "transformers":
         return (
             f"from transformers import {kind}, AutoTokenizer\n"
@@ -104,6 +110,64 @@ def load_lines(base: str, library: str, architecture: Architecture) -> str:
         f'model = peft.PeftModel.from_pretrained(transformers.{kind}.from_pretrained({base!r}{arguments}), ".")\n'
         'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
     )
+
+
+def load_lines_bitsandbytes(base: str, scheme: str, dtype: str, architecture: Architecture = CAUSAL_LM) -> str:
+    """Lines that load an adapter over its base in `nf4` or `int8` with transformers, bitsandbytes and peft."""
+    settings = (
+        "load_in_8bit=True"
+        if scheme == "int8"
+        else 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n'
+        f"    bnb_4bit_compute_dtype=torch.{dtype}"
+    )
+    return (
+        "import peft, torch, transformers\n"
+        f"quantization = transformers.BitsAndBytesConfig(\n    {settings},\n)\n"
+        f"base = transformers.{architecture.auto_class}.from_pretrained(\n"
+        f"    {base!r}, dtype=torch.{dtype}, quantization_config=quantization{_arguments(architecture)}\n)\n"
+        'model = peft.PeftModel.from_pretrained(base, ".")\n'
+        'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
+    )
+
+
+def load_lines_as_trained(base: str, scheme: str, dtype: str, architecture: Architecture = CAUSAL_LM) -> str:
+    """Lines that put the base into the very bits of training, by this package."""
+    options = f"dtype=torch.{dtype}{_arguments(architecture)}"
+    return (
+        "import peft, torch, transformers\n"
+        "from dist_ft.model.quantize import quantize\n"
+        f"base = transformers.{architecture.auto_class}.from_pretrained({base!r}, {options})\n"
+        f"quantize(base, {scheme!r}, torch.{dtype}, weights=True)\n"
+        'model = peft.PeftModel.from_pretrained(base, ".")\n'
+        'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
+    )
+
+
+def _load_quantised(model: ModelConfig, base: str, architecture: Architecture) -> str:
+    """How to load an adapter that learned to make up for a quantised base's errors."""
+    scheme, dtype = str(model.quantization), model.dtype
+    bits = 8 if scheme == "int8" else 4
+    other = [
+        "bitsandbytes also rounds what goes into the layers to 8 bits, which training did not."
+        if bits == 8
+        else "The bits of linear layers are the same; on a CPU bitsandbytes computes with them in bfloat16.",
+        "It leaves a mixture's fused experts as they are; in training they were packed too.",
+    ]
+    as_trained = load_lines_as_trained(base, scheme, dtype, architecture)
+    return (
+        f"The base was in {bits} bits ({scheme}) in training. With bitsandbytes:\n\n"
+        f"{_python(load_lines_bitsandbytes(base, scheme, dtype, architecture))}\n\n{' '.join(other)}\n"
+        f"As it was trained, where dist_ft is installed:\n\n{_python(as_trained)}"
+    )
+
+
+def _arguments(architecture: Architecture) -> str:
+    """What a base's configuration is told when an adapter with a head is loaded on it."""
+    return "".join(f", {key}={value!r}" for key, value in architecture.overrides.items() if key != "problem_type")
+
+
+def _python(lines: str) -> str:
+    return f"```python\n{lines}\n```"
 
 
 def _front_matter(plan: Plan, library: str) -> str:
@@ -141,7 +205,7 @@ def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Ite
 def _setting_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     config = plan.config
     groups = {"model": config.model, "task": config.task, "method": config.method, "optim": config.optim}
-    shown = {"model": ("dtype", "revision"), "optim": None, "task": None, "method": None}
+    shown = {"model": ("dtype", "quantization", "revision"), "optim": None, "task": None, "method": None}
     for group, values in groups.items():
         for key, value in values.model_dump(mode="json").items():
             wanted = shown[group]

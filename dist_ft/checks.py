@@ -25,6 +25,7 @@ from .plan import RUN_FILE, read_plan
 from .pretrained import is_known_dense, model_problems, weight_bytes
 from .read_when import READ_WHEN, sources
 from .schema import RunConfig
+from .schema_method import LoraKeys
 
 MIB = 2**20
 LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
@@ -156,9 +157,8 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if quantization != "none" and getattr(method, "use_dora", False):
         rule = "DoRA needs the norms of whole weights, which a quantised base does not hold"
         yield Problem(_where("method.use_dora", origins), rule, "set method.use_dora=false")
-    if quantization != "none" and getattr(method, "moves_base", False):
-        start = getattr(method, "init_lora_weights", None)
-        rule = f"{start} changes the base, and what it leaves would have to be quantised anew"
+    if quantization != "none" and isinstance(method, LoraKeys) and method.moves_base:
+        rule = f"{method.init_lora_weights} changes the base, and what it leaves would have to be quantised anew"
         yield Problem(_where("method.init_lora_weights", origins), rule, "remove it, or set model.quantization=none")
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"

@@ -43,6 +43,7 @@ def export_run(
     card: str,
     probe: Probe,
     is_main: bool = True,
+    tell: Callable[[str], None] = print,
 ) -> Deviation | None:
     """Write the trained model into `out`, whole and verified or not at all. Every rank calls it; rank 0 writes.
 
@@ -59,6 +60,7 @@ def export_run(
         card: the text of README.md.
         probe: the trained model's logits.
         is_main: whether this is rank 0; other ranks only take part in the stream.
+        tell: shows a line to the user.
 
     Returns:
         How far the loaded model's logits are from `probe`'s; None on other ranks.
@@ -86,7 +88,9 @@ def export_run(
         add_companions(folder, model, model_dir, tokenizer, end_token_id, card)
 
     def check(folder: Path) -> Deviation:
-        return verify(folder, account, model, model_config, model_dir, architecture, probe, exact=method.config.exact)
+        found = verify(folder, account, model, model_config, model_dir, architecture, probe, exact=method.config.exact)
+        tell_both_bases(folder, model_config, model_dir, architecture, probe, found, tell)
+        return found
 
     return publish(out, fill, check, needed_bytes=sum(p.numel() * p.element_size() for p in wanted.values()))
 
@@ -188,6 +192,42 @@ def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str) -> D
         way_out = "all tensors are alike: see config.json, and the versions that `dist-ft doctor` shows"
         raise TrainingError.of(str(folder), rule, way_out)
     return deviation
+
+
+def tell_both_bases(
+    folder: Path,
+    config: ModelConfig,
+    model_dir: str,
+    architecture: Architecture,
+    probe: Probe,
+    quantised: Deviation,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Of an adapter for a quantised base: what it costs to put it on the base as it was; told, and kept in the card.
+
+    Args:
+        folder: the export, with its card.
+        config: the run's.
+        model_dir: the base model's folder.
+        architecture: of the task.
+        probe: the trained model's logits.
+        quantised: the deviation from it over the base in the bits of training.
+        tell: shows a line to the user.
+    """
+    scheme = config.quantization or "none"
+    if scheme == "none":
+        return
+    whole = open_export(folder, config.model_copy(update={"quantization": "none"}), model_dir, architecture)
+    deviation = compare(probe, probe_model(whole, probe.inputs))
+    tell(f"adapter over the {scheme} base that was trained on: logits differ by {quantised}")
+    tell(f"adapter over the base in {config.dtype}: logits differ by {deviation}")
+    text = (
+        "\n## Deviation from the model in training\n\n"
+        f"Of the logits on {len(probe.logits)} places: over the base in {scheme} {quantised}; "
+        f"over the base in {config.dtype}, which was not trained on, {deviation}.\n"
+    )
+    with (folder / "README.md").open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def ties_embeddings(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from .export import (
     inner_layer,
     publish,
     stored_dtypes,
+    tell_both_bases,
     ties_embeddings,
     verify,
 )
@@ -38,6 +39,7 @@ from .plan import read_plan
 from .prepare import TASKS, Prepared, prepare
 from .probe import Deviation, Probe, compare, plain_inputs, probe_model, shorten
 from .schema import RunConfig, Strict
+from .schema_method import LoraKeys
 from .state import ModelFactory
 from .turns import find_end_token, open_tokenizer
 from .words import read_words, run_command, split_run
@@ -124,7 +126,7 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
     if reason := checkpoint.verify(path.resolve()):
         raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
-    if getattr(config.method, "moves_base", False):
+    if isinstance(config.method, LoraKeys) and config.method.moves_base:
         read_start(run_dir / START_FILE)
     model = _factory(config, prepared, run_dir)(True)
     tensors = {f"model/{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -208,16 +210,11 @@ def _export_as_is(
 
     def check(folder: Path) -> Deviation:
         assert is_adapter(folder)
-        return verify(
-            folder,
-            account,
-            model,
-            config.model,
-            prepared.model_dir,
-            architecture_of(config, prepared.facts),
-            probe,
-            exact=config.method.exact,
-        )
+        architecture = architecture_of(config, prepared.facts)
+        where = (prepared.model_dir, architecture)
+        found = verify(folder, account, model, config.model, *where, probe, exact=config.method.exact)
+        tell_both_bases(folder, config.model, *where, probe, found)
+        return found
 
     return publish(out, fill, check, needed_bytes=_bytes(wanted.values()))
 

@@ -12,6 +12,7 @@ from .comm import Place
 from .errors import RequestError, TrainingError
 from .method.start import START_FILE, read_start
 from .plan import Plan
+from .schema_method import LoraKeys
 from .state import Engine
 
 
@@ -64,7 +65,8 @@ def settle_start(plan: Plan) -> None:
     Raises:
         RequestError: it goes on, and its start is not there.
     """
-    if not getattr(plan.config.method, "moves_base", False):
+    method = plan.config.method
+    if not (isinstance(method, LoraKeys) and method.moves_base):
         return
     wish, own = plan.config.train.resume, plan.run_dir / START_FILE
     if wish not in ("auto", "never"):

@@ -96,6 +96,12 @@ def test_merged_into_the_whole_base(
     config = config_of(tmp_path / "run", wide, rows[0], "ddp", 1, 1, False, {"name": "qlora", "r": 4})
     config["train"]["max_steps"] = 3
     spawn(1, "tests.dist.cases:run_cases", [{"config": config, "export": True}])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    export_again([str(tmp_path / "run"), f"out={tmp_path / 'again'}"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("adapter over the")]
+    own, whole_base = (float(line.split("relative ")[1]) for line in lines)
+    assert own < 1e-5 < 1e-2 < whole_base and "nf4 base" in lines[0] and "base in float32" in lines[1]
+    assert f"relative {lines[1].split('relative ')[1]}" in card and "over the base in nf4" in card
     export_again([str(tmp_path / "run"), "merge=true", f"out={tmp_path / 'merged'}"])
     said = capsys.readouterr().out
     assert "against the dequantised nf4 base that was trained on" in said and "merged in memory" in said

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.card import render_card
+from dist_ft.card import load_lines, load_lines_as_trained, load_lines_bitsandbytes, render_card
+from dist_ft.method.lora import Lora
+from dist_ft.model.quantize import quantize
 from dist_ft.plan import Plan
-from dist_ft.schema import RunConfig
+from dist_ft.probe import compare, probe_model
+from dist_ft.schema import LoraConfig, RunConfig
 from dist_ft.state import Facts
+from tests.samples import given
+from tests.unit.test_export import TOKENS, train_a_little
 
 LEDGER = {"rows_read": 1200, "rows_kept": 1199, "tokens": 34567, "supervised_tokens": 8901}
 
 
-def make_plan(method: dict[str, Any]) -> Plan:
+def make_plan(method: dict[str, Any], quantization: str | None = None) -> Plan:
     config = RunConfig.model_validate(
         {
             "run_name": "desk",
             "output_dir": "runs/desk",
-            "model": {"name_or_path": "org/some-model", "revision": "abc123"},
+            "model": {"name_or_path": "org/some-model", "revision": "abc123", "quantization": quantization},
             "task": {"name": "instruction"},
             "data": {"train": ["a|b.jsonl", "c.jsonl"]},
             "method": method,
@@ -39,11 +47,11 @@ def make_plan(method: dict[str, Any]) -> Plan:
     )  # fmt: skip
 
 
-def make_card(method: dict[str, Any], **options: Any) -> str:
+def make_card(method: dict[str, Any], quantization: str | None = None, **options: Any) -> str:
     split = SimpleNamespace(table="/somewhere/data/0123abcd", ledger=LEDGER)
     prepared: Any = SimpleNamespace(model_dir="/somewhere/m", train=split, validation=None, test=None, facts=Facts())
     before, after = {"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.0}, {"step": 60, "eval/loss": 1.23456}
-    return render_card(make_plan(method), prepared, before, after, **options)
+    return render_card(make_plan(method, quantization), prepared, before, after, **options)
 
 
 def test_it_says_data_method_numbers_and_versions() -> None:
@@ -73,3 +81,56 @@ def test_it_says_data_method_numbers_and_versions() -> None:
 )
 def test_what_it_is(method: dict[str, Any], options: dict[str, Any], kind: str) -> None:
     assert kind in make_card(method, **options)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_quantised_base_is_loaded_in_its_bits(scheme: str) -> None:
+    method = {"name": "qlora"} if scheme == "nf4" else {"name": "lora"}
+    card = make_card(method, quantization=scheme)
+    wanted = "load_in_8bit=True" if scheme == "int8" else "bnb_4bit_use_double_quant=True"
+    assert wanted in card and f"quantize(base, {scheme!r}" in card and f"| `model.quantization` | {scheme} |" in card
+    assert "BitsAndBytesConfig" not in make_card(method, quantization=scheme, merged=True), "a whole model"
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lines_for_a_quantised_base_give_the_trained_model(
+    scheme: str, dtype: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit by this package; near by bitsandbytes, which has the same NF4 weights and rounds what goes into them.
+
+    On a CPU it does so to bfloat16, in 8 bits always (LLM.int8).
+    """
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    whole = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=211, initializer_range=0.05)).to(getattr(torch, dtype))
+    whole.save_pretrained(tmp_path / "base")
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))  # frequencies stay float32
+    method = Lora(LoraConfig(name="lora", r=4))
+    trained: Any = train_a_little(method.apply(quantize(whole, scheme, getattr(torch, dtype), weights=True)))
+    method.export(trained, [(name, p) for name, p in trained.named_parameters() if p.requires_grad], tmp_path / "out")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "out")
+    probe = probe_model(trained, given(TOKENS))
+    monkeypatch.chdir(tmp_path / "out")
+    same, near, plain = (
+        run_lines(lines)
+        for lines in (
+            load_lines_as_trained(str(tmp_path / "base"), scheme, dtype),
+            load_lines_bitsandbytes(str(tmp_path / "base"), scheme, dtype),
+            load_lines(str(tmp_path / "base"), "peft"),
+        )
+    )
+    if scheme == "nf4":
+        layer, ours = (model.base_model.model.model.layers[1].mlp.up_proj.base_layer for model in (near, trained))
+        weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.equal(weight, ours.dequantize(weight.dtype))
+    far, deviation = (compare(probe, probe_model(model, given(TOKENS))).relative for model in (plain, near))
+    assert compare(probe, probe_model(same, given(TOKENS))).relative < 1e-6
+    assert deviation < (far / 5 if scheme == "nf4" else 5e-2), (deviation, far)
+
+
+def run_lines(lines: str) -> Any:
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    assert found["tokenizer"].vocab_size
+    return found["model"]
