@@ -10,12 +10,12 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from .conserve import Account
@@ -49,9 +49,7 @@ def export_run(
 
     Args:
         method: writes the weights in its form.
-        model_config: the run's.
-        model_dir: the base model's folder.
-        architecture: of the task.
+        model_config, model_dir, architecture: of the base; what the task needs of it.
         build_model: the run's factory, for names and configuration.
         tokenizer: with the chat template of the training.
         end_token_id: what ends an answer; None leaves the base's own.
@@ -59,7 +57,7 @@ def export_run(
         out: the folder; one that is there is replaced.
         card: the text of README.md.
         probe: the trained model's logits.
-        is_main: whether this is rank 0; other ranks only take part in the stream.
+        is_main: rank 0; other ranks only take part in the stream.
         tell: shows a line to the user.
 
     Returns:
@@ -72,8 +70,7 @@ def export_run(
     if not is_main:
         collections.deque(weights, maxlen=0)
         return None
-    model = build_bare(build_model)
-    adapter = not method.config.whole
+    model, adapter = build_bare(build_model), not method.config.whole
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapter}
     account = Account(stored_dtypes(method.config, model_config))
     if not adapter:
@@ -88,11 +85,17 @@ def export_run(
         add_companions(folder, model, model_dir, tokenizer, end_token_id, card)
 
     def check(folder: Path) -> Deviation:
-        found = verify(folder, account, model, model_config, model_dir, architecture, probe, exact=method.config.exact)
-        tell_both_bases(folder, model_config, model_dir, architecture, probe, found, tell)
+        base = (model_config, model_dir, architecture)
+        found = verify(folder, account, model, *base, probe, exact=method.config.exact)
+        tell_both_bases(folder, *base, probe, found, tell)
         return found
 
-    return publish(out, fill, check, needed_bytes=sum(p.numel() * p.element_size() for p in wanted.values()))
+    return publish(out, fill, check, needed_bytes=size_of(wanted.values()))
+
+
+def size_of(parameters: Iterable[Tensor]) -> int:
+    """Bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def build_bare(build_model: ModelFactory) -> Any:

@@ -27,6 +27,7 @@ from .export import (
     check_logits,
     inner_layer,
     publish,
+    size_of,
     stored_dtypes,
     tell_both_bases,
     ties_embeddings,
@@ -216,7 +217,7 @@ def _export_as_is(
         tell_both_bases(folder, config.model, *where, probe, found)
         return found
 
-    return publish(out, fill, check, needed_bytes=_bytes(wanted.values()))
+    return publish(out, fill, check, needed_bytes=size_of(wanted.values()))
 
 
 def _write(
@@ -245,16 +246,12 @@ def _write(
         is_coarser = dtype != config.model.dtype
         return compare(probe, rounded) if is_coarser else check_logits(folder, probe, loaded, dtype)
 
-    return publish(out, fill, check, needed_bytes=_bytes(model.parameters()))
+    return publish(out, fill, check, needed_bytes=size_of(model.parameters()))
 
 
 def _accompany(folder: Path, model: nn.Module, config: RunConfig, prepared: Prepared, card: str) -> None:
     tokenizer = open_tokenizer(config, prepared.tokenizer_dir)
     add_companions(folder, model, prepared.model_dir, tokenizer, find_end_token(tokenizer, config.task), card)
-
-
-def _bytes(parameters: object) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)  # type: ignore[attr-defined]
 
 
 def _name(options: ExportOptions) -> str:
