@@ -49,7 +49,9 @@ def export_run(
 
     Args:
         method: writes the weights in its form.
-        model_config, model_dir, architecture: of the base; what the task needs of it.
+        model_config: the run's.
+        model_dir: the base model's folder.
+        architecture: of the task.
         build_model: the run's factory, for names and configuration.
         tokenizer: with the chat template of the training.
         end_token_id: what ends an answer; None leaves the base's own.
@@ -70,12 +72,10 @@ def export_run(
     if not is_main:
         collections.deque(weights, maxlen=0)
         return None
-    model, adapter = build_bare(build_model), not method.config.whole
+    adapter = not method.config.whole
+    model = build_bare(build_model, None if adapter else getattr(torch, model_config.dtype))
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapter}
     account = Account(stored_dtypes(method.config, model_config))
-    if not adapter:
-        model.to(getattr(torch, model_config.dtype))
-    model.config.use_cache = True
 
     def fill(folder: Path) -> None:
         method.export(model, account.record(weights), folder)
@@ -98,11 +98,13 @@ def size_of(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def build_bare(build_model: ModelFactory) -> Any:
-    """The run's modules without memory behind them: names, shapes and what learns."""
+def build_bare(build_model: ModelFactory, dtype: torch.dtype | None = None) -> Any:
+    """The run's modules without memory behind them: names, shapes and what learns; all in `dtype` if it is given."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # peft's, said when the run was built
-        return build_model(False)
+        model: Any = build_model(False)
+    model.config.use_cache = True
+    return model if dtype is None else model.to(dtype)
 
 
 def stored_dtypes(method: MethodChoice, model: ModelConfig) -> Callable[[str], torch.dtype | None]:
