@@ -47,6 +47,8 @@ def export_run(
 ) -> Deviation | None:
     """Write the trained model into `out`, whole and verified or not at all. Every rank calls it; rank 0 writes.
 
+    Gives how far the loaded model's logits are from `probe`'s; None on other ranks.
+
     Args:
         method: writes the weights in its form.
         model_config: the run's.
@@ -61,9 +63,6 @@ def export_run(
         probe: the trained model's logits.
         is_main: rank 0; other ranks only take part in the stream.
         tell: shows a line to the user.
-
-    Returns:
-        How far the loaded model's logits are from `probe`'s; None on other ranks.
 
     Raises:
         TrainingError: the folder does not give the trained model.
@@ -85,9 +84,8 @@ def export_run(
         add_companions(folder, model, model_dir, tokenizer, end_token_id, card)
 
     def check(folder: Path) -> Deviation:
-        base = (model_config, model_dir, architecture)
-        found = verify(folder, account, model, *base, probe, exact=method.config.exact)
-        tell_both_bases(folder, *base, probe, found, tell)
+        found = verify(folder, account, model, model_config, model_dir, architecture, probe, exact=method.config.exact)
+        tell_both_bases(folder, model_config, model_dir, architecture, probe, found, tell)
         return found
 
     return publish(out, fill, check, needed_bytes=size_of(wanted.values()))
