@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..schema import RunConfig
+from ..state import Facts
 from .faults import RowFault
 from .formats import normalise_for
 from .rows import read_rows
@@ -53,6 +54,17 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
         if number is not None:
             tallies[number] += count
     return found, tuple(tallies), rows
+
+
+def head_settings(facts: Facts) -> dict[str, Any]:
+    """What config.json says of a head with an output for each label."""
+    names = dict(enumerate(facts.labels))
+    return {
+        "num_labels": len(names),
+        "id2label": names,
+        "label2id": {name: number for number, name in names.items()},
+        "pad_token_id": facts.pad_id,
+    }
 
 
 def find_number(value: int | str, labels: Sequence[str]) -> int | None:

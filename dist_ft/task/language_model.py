@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class LanguageModelTask:
+class LanguageModelTask(ABC):
     """A task over next-token prediction.
 
     torch is imported by the workers that need it, not where data is prepared.
@@ -65,9 +66,9 @@ class LanguageModelTask:
         """
         return [check_supervised(self.tokens_of(row, tokenizer))]
 
+    @abstractmethod
     def tokens_of(self, row: Row, tokenizer: Any) -> Example:
         """`input_ids` and `labels` of a row."""
-        raise NotImplementedError
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
         """The first `max_length` tokens.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..data.faults import EMPTY_TEXT, RowFault
-from ..data.labels import number_of
+from ..data.labels import head_settings, number_of
 from ..schema_task import SequenceClassificationConfig
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 
@@ -39,14 +39,7 @@ class SequenceClassification:
     def architecture(config: SequenceClassificationConfig, facts: Facts) -> Architecture:
         """A head with an output for each label, whose names go into config.json."""
         kind = "multi_label_classification" if config.multi_label else "single_label_classification"
-        names = dict(enumerate(facts.labels))
-        overrides = {
-            "num_labels": len(names),
-            "id2label": names,
-            "label2id": {name: number for number, name in names.items()},
-            "problem_type": kind,
-            "pad_token_id": facts.pad_id,
-        }
+        overrides = {**head_settings(facts), "problem_type": kind}
         return Architecture("AutoModelForSequenceClassification", overrides, new_head=True)
 
     @staticmethod

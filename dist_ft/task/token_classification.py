@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.faults import RowFault
 from ..data.formats import IGNORED_LABEL
-from ..data.labels import NO_LABEL, OUTSIDE, number_of
+from ..data.labels import NO_LABEL, OUTSIDE, head_settings, number_of
 from ..data.pack import count_labels
 from ..errors import RequestError
 from ..schema_task import TokenClassificationConfig
@@ -54,14 +54,7 @@ class TokenClassification:
     @staticmethod
     def architecture(config: TokenClassificationConfig, facts: Facts) -> Architecture:
         """A head with an output for each tag, whose names go into config.json."""
-        names = dict(enumerate(facts.labels))
-        overrides = {
-            "num_labels": len(names),
-            "id2label": names,
-            "label2id": {name: number for number, name in names.items()},
-            "pad_token_id": facts.pad_id,
-        }
-        return Architecture("AutoModelForTokenClassification", overrides, new_head=True)
+        return Architecture("AutoModelForTokenClassification", head_settings(facts), new_head=True)
 
     @staticmethod
     def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
