@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install 
 PYTEST := $(BIN)/python -m pytest
 TESTS ?= tests
 
-# programs of the environment are found without activating it (DeepSpeed calls ninja)
+# programs of the environment are found without activating it
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # the machine's own packages stay out
 export PYTHONNOUSERSITE := 1

@@ -67,6 +67,9 @@ class Zero:
     def setup(self, build_model: ModelFactory, build_optim: OptimFactory) -> None:
         """Build the model (rank 0 with weights); DeepSpeed sends the others theirs while it partitions."""
         model = build_model(self.place.is_main)
+        # On CPUs DeepSpeed would compile an all-reduce that only inference calls, behind a lock file that a killed
+        # worker leaves lying: the next run then waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         for parameter in model.parameters():  # not buffers: position frequencies keep their precision
             parameter.data = parameter.data.to(self.dtype)

@@ -132,3 +132,17 @@ def test_position_frequencies_keep_their_precision(model: str, rows: tuple[str, 
     configs = [make("ddp", "float32"), *(make(engine, "bfloat16") for engine in ENGINES[1:])]
     (exact, *others) = spawn(1, "tests.dist.cases:buffers_after_setup", configs)[0]
     assert exact and all(other == exact for other in others)
+
+
+def test_zero_compiles_nothing(model: str, rows: tuple[str, list[dict]], tmp_path: Path, monkeypatch) -> None:
+    """A build that was killed leaves a lock behind, at which every later run would wait for ever."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+
+    def make(folder: Path, engine: str) -> dict[str, Any]:
+        return config_of(folder, model, rows[0], engine, 2, 2, False, {"name": "full"})
+
+    run_matrix(tmp_path, 2, [("zero2",), ("zero3",)], make)
+    assert [path for path in (tmp_path / "extensions").rglob("*") if path.is_file()] == [lock]
