@@ -123,6 +123,7 @@ READ_WHEN = [
     ),
     ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen("track.group", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.tags", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen(
         "launch.port",

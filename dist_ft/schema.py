@@ -180,6 +180,7 @@ class TrackConfig(Strict):
     )
     project: str = "dist_ft"
     run_name: str | None = Field(None, description="The run's name in W&B; the top run_name if not given.")
+    group: str | None = Field(None, description="Under which W&B gathers runs, such as those of a sweep.")
     tags: list[str] = Field(default_factory=list)
 
 
