@@ -161,6 +161,20 @@ def test_hub_ids_stream_and_say_when_they_cannot(monkeypatch: pytest.MonkeyPatch
     assert "Couldn't reach" in problem.rule and "name files that are here" in problem.way_out
 
 
+def test_class_numbers_of_the_hub_become_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    classes = datasets.ClassLabel(names=["neg", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": classes, "tags": datasets.List(classes)})
+    rows = [{"text": "a", "label": 1, "tags": [0, 1]}, {"text": "b", "label": -1, "tags": []}]
+    stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+    assert read("owner/name") == [
+        {"text": "a", "label": "pos", "tags": ["neg", "pos"]},
+        {"text": "b", "label": None, "tags": []},
+    ]
+
+
 def test_a_large_array_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
     row = json.dumps({"text": "x" * 10_000, "n": 1.5})
