@@ -19,7 +19,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -249,9 +249,10 @@ def _read_hub(source: HubSet, revision: str | None) -> Iterator[tuple[str, Any]]
 
     way_out = "see id, config and split (OWNER/NAME:CONFIG/SPLIT) and the network, or name files that are here"
     try:
-        rows = datasets.load_dataset(source.name, source.config, split=source.split, revision=revision, streaming=True)
+        split, first, last = source.slice()  # which streams do not know
+        rows = datasets.load_dataset(source.name, source.config, split=split, revision=revision, streaming=True)
         classes = _class_names(getattr(rows, "features", None) or {})
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(islice(rows, first, last), start=first + 1):
             named = {column: _named(row[column], names) for column, names in classes.items()}
             yield f"{source}:{number}", {**row, **named}
     except Exception as error:  # those of datasets, the hub's client, its transport and the data's decoders

@@ -152,6 +152,9 @@ def test_hub_ids_stream_and_say_when_they_cannot(monkeypatch: pytest.MonkeyPatch
     assert calls == [(("owner/name", "main"), {"split": "validation", "revision": "abc", "streaming": True})]
     read("owner/name")
     assert calls[1] == (("owner/name", None), {"split": "train", "revision": None, "streaming": True})
+    assert read("owner/name:/train[1:]") == ROWS[1:]
+    assert read("owner/name:main/train[:1]") == ROWS[:1]
+    assert calls[3] == (("owner/name", "main"), {"split": "train", "revision": None, "streaming": True})
 
     def offline(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Couldn't reach the Hub")
