@@ -28,7 +28,7 @@ Check = Callable[[Sequence[str]], RunConfig]
 Run = Callable[[Sequence[str]], int]
 
 EXPORT, MERGED = "model", "merged"  # folders of a run: what it exported, and that put into its base
-ORIGIN = "started-from.sha256"
+ORIGIN = ".started-from.sha256"  # beside a run's folder
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -115,12 +115,11 @@ def _keep_origin(stage: Stage, model: Path) -> None:
     Raises:
         RequestError: the stage was begun from other weights.
     """
-    kept, digest = stage.folder / ORIGIN, _digest(model)
+    kept, digest = stage.folder.with_name(stage.folder.name + ORIGIN), _digest(model)
     if kept.exists() and kept.read_text(encoding="utf-8") != digest:
         rule = "was begun from another model than the stage before it now gives"
         way_out = f"remove {stage.folder} and those after it, or set another run_name"
         raise RequestError.of(f"stage {stage.name}", rule, way_out)
-    stage.folder.mkdir(parents=True, exist_ok=True)
     kept.write_text(digest, encoding="utf-8")
 
 
@@ -158,9 +157,11 @@ def _whole_model(stage: Stage, export: Run) -> tuple[Path, int]:
 
 def _problems(stages: Sequence[Stage], check: Check) -> Iterator[Problem]:
     """Every problem of every stage, before the first is started."""
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        # Whether a later one may go on is seen when it does: only then is it known from which model.
+        elsewhere = [f"output_dir='{stage.folder}.new'"] if number else []
         try:
-            check(stage.words)
+            check([*stage.words, *elsewhere])
         except RequestError as error:
             for problem in error.problems:
                 yield Problem(f"stage {stage.name}: {problem.where}", problem.rule, problem.way_out)

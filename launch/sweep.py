@@ -125,7 +125,9 @@ def sweep(search: Search, check: Check, train: Train) -> int:
         where = folder / name
         print(f"dist-ft: {name}: {' '.join(chosen)}", flush=True)
         started = time.monotonic()
-        own = [f"run_name={config.run_name}-{name}", f"output_dir='{where}'", f"track.group={config.run_name}"]
+        own = [f"run_name={config.run_name}-{name}", f"output_dir='{where}'"]
+        if config.track.wandb != "off":
+            own.append(f"track.group={config.run_name}")
         code = train([*search.fixed, *chosen, *own])
         values = dict(word.split("=", 1) for word in chosen)
         try:
@@ -186,12 +188,20 @@ def write_summary(path: Path, search: Search, trials: Sequence[Trial]) -> None:
 
 def show(search: Search, trials: Sequence[Trial]) -> None:
     """The same for a terminal."""
-    table = Table("trial", *search.swept, f"eval/{search.metric}", "seconds", "folder")
+    table = Table("trial", *search.swept, f"eval/{search.metric}", "seconds", title=str(trials[0].folder.parent))
     for trial in ranked(search, trials):
-        values = [trial.values.get(key, "") for key in search.swept]
+        values = [_short(trial.values.get(key, "")) for key in search.swept]
         score = f"exit {trial.exit_code}" if trial.score is None else f"{trial.score:.4g}"
-        table.add_row(str(trial.number), *values, score, f"{trial.seconds:.0f}", str(trial.folder))
+        table.add_row(trial.folder.name, *values, score, f"{trial.seconds:.0f}")
     Console().print(table)
+
+
+def _short(value: str) -> str:
+    """A measure with four digits; anything else as it is."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def _check_all(search: Search, check: Check) -> RunConfig:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dist_ft import checks
 from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.launch.stages import read_stages, run_stages
+from dist_ft.plan import make_plan, write_plan
 from dist_ft.schema import RunConfig
 
 FILE = """\
@@ -23,7 +25,10 @@ stages:
 
 
 def check(words: Sequence[str]) -> RunConfig:
-    return compose(words).config
+    composed = compose(words)
+    if problems := checks.check(composed.config, composed.origins):
+        raise RequestError(*problems)
+    return composed.config
 
 
 class Work:
@@ -35,10 +40,11 @@ class Work:
         self.exported: list[Sequence[str]] = []
 
     def train(self, words: Sequence[str]) -> int:
-        config = check(words)
+        config = compose(words).config
         self.trained.append(config)
         if self.fails_at and self.fails_at in config.output_dir:
             return 4
+        write_plan(make_plan(config, nodes=1, workers_per_node=1, origins={}))
         out = Path(config.output_dir) / "model"
         out.mkdir(parents=True, exist_ok=True)
         (out / "model.safetensors").write_text(self.weights)
