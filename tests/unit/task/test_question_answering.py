@@ -15,7 +15,7 @@ from dist_ft.data.faults import RowFault
 from dist_ft.data.formats import detect, normalise
 from dist_ft.errors import RequestError
 from dist_ft.evaluate import evaluate_model
-from dist_ft.prepare import Prepared, prepare
+from dist_ft.prepare import TASKS, Prepared, prepare
 from dist_ft.schema import RunConfig
 from dist_ft.schema_task import QuestionAnsweringConfig
 from dist_ft.state import Facts, Sample
@@ -462,3 +462,27 @@ def test_view_shows_the_answer(wordpiece: Any) -> None:
     assert {describe_sequence(other, Facts()) for other in without} == {"48 tokens, no answer"}
     assert [i for i, label in enumerate(mark_answer(piece)) if label != -100] == list(range(first, last + 1))
     assert set(mark_answer(without[0])) == {-100} == set(mark_answer({"input_ids": [1, 2]}))
+
+
+def test_a_decoder_of_language_keeps_its_base(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its form for questions names the base otherwise; both what is trained and what is opened have the weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering
+
+    from dist_ft.exported import open_base
+    from dist_ft.method.shards import to_file_names
+    from dist_ft.model.load import attention_of, load_model, rename_base
+    from dist_ft.schema import ModelConfig
+
+    config, architecture = ModelConfig(name_or_path=str(tiny_llama), dtype="float32"), build().architecture(None, None)  # type: ignore[arg-type]
+    attention = attention_of(config, str(tiny_llama), torch.device("cpu"), architecture)
+    model = load_model(config, str(tiny_llama), attention, architecture, weights=True)
+    wanted = AutoModelForCausalLM.from_pretrained(tiny_llama).model.state_dict()
+    for found in (model, open_base(config, str(tiny_llama), architecture)):
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.transformer.state_dict().items())
+    files = {name for name, _ in to_file_names(model, model.named_parameters())}
+    assert files == {name for name, _ in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    again, report = AutoModelForQuestionAnswering.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and torch.equal(again.qa_outputs.weight, model.qa_outputs.weight)
+    language = TASKS["causal_lm"].architecture(None, Facts())
+    assert rename_base(config, str(tiny_llama), language) == {} != rename_base(config, str(tiny_llama), architecture)
