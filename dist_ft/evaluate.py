@@ -66,7 +66,9 @@ def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) 
             sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
     predictions.sort(key=lambda prediction: prediction["sample"])
     totals, rows = LossSum(sums.pop("loss"), sums.pop("weight"), sums, predictions), split.read_rows()
-    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), predictions)
+    join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
+    by_row = join(totals, rows) if join else predictions
+    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), by_row)
 
 
 def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:

@@ -58,6 +58,7 @@ DataFormat = Literal[
     "labelled",
     "tagged",
     "source_target",
+    "squad",
     "tokens",
 ]
 

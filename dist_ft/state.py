@@ -58,6 +58,7 @@ class Architecture:
 
 
 CAUSAL_LM = Architecture()
+ORIGIN = "origin"  # row column that data/split.py fills: which of the split's kept rows a sequence was made from
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ def split_folder(config: RunConfig, split: SplitName) -> Path:
         "format": config.data.format,
         "columns": config.data.columns,
         "task": {**task, "chat_template": read_template(config.task)},
-        "labels": None if split == "train" else _labels_identity(config),
+        # of the same rows a training split is another: it finds the labels, and keeps nothing for metrics
+        "labels": "train" if split == "train" else _labels_identity(config),
         "tokenizer": _tokenizer_identity(config),
         "packing": ("train", config.data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }
