@@ -26,6 +26,8 @@ PIPELINES = {  # the hub's names of tasks
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
     "seq2seq": "text2text-generation",
+    "preference": "text-generation",
+    "reward": "text-classification",
 }
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")

@@ -57,6 +57,7 @@ DataFormat = Literal[
     "labelled",
     "tagged",
     "source_target",
+    "pairs",
     "tokens",
 ]
 

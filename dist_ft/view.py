@@ -71,6 +71,8 @@ def describe_sequence(sequence: Example, facts: Facts) -> str:
         return f"{length}, {', '.join(facts.labels[number] for number in sequence['label']) or 'no label'}"
     if "tags" in sequence:
         return f"{length}, {' '.join(facts.labels[number] for number in sequence['tags'])}"
+    if "labels" not in sequence:
+        return length
     supervised = sum(label != IGNORED_LABEL for label in sequence["labels"][1:])
     return f"{length}, {supervised} supervised"
 

@@ -8,6 +8,7 @@
 | `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"source": str, "target": str, "references": [str]}` | source_target |
+| `{"prompt", "chosen", "rejected"}`, each text or each a list of messages, `"tools"` | pairs |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
 `tools`, `context`, `text_pair`, `references` and `label_text` may be missing; the first `context` messages carry no
@@ -24,6 +25,7 @@ from typing import Any
 from ..errors import Problem, RequestError
 from ..schema import RunConfig
 from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
+from .pairs import pair_of
 
 IGNORED_LABEL = -100
 
@@ -196,6 +198,10 @@ def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
     return canonical
 
 
+def _pairs(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_tools(pair_of(row), row)
+
+
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     ids, labels = row["input_ids"], row["labels"]
     for name, values in (("input_ids", ids), ("labels", labels)):
@@ -275,5 +281,6 @@ FORMATS: dict[str, Format] = {
     ),
     "tagged": Format(("tokens", "|".join(TAGS)), (), _tagged, ("token_classification",)),
     "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
+    "pairs": Format(("chosen", "rejected"), ("prompt", "tools"), _pairs, ("preference", "reward")),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }
