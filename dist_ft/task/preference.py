@@ -1,11 +1,11 @@
 """Preference optimisation: the chosen answer becomes more probable than the rejected one (DPO and its kin).
 
-With r = log p(answer) - log p_start(answer), where p_start is the model as it starts, the losses of a pair are, as in
-TRL:
+With r = log p(answer) - log p_start(answer), p_start being the model as it starts, m = beta * (r_chosen - r_rejected)
+and e = label_smoothing, the losses of a pair are, as in TRL:
 
-| loss_type | loss, with m = beta * (r_chosen - r_rejected) | source |
+| loss_type | loss | source |
 | --- | --- | --- |
-| sigmoid | -log sigmoid(m); with smoothing e, -(1 - e) log sigmoid(m) - e log sigmoid(-m) | Rafailov et al. 2023, eq. 7; Mitchell 2023 (cDPO) |
+| sigmoid | -(1 - e) log sigmoid(m) - e log sigmoid(-m) | Rafailov et al. 2023, eq. 7; e > 0: Mitchell 2023 (cDPO) |
 | robust | (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e) | Chowdhury et al. 2024, eq. 12 |
 | hinge | max(0, 1 - m) | Zhao et al. 2023 (SLiC) |
 | ipo | (r_chosen / tokens - r_rejected / tokens - 1 / (2 beta))² | Azar et al. 2023, eq. 17, over means of tokens |
@@ -17,12 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..data.faults import RowFault
 from ..data.formats import IGNORED_LABEL
 from ..data.pack import count_shifted
 from ..schema_task import PreferenceConfig
 from ..state import CAUSAL_LM, REFERENCE, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
-from .language_model import check_supervised, is_supervised
+from .language_model import check_supervised
 from .pairs import cut_pair, encode_pair
 
 if TYPE_CHECKING:
@@ -83,12 +82,9 @@ class Preference:
         """The first `max_length` tokens of each.
 
         Raises:
-            RowFault: nothing of an answer is left, or nothing in which they differ.
+            RowFault: nothing is left in which they differ.
         """
-        cut = cut_pair(encode_pair(row, tokenizer), self.config.max_length)
-        if not all(is_supervised(one) for one in cut):
-            raise RowFault("an answer stands wholly behind task.max_length", "raise task.max_length")
-        return cut
+        return [check_supervised(one) for one in cut_pair(encode_pair(row, tokenizer), self.config.max_length)]
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
         """[samples]: tokens of both answers."""
