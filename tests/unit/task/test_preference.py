@@ -198,7 +198,9 @@ def test_before_the_first_step_the_model_is_its_reference() -> None:
     with torch.no_grad():
         found = task.refer(model, task.collate(samples))
         values = [prediction["values"] for prediction in found.predictions]
-        torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), plain(model, samples), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(values, dtype=torch.float64), plain(model, samples), rtol=1e-5, atol=1e-5
+        )
         known = [
             Sample([{**part, REFERENCE: np.array([v])} for part, v in zip(sample.segments, row, strict=True)], i)
             for i, (sample, row) in enumerate(zip(samples, values, strict=True))
