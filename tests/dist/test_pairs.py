@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -15,6 +16,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from dist_ft.evaluate import EvaluateOptions, evaluate_run
+from dist_ft.plan import read_plan
+from dist_ft.prepare import prepare
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.heads import WIDE, WORDS, config_of, make_model
@@ -123,6 +127,25 @@ def test_a_stopped_run_keeps_its_reference_and_its_curve(runs: dict[tuple, Path]
     kept, before = (load_file(runs[name,] / "reference.safetensors") for name in ("resumed", "stopped"))
     assert kept.keys() == before.keys()
     assert all(torch.equal(kept[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_tells_the_runs_own_numbers_with_the_kept_reference_and_without(
+    method: str, runs: dict[tuple, Path], tmp_path: Path
+) -> None:
+    """Without it the base gives it: PiSSA moves weights, and its model still starts as the base."""
+    config = read_plan(runs["preference", method, "ddp", 1]).config
+    logged = evaluations(runs["preference", method, "ddp", 1])[-1]
+    run_dir = shutil.copytree(runs["preference", method, "ddp", 1], tmp_path / "run", symlinks=True)
+    for wanted in ({"kept"}, set()):
+        if not wanted:
+            (run_dir / "reference.safetensors").unlink()
+        found = evaluate_run(config, prepare(config), run_dir, EvaluateOptions(baseline=True))  # type: ignore[call-arg]
+        told = {f"eval/{name}": value for name, value in found["export"].metrics.items()}
+        assert told == pytest.approx(logged, rel=1e-4, abs=1e-4)
+        assert found["base"].metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert [row["sample"] for row in found["export"].predictions] == list(range(37))
+        assert (run_dir / "reference.safetensors").exists()
 
 
 def train_plainly(model: str, rows: Path, kind: str) -> list[float]:
