@@ -106,7 +106,7 @@ def build(
         return model
 
     engine.setup(build_model, optim_factory(config, device))
-    prepared = refer_to_start(plan, prepared, task, engine, place, beat)  # before a checkpoint moves the model
+    prepared = refer_to_start(plan, prepared, task, engine, place, terminal, beat)  # no checkpoint was read yet
     loader, steps = build_loader(plan, task, prepared.train, place)
     progress = resume(plan, engine, place, terminal)
     watched = Watched(task, loader.step, meter(device, place.world_size, costs[0]))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -27,7 +28,13 @@ REFERENCE_FILE = "reference.safetensors"  # in a run's folder: a tensor for each
 
 
 def refer_to_start(
-    plan: Plan, prepared: Prepared, task: Task, engine: Engine, place: Place, beat: Callable[[str], None]
+    plan: Plan,
+    prepared: Prepared,
+    task: Task,
+    engine: Engine,
+    place: Place,
+    terminal: TextIO,
+    beat: Callable[[str], None],
 ) -> Prepared:
     """The data with what the model says of them before it learns; every rank takes part.
 
@@ -37,6 +44,7 @@ def refer_to_start(
         task: what is to be learned; data of one that refers to no start stay as they are.
         engine: with the model as it was built.
         place: this rank.
+        terminal: is told where it takes a while.
         beat: tells a watchdog how far this rank has come.
     """
     if not isinstance(task, Refers):
@@ -46,6 +54,11 @@ def refer_to_start(
     splits = {name: split for name in ("train", "validation") if (split := getattr(prepared, name)) is not None}
     missing = {name_of(split): split for split in splits.values() if name_of(split) not in held}
     for name, split in missing.items():
+        if place.is_main:
+            samples = split.ledger["samples"]
+            print(
+                f"dist-ft: the model as it starts is asked about {samples:,} samples, once", file=terminal, flush=True
+            )
         batches = evaluation_batches(
             split.open_table(),
             split.open_samples(),

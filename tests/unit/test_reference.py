@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def make_split(folder: Path) -> Split:
         for length in LENGTHS:
             writer.append({"input_ids": [length] * length, "labels": [length] * length})
     in_groups(np.array(LENGTHS), 2).save(folder)
-    return Split(str(folder), str(folder), {})
+    return Split(str(folder), str(folder), {"samples": 3})
 
 
 class Uniform(torch.nn.Module):
@@ -80,7 +81,7 @@ class Plan:
 
 def refer(plan: Any, prepared: Prepared, engine: Any) -> Prepared:
     task = Preference(PreferenceConfig(name="preference"), padding_free=False)
-    return refer_to_start(plan, prepared, task, engine, Place(), lambda phase: None)
+    return refer_to_start(plan, prepared, task, engine, Place(), sys.stderr, lambda phase: None)
 
 
 def test_it_is_measured_once_and_stands_beside_each_sequence(tmp_path: Path) -> None:
