@@ -22,6 +22,7 @@ Example = Mapping[str, Sequence[int]]  # one tokenised sequence: columns of whol
 Prediction = Mapping[str, Any]  # what a model says of one sample, as JSON holds it; `sample` is its number in the split
 Metrics = Mapping[str, float]
 REFERENCE = "reference"  # column of a sequence: its log-probability under the model as it started
+LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")  # of metrics; the others are better when higher
 
 
 @dataclass(frozen=True)
