@@ -44,6 +44,10 @@ ANSWER = {"text": ["w1"], "answer_start": [0]}
 TEXTS = [f"w{i} w{i + 1} w{2 * i} w{i % 7}" for i in range(ROWS)]
 LABELLED = [{"text": text, "label": ("neg", "pos")[i % 2]} for i, text in enumerate(TEXTS)]
 CHAT = [{"messages": [{"role": role, "content": text * 8} for role in ("user", "assistant") * 2]} for text in TEXTS]
+PAIRS = [
+    {"chosen": row["messages"], "rejected": [*row["messages"][:3], {"role": "assistant", "content": "No."}]}
+    for row in CHAT
+]
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {  # experiment → model, rows
     "sentiment_distilbert": ("distilbert", LABELLED),
     "sentiment_bert": ("bert", [{"sentence": row["text"], "label": row["label"]} for row in LABELLED]),
@@ -59,6 +63,8 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {  # experiment → model, 
     "dolly_lora": ("llama", [{"instruction": text, "context": "", "response": text} for text in TEXTS]),
     "chat_lora": ("llama", CHAT),
     "quickstart": ("llama", CHAT),
+    "dpo_lora": ("llama", PAIRS),
+    "reward_modeling": ("llama", PAIRS),
     "zero3_full": ("llama", CHAT),
 }
 
