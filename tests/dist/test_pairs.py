@@ -42,7 +42,6 @@ GRID = [
     *(("preference", method, "ddp", 1) for method in METHODS),
     ("preference", "pissa", "fsdp", 2),
     ("ipo", "full", "ddp", 1),
-    ("ipo", "full", "fsdp", 2),
     ("reward", "lora", "ddp", 1),
 ]
 
@@ -87,7 +86,7 @@ def runs(model: str, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         for key in GRID:
             if key[-1] == world:
                 folders[key] = top / "-".join(key[:3])
-                cases.append(case(folders[key], model, rows, key, export=key[2] in ("ddp", "zero3")))
+                cases.append(case(folders[key], model, rows, key, export=key[2] == "zero3" or world == 1))
         if world == 2:
             cases.append(case(stopped, model, rows, ("preference", "lora", "fsdp", 2), stop_after=STOP))
         else:
