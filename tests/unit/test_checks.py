@@ -110,6 +110,14 @@ def test_virtual_tokens_and_packing_do_not_go_together(method):
     assert found(f"method={method}") == {}
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+@pytest.mark.parametrize("task", ["question_answering", "sequence_classification", "token_classification"])
+def test_virtual_tokens_and_a_new_head_do_not_go_together(task, method):
+    problems = found(f"task={task}", f"method={method}")
+    assert list(problems) == ["method.name"] and "the new head" in problems["method.name"]
+    assert found(f"task={task}", "method=lora") == {}
+
+
 def test_a_prefix_and_recomputation_do_not_go_together():
     assert list(found("method=prefix", "model.gradient_checkpointing=true")) == [
         "model.gradient_checkpointing (command line)"
