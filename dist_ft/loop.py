@@ -13,9 +13,20 @@ from . import comm
 from .checkpoint import Progress
 from .errors import TrainingError
 from .schema import TrainConfig
-from .state import Batch, Engine, Hook, LossFn, LossSum, Metrics, Prediction, Row, StepInfo, Task, Tracker
-
-LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")
+from .state import (
+    LOWER_IS_BETTER,
+    Batch,
+    Engine,
+    Hook,
+    LossFn,
+    LossSum,
+    Metrics,
+    Prediction,
+    Row,
+    StepInfo,
+    Task,
+    Tracker,
+)
 
 
 @dataclass

@@ -190,7 +190,10 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
-    canonical: dict[str, Any] = {"source": _string(row, "source"), "target": _string(row, "target")}
+    source = row["source"]
+    if isinstance(source, list) and source and all(isinstance(word, str) for word in source):
+        source = " ".join(source)  # a set of concepts
+    canonical: dict[str, Any] = {"source": _string({"source": source}, "source"), "target": _string(row, "target")}
     if (references := row.get("references")) is not None:
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise RowShape("references must be a list of texts")

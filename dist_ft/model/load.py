@@ -14,6 +14,7 @@ from ..errors import Problem, RequestError
 from ..schema import ModelConfig
 from ..state import Architecture
 from .attention import AttentionChoice, choose_attention
+from .noise import set_dropout
 from .quantize import quantize
 from .structure import find_task_head
 
@@ -53,6 +54,8 @@ def load_model(
         RequestError: weights are missing, have other shapes, or belong to another architecture.
     """
     settings = load_config(config, folder)
+    if config.dropout is not None:
+        set_dropout(settings, config.dropout)
     for key, value in architecture.overrides.items():
         setattr(settings, key, value)
     options: dict[str, Any] = {
