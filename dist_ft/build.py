@@ -36,6 +36,7 @@ from .optim import learning_rate
 from .plan import Plan
 from .prepare import Prepared, Split
 from .probe import take_probe
+from .reference import refer_to_start
 from .report import build_tracker, describe
 from .resume import restore, resume, save_checkpoint, settle_start
 from .state import Engine, Method, ModelFactory, Task
@@ -87,7 +88,6 @@ def build(
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, device, architecture)
     task = build_task(config, prepared.facts, padding_free=attention.padding_free)
-    loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
     routings: list[Routing] = []
@@ -106,6 +106,8 @@ def build(
         return model
 
     engine.setup(build_model, optim_factory(config, device))
+    prepared = refer_to_start(plan, prepared, task, engine, place, terminal, beat)  # no checkpoint was read yet
+    loader, steps = build_loader(plan, task, prepared.train, place)
     progress = resume(plan, engine, place, terminal)
     watched = Watched(task, loader.step, meter(device, place.world_size, costs[0]))
     for routing in routings:  # one for a mixture of experts, none for a dense model

@@ -66,6 +66,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_mixture_problems(config, origins),
         *_length_problems(config, origins),
         *_method_problems(config, origins),
+        *_reference_problems(config, origins),
         *_format_problems(config),
         *model_problems(config.model),
         *_data_problems(config),
@@ -168,6 +169,18 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
         yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")
+
+
+def _reference_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """Preferences are learned against the model as it starts, which must be one to stay near to."""
+    if config.task.name != "preference":
+        return
+    if config.model.from_scratch:
+        rule = "the run would be held near weights that were drawn at random, and those know nothing"
+        yield Problem(_where("model.from_scratch", origins), rule, "set it to false, and train on answers first")
+    if config.method.virtual_tokens:
+        rule = f"method={config.method.name} starts with virtual tokens that disturb the model, which is its reference"
+        yield Problem("method.name", rule, "choose method=lora, or another that starts as the base")
 
 
 def _format_problems(config: RunConfig) -> Iterator[Problem]:

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .data.cache import (
     SPLITS,
     SplitName,
@@ -33,11 +35,13 @@ from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, Problem, RequestError
 from .plan import read_plan
 from .schema import RunConfig
-from .state import Facts, Row, Sample
+from .state import REFERENCE, Facts, Row, Sample
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
 from .task.masked_lm import MaskedLM
+from .task.preference import Preference
 from .task.question_answering import QuestionAnswering
+from .task.reward import Reward
 from .task.seq2seq import Seq2Seq
 from .task.sequence_classification import SequenceClassification
 from .task.token_classification import TokenClassification
@@ -50,6 +54,8 @@ TASKS: dict[str, Any] = {
     "token_classification": TokenClassification,
     "seq2seq": Seq2Seq,
     "question_answering": QuestionAnswering,
+    "preference": Preference,
+    "reward": Reward,
 }
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -63,10 +69,16 @@ class Split:
     table: str
     samples: str
     ledger: dict[str, Any]
+    reference: np.ndarray | None = None  # [samples, sequences] float64: what reference.py keeps, where a task needs it
 
     def open_table(self) -> TokenTable:
-        """The tokenised rows, memory-mapped."""
-        return TokenTable.open(self.table)
+        """The tokenised rows, memory-mapped, each with its reference where there is one."""
+        table = TokenTable.open(self.table)
+        if self.reference is None:
+            return table
+        values = np.full(len(table), np.nan)  # of rows that no sample holds
+        values[self.open_samples().rows] = self.reference.reshape(-1)
+        return table.with_row_values(REFERENCE, values)
 
     def open_samples(self) -> Samples:
         """What places in a batch hold, memory-mapped."""

@@ -129,6 +129,37 @@ class QuestionAnsweringConfig(TaskChoice):
     )
 
 
+class PreferenceConfig(TaskChoice):
+    """The better of two answers to a prompt is made more probable than the other (DPO); keys are TRL's."""
+
+    name: Literal["preference"]
+    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Most tokens of a prompt with an answer.")
+    overlong: Overlong = Field("error", description="A pair of which either is longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="A pair with an empty answer, or with equal ones.")
+    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field("sigmoid", description="sigmoid is DPO's own.")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="How dear it is to leave the model as it started; ipo's tau."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="Share of pairs that may be the wrong way round; sigmoid becomes cDPO."
+    )
+
+
+class RewardConfig(TaskChoice):
+    """A score for an answer, higher for the better one of a pair (Bradley and Terry); keys are TRL's."""
+
+    begins_head: ClassVar[bool] = True
+    name: Literal["reward"]
+    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Most tokens of a prompt with an answer.")
+    overlong: Overlong = Field("error", description="A pair of which either is longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="A pair with an empty answer, or with equal ones.")
+    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Keeps scores about zero: factor of the squared sum of a pair's."
+    )
+
+
 TaskConfig = Annotated[
     CausalLMConfig
     | InstructionConfig
@@ -136,6 +167,8 @@ TaskConfig = Annotated[
     | SequenceClassificationConfig
     | TokenClassificationConfig
     | Seq2SeqConfig
-    | QuestionAnsweringConfig,
+    | QuestionAnsweringConfig
+    | PreferenceConfig
+    | RewardConfig,
     Field(discriminator="name"),
 ]
