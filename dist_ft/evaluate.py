@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +20,15 @@ from rich.table import Table
 from torch import nn
 
 from .comm import Place, find_device
-from .data.loader import evaluation_batches
 from .errors import RequestError
 from .exported import find_export, find_trained_run, open_base, open_export
 from .families import architecture_of, build_task, choose_attention
 from .model.attention import AttentionChoice
+from .parts import Sums, split_batches, split_scores
 from .plan import read_plan
 from .prepare import Prepared, Split, prepare
 from .schema import RunConfig, Strict
-from .state import LossSum, Metrics, Prediction, Task
+from .state import Metrics, Prediction, Task
 from .words import read_words, run_command, split_run
 
 
@@ -54,18 +54,12 @@ def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) 
     """The task's metrics of `model`, on the device where it is, over every row of a split."""
     device = next(model.parameters()).device
     model.eval()
-    sums: dict[str, torch.Tensor] = {}
-    predictions: list[Prediction] = []
-    batches = evaluation_batches(
-        split.open_table(), split.open_samples(), task.collate, rank=0, world=1, per_device=per_device
-    )
-    for batch in batches:
-        result = task.score(model, batch.to(device))
-        predictions.extend(result.predictions)
-        for name, value in {"loss": result.loss, "weight": result.weight, **result.counts}.items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-    predictions.sort(key=lambda prediction: prediction["sample"])
-    totals, rows = LossSum(sums.pop("loss"), sums.pop("weight"), sums, predictions), split.read_rows()
+    task = split_scores(task, split.sizes)
+    sums = Sums()
+    for batch in split_batches(split, task.collate, rank=0, world=1, per_device=per_device):
+        sums.add(task.score(model, batch.to(device)))
+    predictions = sorted(sums.predictions, key=lambda prediction: prediction["sample"])
+    totals, rows = replace(sums.total(), predictions=predictions), split.read_rows()
     return Evaluation(task.metrics(totals, rows), task.details(totals, rows), predictions)
 
 

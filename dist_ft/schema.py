@@ -61,17 +61,56 @@ DataFormat = Literal[
 ]
 
 
+Sources = str | list[str]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+
+
+class DataSet(Strict):
+    """One set of a mixture; its keys mean what those of `data` mean."""
+
+    train: Sources
+    validation: Sources | None = None
+    test: Sources | None = None
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Its share of the samples is this over the sum of all sets' weights; give all or none."
+    )
+    format: DataFormat = "auto"
+    columns: dict[str, str] = Field(default_factory=dict, description="The format's name of a column → the data's.")
+    template: dict[str, str] = Field(default_factory=dict, description="The format's column → a text with {COLUMN}.")
+    revision: str | None = Field(None, description="Hub revision of the data.")
+
+
 class DataConfig(Strict):
     """Where rows come from. A source is a file, a glob, a folder or a hub id; several make one data set."""
 
-    train: str | list[str]
-    validation: str | list[str] | None = None
-    test: str | list[str] | None = None
+    train: Sources | None = Field(None, description="Rows to learn from; or give data.mixture.")
+    validation: Sources | None = None
+    test: Sources | None = None
     format: DataFormat = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="The format's name of a column → the data's.")
+    template: dict[str, str] = Field(
+        default_factory=dict,
+        description="The format's column → a text with {COLUMN} of the data in it; `{COLUMN}` alone keeps the value.",
+    )
     revision: str | None = Field(None, description="Hub revision of the data.")
+    mixture: dict[SetName, DataSet] | None = Field(
+        None, description="Name → a data set; each keeps its share of the samples throughout the run."
+    )
+    mixture_temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="T: without weights, shares are as samples^(1/T). 1: all rows alike; large T: all sets alike."
+    )
     shuffle: bool = Field(True, description="A new order each epoch from train.seed; false keeps the file order.")
     cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
+
+    def has(self, split: str) -> bool:
+        """Whether there are rows for `train`, `validation` or `test`."""
+        return any(getattr(part, split) for part in (self, *(self.mixture or {}).values()))
+
+    @property
+    def only_tokens(self) -> bool:
+        """Whether all rows are tokens already, so that no tokenizer is needed."""
+        parts = [self] if self.mixture is None else list(self.mixture.values())
+        return all(part.format == "tokens" for part in parts)
 
 
 MethodConfig = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from ..state import Facts
 from .faults import RowFault
 from .formats import normalise_for
 from .rows import read_rows
+from .sets import sets_of
 
 Labels = Callable[[Mapping[str, Any]], Iterable[tuple[int | str, str | None]]]  # of a row: values, and their names
 
@@ -23,7 +25,7 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
     """The names in the order of their numbers, how often each is met in data.train, and the number of its rows.
 
     Names are those of `task.labels`, or of the data: numbers in their order (named by `label_text` where every number
-    has one), text in alphabetical order.
+    has one), text in alphabetical order. The training rows of a mixture are those of all its sets.
 
     Args:
         config: of the run.
@@ -35,12 +37,14 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
     counts: Counter[int | str] = Counter()
     names: dict[int | str, set[str]] = {}
     rows = 0
-    for place, row in read_rows(config.data.train, revision=config.data.revision):
-        rows += 1
-        for value, name in labels_of(normalise_for(config, row, place)[1]):
-            counts[value] += 1
-            if name is not None:
-                names.setdefault(value, set()).add(name)
+    for alone in sets_of(config).values():
+        for place, row in read_rows(alone.data.train or [], revision=alone.data.revision):
+            rows += 1
+            with contextlib.suppress(RowFault):  # counted where the row is tokenised
+                for value, name in labels_of(normalise_for(alone, row, place)[1]):
+                    counts[value] += 1
+                    if name is not None:
+                        names.setdefault(value, set()).add(name)
     given: Sequence[str] | None = config.task.labels  # type: ignore[union-attr]
     found = tuple(given) if given is not None else _ordered(counts, names)
     if len(found) < 2:
