@@ -235,7 +235,8 @@ def _split_problems(config: RunConfig, name: str, split: Split, model_dir: str) 
     batch = config.train.global_batch_size
     if name == "train" and ledger["samples"] < batch:
         kind = "rows" if ledger["layout"] == "rows" else "packed rows (blocks)"
-        rule = f"one global batch takes {batch} {kind}, data.train has {ledger['samples']}"
+        key = "data.mixture" if split.parts else "data.train"
+        rule = f"one global batch takes {batch} {kind}, {key} has {ledger['samples']}"
         problems.append(Problem("train.global_batch_size", rule, f"set it to at most {ledger['samples']}"))
     return problems
 

