@@ -119,9 +119,8 @@ def build(
     for routing in routings:  # one for a mixture of experts, none for a dense model
         watched = watch(routing, watched, engine, beat)
     if place.is_main:
-        print(describe(plan, attention, device, progress, steps, routings), file=terminal, flush=True)
-        for line in describe_mixture(config, prepared.train):
-            print(f"dist-ft: {line}", file=terminal, flush=True)
+        notes = [*(routing.describe() for routing in routings), *describe_mixture(config, prepared.train)]
+        print(describe(plan, attention, device, progress, steps, notes), file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
         config=config.train,

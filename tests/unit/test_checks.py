@@ -293,6 +293,21 @@ def test_a_run_of_another_config_is_refused_key_by_key():
     assert problems["method.r"].startswith(f"{folder} is a run with 16, and this one has 4 → set run_name=first-2")
 
 
+def test_a_run_goes_on_with_the_mixture_it_had():
+    sets = ["data=mixture", "data.train=null", "data.mixture.b.train=rows.jsonl", "data.mixture.a.train=rows.jsonl"]
+    folder = existing_run(*sets, f"output_dir={Path.cwd()}/runs/first")
+    again = [*sets, f"output_dir={folder}"]
+    assert found(*again, "data.mixture.a.validation=rows.jsonl") == {}
+    assert found(*again[:2], again[3], again[2], again[4]) == {}  # the sets' order is that of their names
+    for words in (
+        ["data.mixture.a.weight=2", "data.mixture.b.weight=1"],
+        ["data.mixture.a.template={prompt: '{text}', completion: '{text}'}"],
+        ["data.mixture.c.train=rows.jsonl"],
+    ):
+        assert list(found(*again, *words)) == ["data.mixture"], words
+    assert list(found(*again, "data.mixture_temperature=3")) == ["data.mixture_temperature"]
+
+
 def test_a_failed_start_without_a_checkpoint_may_be_mended():
     folder = existing_run()
     (folder / "checkpoints" / "step-5").rmdir()
