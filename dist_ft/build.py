@@ -112,9 +112,7 @@ def build(
 
     engine.setup(build_model, optim_factory(config, device))
     progress = resume(plan, engine, place, terminal)
-    told = split_losses(
-        split_scores(task, prepared.validation.sizes if prepared.validation else {}), prepared.train.sizes
-    )
+    told = split_losses(split_scores(task, prepared.validation), prepared.train)
     watched = Watched(told, loader.step, meter(device, place.world_size, costs[0]))
     for routing in routings:  # one for a mixture of experts, none for a dense model
         watched = watch(routing, watched, engine, beat)

@@ -24,11 +24,12 @@ from .errors import RequestError
 from .exported import find_export, find_trained_run, open_base, open_export
 from .families import architecture_of, build_task, choose_attention
 from .model.attention import AttentionChoice
-from .parts import Sums, split_batches, split_scores
+from .parts import split_batches, split_scores
 from .plan import read_plan
 from .prepare import Prepared, Split, prepare
 from .schema import RunConfig, Strict
 from .state import Metrics, Prediction, Task
+from .sums import Sums
 from .words import read_words, run_command, split_run
 
 
@@ -54,7 +55,7 @@ def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) 
     """The task's metrics of `model`, on the device where it is, over every row of a split."""
     device = next(model.parameters()).device
     model.eval()
-    task = split_scores(task, split.sizes)
+    task = split_scores(task, split)
     sums = Sums()
     for batch in split_batches(split, task.collate, rank=0, world=1, per_device=per_device):
         sums.add(task.score(model, batch.to(device)))

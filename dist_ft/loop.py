@@ -12,9 +12,9 @@ import torch
 from . import comm
 from .checkpoint import Progress
 from .errors import TrainingError
-from .parts import Sums, losses_of_parts
 from .schema import TrainConfig
 from .state import Batch, Engine, Hook, LossFn, LossSum, Metrics, Row, StepInfo, Task, Tracker
+from .sums import Sums, losses_of_parts
 
 LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")
 

@@ -1,6 +1,6 @@
 """Losses and scores of a mixture's sets beside those of all: sums that are exact over micro-batches and ranks.
 
-In the sums a set's number `n` stands under `NAME@set`, such as `loss@chat`; in metrics under `loss/chat`.
+In the sums a set's number stands under `NAME@SET`, such as `loss@chat`; in metrics under `loss/chat`.
 """
 
 from __future__ import annotations
@@ -15,42 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import comm
 from .data.loader import Collate, evaluation_batches
 from .data.opened import Split
-from .state import Batch, LossSum, Metrics, Prediction, Row, Task
-
-_OF = "@"
-
-
-class Sums:
-    """Adds up what micro-batches give, in float64 on the CPU."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.predictions: list[Prediction] = []
-
-    def add(self, result: LossSum) -> None:
-        """Add a micro-batch."""
-        self.predictions.extend(result.predictions)
-        for name, value in _flat(result).items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-
-    def total(self) -> LossSum:
-        """The sums over all ranks, which all must ask for; predictions are not among them."""
-        names = sorted(self.sums)
-        found = dict(zip(names, comm.total(torch.stack([self.sums[name] for name in names])), strict=True))
-        return LossSum(found.pop("loss"), found.pop("weight"), found)
+from .state import Batch, LossSum, Metrics, Row, Task
+from .sums import OF, flatten
 
 
-def split_losses(task: Task, sizes: Mapping[str, int]) -> Task:
-    """The same task, whose `loss` also counts the losses of each set; itself where there are no sets.
-
-    Args:
-        task: of the run.
-        sizes: set → number of its samples, in their order.
-    """
-    if not sizes:
+def split_losses(task: Task, train: Split) -> Task:
+    """The same task, whose `loss` also counts the losses of each of the split's sets; itself where there are none."""
+    if not (sizes := train.sizes):
         return task
     split: Any = copy.copy(task)
 
@@ -63,22 +36,20 @@ def split_losses(task: Task, sizes: Mapping[str, int]) -> Task:
         counts = dict(result.counts)
         for number, name in enumerate(sizes):
             here = numbers == number
-            counts[f"loss{_OF}{name}"] = result.losses[here].double().sum()
-            counts[f"weight{_OF}{name}"] = weights[here].double().sum()
+            counts[f"loss{OF}{name}"] = result.losses[here].double().sum()
+            counts[f"weight{OF}{name}"] = weights[here].double().sum()
         return replace(result, counts=counts)
 
     split.loss = loss
     return split
 
 
-def split_scores(task: Task, sizes: Mapping[str, int]) -> Task:
-    """The same task, whose scores and metrics are also told of each set; batches must hold samples of one set each.
+def split_scores(task: Task, evaluated: Split | None) -> Task:
+    """The same task, whose metrics are also told of each of the split's sets; itself where there are none.
 
-    Args:
-        task: of the run.
-        sizes: set → number of its samples, in their order.
+    Batches must hold samples of one set each, as those of `split_batches` do.
     """
-    if not sizes:
+    if evaluated is None or not (sizes := evaluated.sizes):
         return task
     split: Any = copy.copy(task)
     ends = np.cumsum(list(sizes.values())).tolist()
@@ -89,34 +60,26 @@ def split_scores(task: Task, sizes: Mapping[str, int]) -> Task:
         assert len(found) <= 1, "a batch of an evaluation is of one set"
         counts = dict(result.counts)
         for number, name in enumerate(sizes):  # every rank has every name
-            for key, value in _flat(result).items():
-                counts[f"{key}{_OF}{name}"] = value if number in found else torch.zeros_like(value)
+            for key, value in flatten(result).items():
+                counts[f"{key}{OF}{name}"] = value if number in found else torch.zeros_like(value)
         return replace(result, counts=counts)
 
     def metrics(totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        plain = {key: value for key, value in totals.counts.items() if _OF not in key}
+        plain = {key: value for key, value in totals.counts.items() if OF not in key}
         found = dict(task.metrics(replace(totals, counts=plain), rows))
         for name, first, end in zip(sizes, [0, *ends], ends, strict=False):
-            own = {key.partition(_OF)[0]: value for key, value in totals.counts.items() if key.endswith(_OF + name)}
+            own = {key.partition(OF)[0]: value for key, value in totals.counts.items() if key.endswith(OF + name)}
             predictions = [p for p in totals.predictions if first <= p["sample"] < end]
             part = LossSum(own.pop("loss"), own.pop("weight"), own, predictions)
             found |= {f"{key}/{name}": value for key, value in task.metrics(part, rows).items()}
         return found
 
     def details(totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        plain = {key: value for key, value in totals.counts.items() if _OF not in key}
+        plain = {key: value for key, value in totals.counts.items() if OF not in key}
         return task.details(replace(totals, counts=plain), rows)
 
     split.score, split.metrics, split.details = score, metrics, details
     return split
-
-
-def losses_of_parts(totals: LossSum) -> Metrics:
-    """`loss/NAME` of each set of which something was learned."""
-    weights = {key.partition(_OF)[2]: value for key, value in totals.counts.items() if key.startswith(f"weight{_OF}")}
-    return {
-        f"loss/{name}": float(totals.counts[f"loss{_OF}{name}"] / weight) for name, weight in weights.items() if weight
-    }
 
 
 def split_batches(split: Split, collate: Collate, *, rank: int, world: int, per_device: int) -> Iterator[Batch]:
@@ -135,7 +98,3 @@ def _numbers(batch: Batch, sizes: Mapping[str, int]) -> Tensor:
     """[documents] int64: the number of the set that each of the batch's documents is of."""
     ends = np.cumsum(list(sizes.values()))
     return torch.from_numpy(np.searchsorted(ends, np.asarray(batch.samples, dtype=np.int64), side="right"))
-
-
-def _flat(result: LossSum) -> dict[str, Tensor]:
-    return {"loss": result.loss, "weight": result.weight, **result.counts}

@@ -15,7 +15,7 @@ from dist_ft.data.loader import evaluation_batches
 from dist_ft.data.pack import Samples, in_groups, pack_in_order
 from dist_ft.data.table import TokenTable
 from dist_ft.loop import is_better
-from dist_ft.parts import Sums, losses_of_parts, split_batches, split_losses, split_scores
+from dist_ft.parts import split_batches, split_losses, split_scores
 from dist_ft.schema_task import (
     CausalLMConfig,
     InstructionConfig,
@@ -25,6 +25,7 @@ from dist_ft.schema_task import (
     TokenClassificationConfig,
 )
 from dist_ft.state import Batch, Facts, LossSum, Sample
+from dist_ft.sums import Sums, losses_of_parts
 from dist_ft.task.causal_lm import CausalLM
 from dist_ft.task.instruction import Instruction
 from dist_ft.task.masked_lm import MaskedLM
@@ -43,15 +44,23 @@ ENDS = {"one": range(5), "two": range(5, 9), "three": range(9, 12)}
 
 
 class Joined:
-    """What `split_batches` reads of a split."""
+    """What is read of a split of several sets."""
 
-    sizes = SIZES
+    def __init__(self, sizes: dict[str, int] = SIZES) -> None:
+        self.sizes = sizes
 
     def open_table(self) -> TokenTable:
         return TABLE
 
     def open_samples(self) -> Samples:
         return in_groups(TABLE.lengths)
+
+
+def split_of(sizes: dict[str, int]) -> Any:
+    return Joined(sizes)
+
+
+JOINED = split_of(SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,7 @@ def batch_of(task: Any, indices: list[int]) -> Batch:
 @torch.no_grad()
 def test_losses_of_sets_are_those_of_each_alone_and_add_up(model: Any) -> None:
     task = task_of(False)
-    told, sums = split_losses(task, SIZES), Sums()
+    told, sums = split_losses(task, JOINED), Sums()
     chosen = [[0, 7, 3, 8], [5, 1, 2, 6], [4, 4]]  # nothing of `three`; a sample twice
     for micro in chosen:
         sums.add(told.loss(model, batch_of(task, micro)))
@@ -96,7 +105,7 @@ def test_losses_of_sets_are_those_of_each_alone_and_add_up(model: Any) -> None:
 def test_packed_documents_are_told_by_their_samples(model: Any) -> None:
     samples = pack_in_order(TABLE.lengths[:9], 40)
     sizes = {"first": 2, "second": len(samples) - 2}
-    told = split_losses(task_of(True), sizes)
+    told = split_losses(task_of(True), split_of(sizes))
     segments = [[TABLE.example(*segment) for segment in samples[n]] for n in range(len(samples))]
     batch = told.collate([Sample(parts, n) for n, parts in enumerate(segments)])
     logits = torch.randn(1, int(batch.inputs["input_ids"].shape[1]), 512, generator=torch.manual_seed(1))
@@ -115,11 +124,11 @@ def test_packed_documents_are_told_by_their_samples(model: Any) -> None:
 @torch.no_grad()
 def test_scores_of_sets_are_those_of_each_alone(model: Any) -> None:
     task: Any = task_of(False)
-    told: Any = split_scores(task, SIZES)
+    told: Any = split_scores(task, JOINED)
     ranks = []
     for rank in range(2):  # a rank without a sample of a set still has its names
         sums = Sums()
-        for batch in split_batches(Joined(), task.collate, rank=rank, world=2, per_device=4):  # type: ignore[arg-type]
+        for batch in split_batches(JOINED, task.collate, rank=rank, world=2, per_device=4):
             sums.add(told.score(model, batch))
         ranks.append(sums.sums)
     assert ranks[0].keys() == ranks[1].keys()
@@ -137,12 +146,11 @@ def test_scores_of_sets_are_those_of_each_alone(model: Any) -> None:
 @torch.no_grad()
 def test_without_sets_nothing_changes(model: Any) -> None:
     task = task_of(False)
-    assert split_losses(task, {}) is task and split_scores(task, {}) is task
+    assert split_losses(task, split_of({})) is task
+    assert split_scores(task, split_of({})) is task and split_scores(task, None) is task
     assert losses_of_parts(task.loss(model, batch_of(task, [0, 1]))) == {}
 
-    plain = Joined()
-    plain.sizes = {}
-    split = list(split_batches(plain, task.collate, rank=0, world=1, per_device=4))  # type: ignore[arg-type]
+    split = list(split_batches(split_of({}), task.collate, rank=0, world=1, per_device=4))
     whole = list(evaluation_batches(TABLE, in_groups(TABLE.lengths), task.collate, rank=0, world=1, per_device=4))
     assert [b.samples for b in split] == [b.samples for b in whole]
 
