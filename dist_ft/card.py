@@ -190,7 +190,7 @@ def _data_rows(plan: Plan, prepared: Prepared) -> Iterator[tuple[str, ...]]:
             continue
         for part, alone in sets_of(plan.config, name).items():
             own = split.parts.get(part, split)
-            sources, ledger = getattr(alone.data, name), own.ledger
+            sources, ledger = alone.data.sources(name) or [], own.ledger
             yield (
                 f"{name} ({part})" if part else name,
                 ", ".join(f"`{source}`" for source in ([sources] if isinstance(sources, str) else sources)),

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .data.chosen import choice_problems
 from .data.rows import read_rows
 from .data.sets import set_problems
 from .data.sources import HubSet, resolve
@@ -67,6 +68,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_length_problems(config, origins),
         *_method_problems(config, origins),
         *set_problems(config),
+        *choice_problems(config),
         *model_problems(config.model),
         *_data_problems(config),
         *_template_problems(config),

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from .data.cache import (
-    SPLITS,
-    SplitName,
     cache_root,
     find_model,
     find_snapshot,
@@ -29,6 +27,7 @@ from .data.labels import find_labels
 from .data.opened import Split
 from .data.sets import ALONE, name_in_mixture, sets_of
 from .data.split import LEDGER, Say, build_split
+from .data.splits import SPLITS, SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, Problem, RequestError
 from .plan import read_plan

@@ -17,8 +17,8 @@ def sources(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Every source of data with its key."""
     for key in ("train", "validation", "test"):
         for name, alone in sets_of(config, key).items():
-            value = getattr(alone.data, key)
-            for source in [value] if isinstance(value, str) else value:
+            value = getattr(alone.data, key)  # folds of data.train have no source of their own
+            for source in [value] if isinstance(value, str) else value or []:
                 yield key_of(name, key), source
 
 
@@ -97,6 +97,13 @@ READ_WHEN = [
     ReadWhen("data.template", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
     ReadWhen("data.revision", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
     ReadWhen("data.mixture_temperature", _shares_by_size, "the shares are not by size", "remove it, or all weights"),
+    ReadWhen("data.fold", lambda c: c.data.folds is not None, "there are no folds", "set data.folds, or remove it"),
+    ReadWhen(
+        "data.subset_seed",
+        lambda c: c.data.folds is not None or c.data.k_shot is not None,
+        "nothing is drawn",
+        "set data.k_shot or data.folds, or remove it",
+    ),
     ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
     ReadWhen("train.eval_steps", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),
     ReadWhen("train.per_device_eval_batch_size", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),

@@ -99,12 +99,25 @@ class DataConfig(Strict):
     mixture_temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="T: without weights, shares are as samples^(1/T). 1: all rows alike; large T: all sets alike."
     )
+    k_shot: Count | None = Field(None, description="Learn from so many rows of each label, drawn by subset_seed.")
+    folds: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Deal the training rows in so many folds, alike in labels; one is the validation data."
+    )
+    fold: Annotated[int, Field(ge=0)] | None = Field(None, description="Which one, from 0; the first if not given.")
+    subset_seed: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Of k_shot and folds; train.seed if not given."
+    )
     shuffle: bool = Field(True, description="A new order each epoch from train.seed; false keeps the file order.")
     cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
 
     def has(self, split: str) -> bool:
         """Whether there are rows for `train`, `validation` or `test`."""
-        return any(getattr(part, split) for part in (self, *(self.mixture or {}).values()))
+        return bool(self.sources(split)) or any(getattr(part, split) for part in (self.mixture or {}).values())
+
+    def sources(self, split: str) -> Sources | None:
+        """Where a split's rows are; of folds the validation rows are among the training rows."""
+        found: Sources | None = self.train if split == "validation" and self.folds else getattr(self, split)
+        return found
 
     @property
     def only_tokens(self) -> bool:

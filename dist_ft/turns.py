@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from .data.cache import SplitName
+from .data.chosen import read_split
 from .data.faults import RowFault
 from .data.formats import IGNORED_LABEL, normalise_for
-from .data.rows import read_rows
 from .data.sets import sets_of
+from .data.splits import SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import RequestError
 from .schema import RunConfig, TaskConfig
@@ -92,8 +92,7 @@ def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[
     if not sets:
         raise RequestError.of(f"data.{split}", "is not set in this run", "name another split, or a file of prompts")
     for alone in sets.values():
-        rows = read_rows(getattr(alone.data, split), revision=alone.data.revision)
-        yield from islice(_questions_of(alone, rows), count)
+        yield from islice(_questions_of(alone, read_split(alone, split)), count)
 
 
 def _questions_of(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[Question]:

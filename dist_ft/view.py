@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .data.cache import SplitName
+from .data.chosen import read_split
 from .data.faults import RowFault
 from .data.formats import IGNORED_LABEL
-from .data.rows import read_rows
 from .data.sets import ALONE, key_of, sets_of
 from .data.split import encode_row
+from .data.splits import SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, RequestError
 from .plan import read_plan
@@ -53,8 +53,7 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
     for set_name, alone in sets.items():
         if set_name != ALONE:
             console.print(Text(f"── {set_name} ──\n", style="bold"))
-        given = read_rows(getattr(alone.data, split), revision=alone.data.revision)
-        for place, row in islice(given, rows):
+        for place, row in islice(read_split(alone, split), rows):
             try:
                 name, _, sequences = encode_row(alone, task, encoder, row, place)
             except RowFault as fault:
@@ -114,6 +113,8 @@ def ledger_table(split: Split, title: str) -> Table:
     """What became of every row and token of one set's split."""
     ledger = split.ledger
     table = Table(title=title, title_justify="left", show_header=False, box=None)
+    if ledger.get("chosen"):
+        table.add_row("rows there are", f"{ledger['rows_of_source']:,}", f"read: {ledger['chosen']}")
     table.add_row("rows read", f"{ledger['rows_read']:,}", ", ".join(ledger["formats"]))
     for cause, tally in ledger["dropped"].items():
         table.add_row("  dropped", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")

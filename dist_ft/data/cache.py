@@ -19,14 +19,13 @@ from typing import Any, Literal
 
 from ..errors import MachineError, RequestError
 from ..schema import RunConfig
+from .chosen import identity
 from .sets import ALONE, sets_of
 from .sources import PACKAGE, digest_file, find_package, fingerprint
+from .splits import SPLITS, SplitName
 from .template_file import read_template
 
 CODE_VERSION = 2  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
-
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 _MANIFEST = "manifest.json"
 _REMEMBERED_BYTES = 64 << 20
@@ -98,10 +97,11 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
     task = config.task.model_dump(mode="json")
     content = {
         "version": CODE_VERSION,
-        "rows": fingerprint(getattr(data, split), data.revision, _remembering(root)),
+        "rows": fingerprint(data.sources(split) or [], data.revision, _remembering(root)),
         "format": data.format,
         "columns": data.columns,
         **({"template": data.template} if data.template else {}),
+        **({"chosen": chosen} if (chosen := identity(alone, split)) else {}),
         "task": {**task, "chat_template": read_template(config.task)},
         "labels": _labels_identity(config, split),
         "tokenizer": _tokenizer_identity(alone),

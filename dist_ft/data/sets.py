@@ -20,7 +20,7 @@ def sets_of(config: RunConfig, split: str = "train") -> dict[str, RunConfig]:
     """
     mixture = config.data.mixture
     if mixture is None:
-        return {ALONE: config} if getattr(config.data, split) else {}
+        return {ALONE: config} if config.data.sources(split) else {}
     return {name: _alone(config, mixture[name]) for name in sorted(mixture) if getattr(mixture[name], split)}
 
 
@@ -31,7 +31,8 @@ def key_of(name: str, key: str) -> str:
 
 def name_in_mixture(where: str, name: str) -> str:
     """The key of a set's own problem as it stands in the configuration; a place that is no key stays."""
-    return key_of(name, where.removeprefix("data.")) if where.startswith("data.") else where
+    own = where.startswith("data.") and where != "data.mixture"
+    return key_of(name, where.removeprefix("data.")) if own else where
 
 
 def set_problems(config: RunConfig) -> Iterator[Problem]:

@@ -68,6 +68,8 @@ UNREAD = {
         ["data.mixture_temperature=2"],
         [*MIXED, "data.mixture.b.train=rows.jsonl", "data.mixture_temperature=2"],
     ),
+    "data.fold": (["data.fold=1"], ["data.fold=1", "data.folds=3"]),
+    "data.subset_seed": (["data.subset_seed=1"], ["data.subset_seed=1", "data.folds=3", "train.eval_steps=2"]),
     "data.revision": (["data.revision=abc"], ["data.revision=abc", "data.validation=a/b"]),
     "train.eval_steps": (["train.eval_steps=3"], ["train.eval_steps=3", "data.validation=rows.jsonl"]),
     "train.per_device_eval_batch_size": (
@@ -152,6 +154,24 @@ MIXTURES = {
         "there is no such file",
     ),
 }
+
+
+LIMITED = {
+    ("data.k_shot=4",): ("data.k_shot", "task=instruction cannot: its rows have no label"),
+    ("task=sequence_classification", "task.multi_label=true", "data.k_shot=4"): ("data.k_shot", "several labels"),
+    ("data.folds=3", "data.validation=rows.jsonl"): ("data.folds", "data.validation is given too"),
+    ("data.folds=3", "data.fold=3"): ("data.fold", "there are folds 0 to 2"),
+    (*MIXED, "data.folds=3"): ("data.folds", "no labels or folds in common"),
+}
+
+
+@pytest.mark.parametrize("words", LIMITED, ids=lambda words: words[-1])
+def test_limits_that_cannot_be_are_problems(words):
+    where, rule = LIMITED[words]
+    problems = found(*words)
+    assert list(problems) == [where]
+    assert rule in problems[where]
+    assert found("task=sequence_classification", "data.k_shot=4") == {}
 
 
 @pytest.mark.parametrize("words", MIXTURES, ids=lambda words: words[-1])

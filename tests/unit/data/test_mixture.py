@@ -206,7 +206,7 @@ def test_labels_are_found_over_all_sets(make: Any) -> None:
     alone = make({"train": films}, task=task)
     assert split_folder(alone, "train") != split_folder(config, "train", "films")  # a label has another number there
     mixed = [{"text": "x", "label": n % 2} for n in range(4)]
-    with pytest.raises(RequestError, match="some labels are numbers and some are text"):
+    with pytest.raises(RequestError, match="^data.mixture: some labels are numbers and some are text[^:]*$"):
         prepare(make({"mixture": {"a": {"train": films}, "b": {"train": mixed}}}, task=task))
 
 
