@@ -11,6 +11,7 @@ import pytest
 
 from dist_ft import view
 from dist_ft.build import build_loader
+from dist_ft.card import render_card
 from dist_ft.comm import Place
 from dist_ft.data.cache import is_prepared, split_folder
 from dist_ft.errors import RequestError
@@ -183,6 +184,26 @@ def test_problems_name_their_set_and_come_together(make: Any) -> None:
     assert kept.train.ledger["rows_kept"] == 10 and kept.train.ledger["rows_read"] == 11
 
 
+def test_general_text_is_replayed_as_it_is(make: Any, tiny_tokenizer: Path) -> None:
+    from transformers import AutoTokenizer
+
+    general = {
+        "train": [{"text": f"Some {n} words."} for n in range(4)],
+        "template": {"prompt": "", "completion": "{text}"},
+    }
+    config = make(
+        {"mixture": {"general": {**general, "weight": 0.1}, "sums": {**two()["mixture"]["sums"], "weight": 0.9}}}
+    )
+    prepared = prepare(config)
+    example = prepared.train.open_table().example(0)
+    supervised = example["labels"][example["labels"] != -100]
+    assert AutoTokenizer.from_pretrained(tiny_tokenizer).decode(supervised) == "Some 0 words.<|im_end|>"
+    assert [found.share for found in proportions(config, prepared.train)] == [0.1, 0.9]
+    lines = render_card(make_plan(config, nodes=1, workers_per_node=1, origins={}), prepared, {}, {}).splitlines()
+    assert any(line.startswith("| train (general) |") for line in lines)
+    assert any(line.startswith("sums: 90.0% of the samples") for line in lines)
+
+
 def test_packing_stays_inside_a_set(make: Any) -> None:
     train = prepare(make(two(), task={"packing": True}, train={"global_batch_size": 2})).train
     samples, rows = train.open_samples(), len(train.parts["pairs"].open_table())
@@ -206,7 +227,7 @@ def test_labels_are_found_over_all_sets(make: Any) -> None:
     alone = make({"train": films}, task=task)
     assert split_folder(alone, "train") != split_folder(config, "train", "films")  # a label has another number there
     mixed = [{"text": "x", "label": n % 2} for n in range(4)]
-    with pytest.raises(RequestError, match="^data.mixture: some labels are numbers and some are text[^:]*$"):
+    with pytest.raises(RequestError, match=r"^data.mixture: some labels are numbers and some are text[^:]*$"):
         prepare(make({"mixture": {"a": {"train": films}, "b": {"train": mixed}}}, task=task))
 
 
