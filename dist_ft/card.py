@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from .data.sets import sets_of
 from .exported import name_base
+from .model.load import rename_base
 from .plan import Plan
 from .prepare import TASKS, Prepared, Split
 from .pretrained import is_hub_id
@@ -28,6 +30,7 @@ PIPELINES = {  # the hub's names of tasks
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
     "seq2seq": "text2text-generation",
+    "question_answering": "question-answering",
 }
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")
@@ -64,6 +67,8 @@ def render_card(
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
     architecture = TASKS[config.task.name].architecture(config.task, prepared.facts)
+    if renamed := rename_base(config.model, prepared.model_dir, architecture):
+        architecture = replace(architecture, overrides={**architecture.overrides, "key_mapping": renamed})
     is_adapter = not config.method.whole and not merged
     library = config.method.library if is_adapter else "transformers"
     is_quantised = is_adapter and config.model.quantization not in (None, "none")

@@ -8,6 +8,7 @@ half-way mixes tensors of two steps without an error.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import io
 import json
@@ -187,11 +188,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
         is_own = module in self.MODULES and isinstance(getattr(__import__(module, fromlist=[name]), name, None), type)
         if is_dtype or is_own or (module, name) in self.NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def _enum_member(kind: Any, name: str) -> enum.Enum:
+    """What stands in for `getattr`, by which Python 3.11.0 to 3.11.3 write the members of an enumeration."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError(f"an attribute of {kind} has no place in a checkpoint's metadata")
+    return kind[name]
 
 
 def _check_room(folder: Path, state: NamedState) -> None:

@@ -61,7 +61,9 @@ def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) 
         sums.add(task.score(model, batch.to(device)))
     predictions = sorted(sums.predictions, key=lambda prediction: prediction["sample"])
     totals, rows = replace(sums.total(), predictions=predictions), split.read_rows()
-    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), predictions)
+    join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
+    by_row = join(totals, rows) if join else predictions
+    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), by_row)
 
 
 def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:

@@ -25,6 +25,7 @@ from .method.start import START_FILE
 from .model.attention import AttentionChoice
 from .model.load import attention_of, load_model
 from .model.moe import apply_policy, route_method
+from .model.noise import add_embedding_noise
 from .optim import build_adamw
 from .plan import Plan
 from .prepare import TASKS
@@ -117,15 +118,20 @@ def model_factory(
     def build_model(weights: bool) -> nn.Module:
         torch.manual_seed(config.train.seed)  # a new head, and what a method adds, start alike in every run
         model = load_model(config.model, folder, attention, architecture, weights=weights)
+        embeddings = model.get_input_embeddings()
         routed = route_method(config.method, config.moe, model)
         torch.manual_seed(config.train.seed)
         model = (method if routed is config.method else METHODS[routed.name](routed)).apply(model)
         if weights and isinstance(method, Lora):
             method.begin(model, getattr(torch, config.model.dtype))
+        if config.train.neftune_noise_alpha:
+            add_embedding_noise(model, embeddings, config.train.neftune_noise_alpha)
         apply_policy(config.moe, config.method, model)
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()  # master precision; engines compute in model.dtype
+            if parameter.requires_grad and parameter.dtype != torch.float32:  # engines compute in model.dtype
+                # Without weights the memory is not even touched.
+                master = parameter.data.float() if weights else torch.empty_like(parameter.data, dtype=torch.float32)
+                parameter.data = master
         return model
 
     return build_model

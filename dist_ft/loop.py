@@ -13,10 +13,20 @@ from . import comm
 from .checkpoint import Progress
 from .errors import TrainingError
 from .schema import TrainConfig
-from .state import Batch, Engine, Hook, LossFn, LossSum, Metrics, Row, StepInfo, Task, Tracker
+from .state import (
+    LOWER_IS_BETTER,
+    Batch,
+    Engine,
+    Hook,
+    LossFn,
+    LossSum,
+    Metrics,
+    Row,
+    StepInfo,
+    Task,
+    Tracker,
+)
 from .sums import Sums, losses_of_parts
-
-LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")
 
 
 @dataclass

@@ -36,6 +36,7 @@ from .state import Facts
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
 from .task.masked_lm import MaskedLM
+from .task.question_answering import QuestionAnswering
 from .task.seq2seq import Seq2Seq
 from .task.sequence_classification import SequenceClassification
 from .task.token_classification import TokenClassification
@@ -47,6 +48,7 @@ TASKS: dict[str, Any] = {
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
     "seq2seq": Seq2Seq,
+    "question_answering": QuestionAnswering,
 }
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

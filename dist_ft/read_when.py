@@ -135,8 +135,15 @@ READ_WHEN = [
         "without train.save_steps only the last step is saved",
         "set train.save_steps, or remove it",
     ),
+    ReadWhen(
+        "train.neftune_noise_alpha",
+        lambda c: c.task.name != "seq2seq",
+        "the noise is for models that read one text",
+        "remove it; model.dropout works with every task",
+    ),
     ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen("track.group", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.tags", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen(
         "launch.port",

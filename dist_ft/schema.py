@@ -43,6 +43,7 @@ class ModelConfig(Strict):
         None, description="Of the frozen linear layers; if not given, nf4 for method=qlora and none otherwise."
     )
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    dropout: Share | None = Field(None, description="Every rate of dropout of the model; its own if not given.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations block by block in the backward.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Read it first.")
 
@@ -57,6 +58,7 @@ DataFormat = Literal[
     "labelled",
     "tagged",
     "source_target",
+    "squad",
     "tokens",
 ]
 
@@ -209,6 +211,9 @@ class TrainConfig(Strict):
     per_device_train_batch_size: Count = Field(4, description="Rows of one micro-batch; accumulation follows.")
     per_device_eval_batch_size: Count = 8
     seed: Annotated[int, Field(ge=0)] = 0
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Noise on embeddings in training (NEFTune): 5 to 15."
+    )
     logging_steps: Count = 1
     eval_steps: Count | None = Field(None, description="Also evaluated before the first and after the last step.")
     save_steps: Count | None = Field(None, description="Also saved after the last step.")
@@ -228,6 +233,7 @@ class TrackConfig(Strict):
     )
     project: str = "dist_ft"
     run_name: str | None = Field(None, description="The run's name in W&B; the top run_name if not given.")
+    group: str | None = Field(None, description="Under which W&B gathers runs, such as those of a sweep.")
     tags: list[str] = Field(default_factory=list)
 
 

@@ -104,12 +104,33 @@ class Seq2SeqConfig(TaskChoice):
     label_smoothing: Share = Field(0.0, description="Share of the target that all tokens divide among them.")
 
 
+class QuestionAnsweringConfig(TaskChoice):
+    """The part of a text that answers a question; long texts are read in overlapping pieces."""
+
+    name: Literal["question_answering"]
+    max_length: Annotated[int, Field(ge=8)] = Field(384, description="Tokens of a piece: question, context, specials.")
+    doc_stride: Annotated[int, Field(ge=0)] = Field(
+        128, description="Tokens that one piece of a context has of the last."
+    )
+    max_answer_length: Annotated[int, Field(ge=1)] = Field(30, description="Most tokens of a predicted answer.")
+    n_best: Annotated[int, Field(ge=1)] = Field(
+        20, description="Spans of a row among which a prediction's score is shared."
+    )
+    unsupervised: Unsupervised = Field("error", description="A row whose answer does not stand in its context.")
+    null_score_diff_threshold: float | None = Field(
+        None,
+        description="Nothing is the answer where it scores higher than the best span by more than this; if not given,"
+        " every question has an answer.",
+    )
+
+
 TaskConfig = Annotated[
     CausalLMConfig
     | InstructionConfig
     | MaskedLMConfig
     | SequenceClassificationConfig
     | TokenClassificationConfig
-    | Seq2SeqConfig,
+    | Seq2SeqConfig
+    | QuestionAnsweringConfig,
     Field(discriminator="name"),
 ]

@@ -21,6 +21,7 @@ Row = Mapping[str, Any]  # a row of data in its format's canonical shape, see da
 Example = Mapping[str, Sequence[int]]  # one tokenised sequence: columns of whole numbers, input_ids among them
 Prediction = Mapping[str, Any]  # what a model says of one sample, as JSON holds it; `sample` is its number in the split
 Metrics = Mapping[str, float]
+LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")  # of metrics; the others are better when higher
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Architecture:
 
 
 CAUSAL_LM = Architecture()
+ORIGIN = "origin"  # row column that data/split.py fills: which of the split's kept rows a sequence was made from
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
                 title = f"── {place} ({name}): {describe_sequence(sequence, facts)}"
                 console.print(Text(title, style="bold"))
                 ids = list(sequence["input_ids"])
-                labels = list(sequence.get("labels", [IGNORED_LABEL] * len(ids)))
+                labels = list(sequence.get("labels", mark_answer(sequence)))
                 console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
 
 
@@ -73,10 +73,24 @@ def describe_sequence(sequence: Example, facts: Facts) -> str:
     length = f"{len(sequence['input_ids'])} tokens"
     if "label" in sequence:
         return f"{length}, {', '.join(facts.labels[number] for number in sequence['label']) or 'no label'}"
+    if "span" in sequence:
+        first, last = sequence["span"]
+        return f"{length}, " + (
+            "no answer" if [first] == list(sequence["null"]) else f"answer in tokens {first} to {last}"
+        )
     if "tags" in sequence:
         return f"{length}, {' '.join(facts.labels[number] for number in sequence['tags'])}"
+    if "labels" not in sequence:
+        return length
     supervised = sum(label != IGNORED_LABEL for label in sequence["labels"][1:])
     return f"{length}, {supervised} supervised"
+
+
+def mark_answer(sequence: Example) -> list[int]:
+    """Labels that show an answer's tokens; none of a sequence that has no answer."""
+    first, last = sequence.get("span", (0, -1))
+    first = last + 1 if [first] == list(sequence.get("null", ())) else first
+    return [token if first <= i <= last else IGNORED_LABEL for i, token in enumerate(sequence["input_ids"])]
 
 
 def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: bool) -> Text:

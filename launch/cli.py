@@ -66,6 +66,40 @@ def train(options: argparse.Namespace) -> int:
     return result
 
 
+def sweep(options: argparse.Namespace) -> int:
+    """Train many times with values that a search chooses."""
+    from .sweep import read_words, sweep
+
+    return sweep(read_words(options.words), *_many(options))
+
+
+def stages(options: argparse.Namespace) -> int:
+    """Train several times, each run starting from the model of the one before."""
+    from pathlib import Path
+
+    from .process import run_module
+    from .stages import read_stages, run_stages
+
+    def export(words: Sequence[str]) -> int:
+        return run_module(["dist_ft.launch.cli", "export", *words])
+
+    return run_stages(read_stages(Path(options.file), options.words), *_many(options), export)
+
+
+def _many(options: argparse.Namespace) -> tuple[Callable[[Sequence[str]], RunConfig], Callable[[Sequence[str]], int]]:
+    """How a command that trains several times checks the words of a run, and how it trains."""
+    from .process import run_module
+
+    def check(words: Sequence[str]) -> RunConfig:
+        return _plan(argparse.Namespace(words=words, config_dir=options.config_dir, command="train"))[0]
+
+    def train(words: Sequence[str]) -> int:
+        return run_module(["dist_ft.launch.cli", "train", *own_dir, *words])
+
+    own_dir = ["--config-dir", options.config_dir] if options.config_dir else []
+    return check, train
+
+
 def submit(options: argparse.Namespace) -> int:
     """Hand a run to a scheduler."""
     config, plan, launcher = _plan(options)
@@ -150,11 +184,15 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("train", train, "train here, or on the hosts of a hostfile"),
         ("submit", submit, "hand a run to SLURM"),
+        ("sweep", sweep, "train many times and find the best values: KEY=choice(A,B) trials=20 metric=loss"),
+        ("stages", stages, "train several times, each run starting from the model of the one before"),
         ("plan", plan, "show what a run would be, and start nothing"),
         ("data", data, "show rows as the model sees them, supervised tokens coloured (rows=3)"),
     ):
         command = _command(commands, name, run, text, CONFIG_EPILOG)
         command.add_argument("--config-dir", metavar="DIR", help="a folder with groups of your own (model/mine.yaml)")
+        if name == "stages":
+            command.add_argument("file", metavar="FILE", help="a YAML file of stages, see the README")
         command.add_argument("words", nargs="*", metavar="KEY=VALUE")
         if name == "plan":
             command.add_argument("--brief", action="store_true", help="without the tables of model and data")

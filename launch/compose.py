@@ -128,7 +128,7 @@ def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Prob
     if override.package is not None:
         return Problem(word, "groups have fixed places here", f"write {key}={override.value()}")
     if override.is_sweep_override():
-        return Problem(word, "one command is one run: no sweeps", f'for a list write {key}="[a, b]"')
+        return Problem(word, "`train` is one run", f'sweep with `dist-ft sweep`; for a list write {key}="[a, b]"')
     return _refuse_choice(word, key, override.value(), groups)
 
 

@@ -103,7 +103,8 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
         **({"template": data.template} if data.template else {}),
         **({"chosen": chosen} if (chosen := identity(alone, split)) else {}),
         "task": {**task, "chat_template": read_template(config.task)},
-        "labels": _labels_identity(config, split),
+        # of the same rows a training split is another: it finds the labels, and keeps nothing for metrics
+        "labels": [split == "train", _labels_identity(config, split)],
         "tokenizer": _tokenizer_identity(alone),
         "packing": ("train", data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }

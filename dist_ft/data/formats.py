@@ -8,10 +8,11 @@
 | `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"source": str, "target": str, "references": [str]}` | source_target |
+| `{"context": str, "question": str, "answers": {"text": [str], "answer_start": [int or null]}, "id": str}` | squad |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools`, `context`, `text_pair`, `references` and `label_text` may be missing; the first `context` messages carry no
-loss.
+`tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` may be missing; the first `context`
+messages carry no loss.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from ..errors import Problem, RequestError
 from ..schema import RunConfig
+from .answers import ANSWERS, answers_of
 from .fill import fill
 from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
 
@@ -193,7 +195,10 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
-    canonical: dict[str, Any] = {"source": _string(row, "source"), "target": _string(row, "target")}
+    source = row["source"]
+    if isinstance(source, list) and source and all(isinstance(word, str) for word in source):
+        source = " ".join(source)  # a set of concepts
+    canonical: dict[str, Any] = {"source": _string({"source": source}, "source"), "target": _string(row, "target")}
     if (references := row.get("references")) is not None:
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise RowShape("references must be a list of texts")
@@ -239,6 +244,12 @@ def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"tokens": words, "tags": tags}
 
 
+def _squad(row: Mapping[str, Any]) -> dict[str, Any]:
+    canonical = {name: _string(row, name) for name in ("context", "question")}
+    given = {"id": str(row["id"])} if row.get("id") is not None else {}
+    return {**canonical, **given, "answers": answers_of(row)}
+
+
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((name for name in names if name in row), None)
 
@@ -279,6 +290,9 @@ FORMATS: dict[str, Format] = {
         ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
     ),
     "tagged": Format(("tokens", "|".join(TAGS)), (), _tagged, ("token_classification",)),
+    "squad": Format(
+        ("context", "question", "|".join(ANSWERS)), ("id", "answer_start"), _squad, ("question_answering",)
+    ),
     "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..state import ORIGIN
 from .faults import SHOWN_PLACES
 from .pack import Samples, Segment
-from .split import ORIGIN
 from .table import TokenTable
 
 

@@ -18,8 +18,8 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -249,11 +249,27 @@ def _read_hub(source: HubSet, revision: str | None) -> Iterator[tuple[str, Any]]
 
     way_out = "see id, config and split (OWNER/NAME:CONFIG/SPLIT) and the network, or name files that are here"
     try:
-        rows = datasets.load_dataset(source.name, source.config, split=source.split, revision=revision, streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield f"{source}:{number}", dict(row)
+        split, first, last = source.slice()  # which streams do not know
+        rows = datasets.load_dataset(source.name, source.config, split=split, revision=revision, streaming=True)
+        classes = _class_names(getattr(rows, "features", None) or {})
+        for number, row in enumerate(islice(rows, first, last), start=first + 1):
+            named = {column: _named(row[column], names) for column, names in classes.items()}
+            yield f"{source}:{number}", {**row, **named}
     except Exception as error:  # those of datasets, the hub's client, its transport and the data's decoders
         raise _wrong(str(source), f"the hub gives no such rows ({_first_line(error)})", way_out) from error
+
+
+def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the classes of each column that holds class numbers, or lists of them."""
+    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
+    return {column: feature.names for column, feature in inner.items() if type(feature).__name__ == "ClassLabel"}
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Class names for class numbers; a number without a class, such as the -1 of a hidden label, is no label."""
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 _READERS: dict[str, Callable[[Path, IO[bytes]], Iterator[tuple[str, Any]]]] = {

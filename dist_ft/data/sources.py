@@ -21,13 +21,13 @@ PACKAGE = "package:"
 
 _SPLITS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
 _HUB_ID = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]*)(?:/(?P<split>[\w.\[\]:%-]+))?)?"
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]*)(?:/(?P<split>[\w.-]+(?:\[\d*:\d*\])?))?)?"
 )
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set of the Hugging Face hub: `owner/name`, `owner/name:config` or `owner/name:config/split`."""
+    """A data set of the Hugging Face hub: `owner/name`, `owner/name:config` or `owner/name:config/split[from:to]`."""
 
     name: str
     config: str | None
@@ -35,6 +35,12 @@ class HubSet:
 
     def __str__(self) -> str:
         return f"{self.name}:{self.config or ''}/{self.split}"
+
+    def slice(self) -> tuple[str, int, int | None]:
+        """The split, and which of its rows: from the first number, up to but without the second."""
+        split, _, rows = self.split.rstrip("]").partition("[")
+        first, _, last = rows.partition(":")
+        return split, int(first or 0), int(last) if last else None
 
 
 def ending_of(path: Path) -> str:
@@ -116,13 +122,14 @@ def _resolve(source: str) -> list[Path | HubSet]:
         return list(_folder_files(path))
     if path.exists():
         return [_known(path)]
-    if glob.has_magic(source):
+    match = _HUB_ID.fullmatch(source)
+    local_parent = "/" in source and Path(source.split("/", 1)[0]).is_dir()
+    sliced = match is not None and "[" in (match["split"] or "")  # as in OWNER/NAME:/train[:1000]
+    if glob.has_magic(source) and not sliced:
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
         if not files:
             raise RequestError.of(source, "the glob matches no file", _nearest(path) or "see its folder and ending")
         return [_known(file) for file in files]
-    match = _HUB_ID.fullmatch(source)
-    local_parent = "/" in source and Path(source.split("/", 1)[0]).is_dir()
     if match and ending_of(Path(match["name"])) not in ENDINGS and not local_parent:
         return [HubSet(match["name"], match["config"] or None, match["split"] or "train")]
     raise RequestError.of(

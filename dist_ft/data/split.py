@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from ..errors import RequestError
 from ..schema import RunConfig
-from ..state import Example, Facts, Task
+from ..state import ORIGIN, Example, Facts, Task
 from .cache import require_room
 from .chosen import choose, read_split
 from .faults import EMPTY_TEXT, RowFault
@@ -28,7 +28,6 @@ from .table import TableWriter, TokenTable
 LEDGER = "ledger.json"
 ROWS = "rows.jsonl"  # what metrics need of each row as it was, see state.Layout.kept
 
-ORIGIN = "origin"  # row column: which line of ROWS the sequence was made from
 TEXT_TASKS = ("causal_lm", "masked_lm")  # of these, rows without text are left out
 
 _REPORT_EVERY_S = 5.0

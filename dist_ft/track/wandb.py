@@ -97,6 +97,7 @@ def open_wandb(
     arguments = {
         "project": config.project,
         "name": config.run_name or run_name,
+        "group": config.group,
         "tags": list(config.tags) or None,
         "config": hide_secrets(settings),
         "id": identity,

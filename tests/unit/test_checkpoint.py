@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from dist_ft import checkpoint, comm
 from dist_ft.checkpoint import Progress
@@ -110,6 +112,25 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self) -> tuple:
         return os.system, ("touch pwned",)
+
+
+class ByGetattr:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle the members of an enumeration."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enumerations_are_read_as_every_python_writes_them() -> None:
+    encoding = dcp_metadata._MEM_FORMAT_ENCODING
+    member = encoding.TORCH_CONTIGUOUS_FORMAT
+    for written in (member, ByGetattr(encoding, member.name)):
+        assert checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(written))).load() is member
+    with pytest.raises(pickle.UnpicklingError, match="no place"):
+        checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(ByGetattr(dcp_metadata.Metadata, "__init__")))).load()
 
 
 def test_metadata_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

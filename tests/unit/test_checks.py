@@ -89,8 +89,13 @@ UNREAD = {
         ["train.metric_for_best_model=loss", "data.validation=rows.jsonl", "train.save_steps=2"],
     ),
     "train.save_total_limit": (["train.save_total_limit=3"], ["train.save_total_limit=3", "train.save_steps=2"]),
+    "train.neftune_noise_alpha": (
+        ["task=seq2seq", "train.neftune_noise_alpha=5"],
+        ["train.neftune_noise_alpha=5"],
+    ),
     "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
     "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
+    "track.group": (["track=off", "track.group=x"], ["track.group=x"]),
     "track.tags": (["track=off", "track.tags=[x]"], ["track.tags=[x]"]),
     "launch.port": (["launch.port=29511", "launch.workers_per_node=1"], ["launch.port=29511"]),
 }

@@ -8,18 +8,22 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dist_ft.checks import check
 from dist_ft.launch import cli
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.launch.environ import Site
 from dist_ft.launch.keys import members, names
+from dist_ft.launch.stages import read_stages, run_stages
+from dist_ft.launch.sweep import _check_all, read_words
 from dist_ft.plan import Plan, make_plan
 from dist_ft.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+YAML_BLOCK = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ROW = '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]}\n'
 VIEW_WORDS = {"rows", "split", "start", "color"}
 SITE = Site(python="python", cwd="/work", cores=2)
@@ -47,6 +51,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(ROW * 200)
     for name in ("wikitext.jsonl", "corpus.jsonl"):
         (tmp_path / name).write_text('{"text": "Some words."}\n' * 200)
+    for text in YAML_BLOCK.findall(DOCUMENTS[0].read_text(encoding="utf-8")):
+        if "stages:" in text:
+            (tmp_path / "stages.yaml").write_text(text)
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("Once upon a time.\n" * 50)
     (tmp_path / "hosts.txt").write_text("one slots=2\ntwo slots=2\n")
@@ -73,6 +80,13 @@ def try_command(line: str) -> None:
         words = [w for w in options.words if options.command != "data" or w.partition("=")[0] not in VIEW_WORDS]
         plan = plan_of(words)
         assert (options.command == "submit") == (plan.config.launch.name == "slurm") or options.command == "plan"
+    elif options.command == "sweep":
+        _check_all(read_words(options.words), lambda words: plan_of(list(words)).config)
+    elif options.command == "stages":
+        trained = []
+        stages = read_stages(Path(options.file), options.words)
+        run_stages(stages, lambda words: plan_of(list(words)).config, lambda words: trained.append(words) or 4, print)
+        assert trained
     elif options.command in ("eval", "generate", "export"):
         assert any(word.startswith("run=") for word in options.words), line
         assert all("=" in word for word in options.words), line
@@ -134,6 +148,15 @@ def test_readme_tells_every_group_and_key() -> None:
     section = text.split("## Groups and keys\n")[1]
     told = [line for line in section.splitlines() if line.startswith("| `")]
     assert told == group_rows(), "the table should be:\n" + "\n".join(group_rows())
+
+
+def test_the_mixture_of_the_readme_is_one(folder: Path) -> None:
+    (block,) = [b for b in YAML_BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "mixture:" in b]
+    (folder / "data").mkdir()
+    (folder / "data" / "mine.yaml").write_text(yaml.safe_dump(yaml.safe_load(block)["data"]))
+    composed = compose(["data=mine"], config_dir=folder)
+    assert check(composed.config, composed.origins) == []
+    assert list(composed.config.data.mixture or ()) == ["dolly", "gsm8k"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

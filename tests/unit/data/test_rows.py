@@ -152,6 +152,9 @@ def test_hub_ids_stream_and_say_when_they_cannot(monkeypatch: pytest.MonkeyPatch
     assert calls == [(("owner/name", "main"), {"split": "validation", "revision": "abc", "streaming": True})]
     read("owner/name")
     assert calls[1] == (("owner/name", None), {"split": "train", "revision": None, "streaming": True})
+    assert read("owner/name:/train[1:]") == ROWS[1:]
+    assert read("owner/name:main/train[:1]") == ROWS[:1]
+    assert calls[3] == (("owner/name", "main"), {"split": "train", "revision": None, "streaming": True})
 
     def offline(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("Couldn't reach the Hub")
@@ -159,6 +162,20 @@ def test_hub_ids_stream_and_say_when_they_cannot(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", offline)
     problem = fault("owner/name")
     assert "Couldn't reach" in problem.rule and "name files that are here" in problem.way_out
+
+
+def test_class_numbers_of_the_hub_become_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    classes = datasets.ClassLabel(names=["neg", "pos"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": classes, "tags": datasets.List(classes)})
+    rows = [{"text": "a", "label": 1, "tags": [0, 1]}, {"text": "b", "label": -1, "tags": []}]
+    stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+    assert read("owner/name") == [
+        {"text": "a", "label": "pos", "tags": ["neg", "pos"]},
+        {"text": "b", "label": None, "tags": []},
+    ]
 
 
 def test_a_large_array_is_read_in_bounded_memory(tmp_path: Path) -> None:

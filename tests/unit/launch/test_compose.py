@@ -54,7 +54,7 @@ def test_every_problem_is_reported_at_once():
         "+x=1": "keys are not added: every key is known → write x=1",
         "~train.seed": "cannot be deleted",
         "method/x=3": "unknown group",
-        "train.logging_steps=1,2": "no sweeps",
+        "train.logging_steps=1,2": "sweep with `dist-ft sweep`",
         "optim.name=adam": "write optim=adam",
         "a b": "not understood",
         "data.train": "must be given → say data.train=VALUE",

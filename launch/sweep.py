@@ -1,0 +1,251 @@
+"""Many runs of one configuration: Hydra's multirun, whose Optuna sweeper chooses values from what earlier runs scored.
+
+Each run is a `dist-ft train` of its own in a folder of its own. Values are words of Hydra: `choice(4, 8)`,
+`interval(0.1, 0.9)`, `range(1, 9, 2)`, `tag(log, interval(1e-5, 1e-3))`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import MachineError, RequestError
+from ..schema import RunConfig
+from ..state import LOWER_IS_BETTER
+from ..track.jsonl import METRICS_FILE, read_evaluations
+
+SUMMARY = "sweep.csv"
+SAMPLERS = ("tpe", "random", "grid", "cmaes")
+HOPELESS = (2, 3, 128 + 2, 128 + 15)  # no other values would help, or the user wants an end
+
+Check = Callable[[Sequence[str]], RunConfig]
+Train = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: what was chosen, and what came of it."""
+
+    number: int
+    values: dict[str, str]
+    score: float | None
+    exit_code: int
+    seconds: float
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched: words for every run, sweeps by key, and how."""
+
+    fixed: tuple[str, ...]
+    swept: dict[str, Override]
+    trials: int = 20
+    metric: str = "loss"
+    sampler: str = "tpe"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of the metric."""
+        return self.metric.partition("/")[0] in LOWER_IS_BETTER
+
+
+def read_words(words: Sequence[str]) -> Search:
+    """Sort the words of the command.
+
+    Raises:
+        RequestError: an own word is wrong, or nothing is swept.
+    """
+    own: dict[str, str] = {}
+    fixed, swept = [], {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("trials", "metric", "sampler"):
+            own[key] = value
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except Exception as error:  # the parser's own, of several kinds
+            raise RequestError.of(word, "not understood", "write KEY=choice(A,B) or KEY=interval(LOW,HIGH)") from error
+        if override.is_sweep_override():
+            swept[override.key_or_group] = override
+        else:
+            fixed.append(word)
+    if not swept:
+        raise RequestError.of("dist-ft sweep", "nothing is swept", "give a key several values: method.r=choice(4,8)")
+    trials, sampler = own.get("trials", "20"), own.get("sampler", "tpe")
+    if not (trials.isdigit() and int(trials) > 0):
+        raise RequestError.of(f"trials={trials}", "is not a number of runs", "trials=20")
+    if sampler not in SAMPLERS:
+        raise RequestError.of(f"sampler={sampler}", "unknown", f"known: {', '.join(SAMPLERS)}")
+    return Search(tuple(fixed), swept, int(trials), own.get("metric", "loss").removeprefix("eval/"), sampler)
+
+
+def sweep(search: Search, check: Check, train: Train) -> int:
+    """Run the trials and show what they scored.
+
+    Args:
+        search: what is searched.
+        check: composes and checks words, raising a RequestError for wrong ones.
+        train: runs `dist-ft train` with words to its end; its exit code.
+
+    Returns:
+        0 if a run came to its end, else the code of the last.
+
+    Raises:
+        RequestError: a value of the sweep makes a wrong configuration; there is no validation data; the folder exists.
+        MachineError: the sweeper is not installed.
+    """
+    config = _check_all(search, check)
+    folder = Path(config.output_dir)
+    if folder.exists():
+        raise RequestError.of(f"output_dir={folder}", "exists already", "set another run_name or output_dir")
+    if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        raise MachineError.of("hydra-optuna-sweeper", "is not installed", "pip install 'dist-ft[sweep]'")
+    trials: list[Trial] = []
+    problems: list[RequestError] = []
+
+    def run_trial() -> float:
+        number = len(trials)
+        chosen = [word.lstrip("+") for word in HydraConfig.get().overrides.task]
+        name = f"trial-{number:03d}"
+        where = folder / name
+        print(f"dist-ft: {name}: {' '.join(chosen)}", flush=True)
+        started = time.monotonic()
+        own = [f"run_name={config.run_name}-{name}", f"output_dir='{where}'"]
+        if config.track.wandb != "off":
+            own.append(f"track.group={config.run_name}")
+        code = train([*search.fixed, *chosen, *own])
+        values = dict(word.split("=", 1) for word in chosen)
+        try:
+            score = last_score(where, search.metric) if code == 0 else None
+        except RequestError as problem:  # Hydra would go on with the next trial
+            problems.append(problem)
+            sys.exit(problem.exit_code)
+        trials.append(Trial(number, values, score, code, time.monotonic() - started, where))
+        write_summary(folder / SUMMARY, search, trials)
+        if code in HOPELESS:
+            sys.exit(code)
+        if score is None:
+            raise RuntimeError(f"trial {number} ended with {code}")
+        return score
+
+    try:
+        _multirun(search, folder, config.train.seed, run_trial)
+    except SystemExit:  # ours, or Optuna's where no trial has a score
+        if problems:
+            raise problems[0] from None
+        if not trials:
+            raise
+    show(search, trials)
+    last = trials[-1].exit_code
+    return 0 if last not in HOPELESS and any(trial.score is not None for trial in trials) else last
+
+
+def last_score(folder: Path, metric: str) -> float:
+    """What the run's last evaluation gave, which is of the model that it exports.
+
+    Raises:
+        RequestError: no evaluation has this metric.
+    """
+    _, last = read_evaluations(folder / METRICS_FILE)
+    if f"eval/{metric}" not in last:
+        known = ", ".join(name.removeprefix("eval/") for name in last if name != "step")
+        raise RequestError.of(f"metric={metric}", "the evaluation has none", f"name one of {known}")
+    return last[f"eval/{metric}"]
+
+
+def ranked(search: Search, trials: Sequence[Trial]) -> list[Trial]:
+    """The best first, those without a score last."""
+    sign = 1 if search.lower_is_better else -1
+    return sorted(trials, key=lambda t: (t.score is None, sign * t.score if t.score is not None else 0.0, t.number))
+
+
+def write_summary(path: Path, search: Search, trials: Sequence[Trial]) -> None:
+    """A table of the trials so far, the best first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["trial", *search.swept, f"eval/{search.metric}", "exit_code", "seconds", "folder"])
+        for trial in ranked(search, trials):
+            values = [trial.values.get(key, "") for key in search.swept]
+            score = "" if trial.score is None else trial.score
+            lines.writerow([trial.number, *values, score, trial.exit_code, f"{trial.seconds:.1f}", trial.folder])
+
+
+def show(search: Search, trials: Sequence[Trial]) -> None:
+    """The same for a terminal."""
+    table = Table("trial", *search.swept, f"eval/{search.metric}", "seconds", title=str(trials[0].folder.parent))
+    for trial in ranked(search, trials):
+        values = [_short(trial.values.get(key, "")) for key in search.swept]
+        score = f"exit {trial.exit_code}" if trial.score is None else f"{trial.score:.4g}"
+        table.add_row(trial.folder.name, *values, score, f"{trial.seconds:.0f}")
+    Console().print(table)
+
+
+def _short(value: str) -> str:
+    """A measure with four digits; anything else as it is."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
+def _check_all(search: Search, check: Check) -> RunConfig:
+    """Check each value of a sweep beside the first ones of the others."""
+    values = {key: _samples(override) for key, override in search.swept.items()}
+    first = {key: f"{key}={found[0]}" for key, found in values.items()}
+    config = check([*search.fixed, *first.values()])
+    for key, found in values.items():
+        for value in found[1:]:
+            check([*search.fixed, *{**first, key: f"{key}={value}"}.values()])
+    if not config.data.has("validation"):
+        raise RequestError.of("data.validation", "is not given, and runs are compared by it", "set data.validation")
+    return config
+
+
+def _samples(override: Override) -> list[str]:
+    """Every value of a choice or range, the ends of an interval."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    return list(override.sweep_string_iterator())
+
+
+def _multirun(search: Search, folder: Path, seed: int, run_trial: Callable[[], float]) -> None:
+    """Hydra's part: an empty configuration, to which the sweeper adds the keys it chooses."""
+    import optuna
+
+    settings = {
+        "hydra/sweeper": "optuna",
+        "hydra/sweeper/sampler": search.sampler,
+        "hydra/job_logging": "none",
+        "hydra/hydra_logging": "none",
+        "hydra.output_subdir": "null",
+        "hydra.sweep.dir": f"'{folder}'",
+        "hydra.sweep.subdir": "'.'",
+        "hydra.sweeper.direction": "minimize" if search.lower_is_better else "maximize",
+        "hydra.sweeper.n_trials": search.trials,
+        "hydra.sweeper.n_jobs": 1,
+        "hydra.sweeper.max_failure_rate": 1.0,
+    }
+    if search.sampler != "grid":
+        settings["hydra.sweeper.sampler.seed"] = seed
+    words = [f"{key}={value}" for key, value in settings.items()]
+    swept = [f"+{override.input_line}" for override in search.swept.values()]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # we tell of trials ourselves
+    with patch.object(sys, "argv", ["dist-ft sweep", "--multirun", *words, *swept]):
+        hydra.main(version_base="1.3", config_path=None)(lambda _: run_trial())()

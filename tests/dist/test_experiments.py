@@ -1,0 +1,119 @@
+"""Every experiment runs as it stands, with a tiny model and a few rows in the columns of its public data set."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from dist_ft.checks import check
+from dist_ft.launch.compose import compose, list_groups
+from dist_ft.testing.spawn import spawn
+from tests.dist.cases import metrics_of
+from tests.dist.heads import make_model
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
+
+ROWS = 40
+SMALL = {"vocab_size": 96, "max_position_embeddings": 600}
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → class, whose tokenizer, configuration
+    "bert": ("BertModel", "bert", {**SMALL, **WIDTH}),
+    "distilbert": (
+        "DistilBertModel",
+        "distilbert",
+        {**SMALL, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    ),
+    "roberta": ("RobertaForMaskedLM", "roberta", {**SMALL, **WIDTH}),
+    "gpt2": ("GPT2Model", "gpt2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 600}),
+    "opt": ("OPTForCausalLM", "gpt2", {**SMALL, **WIDTH, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "bert",
+        T5,
+    ),
+}
+ANSWER = {"text": ["w1"], "answer_start": [0]}
+TEXTS = [f"w{i} w{i + 1} w{2 * i} w{i % 7}" for i in range(ROWS)]
+LABELLED = [{"text": text, "label": ("neg", "pos")[i % 2]} for i, text in enumerate(TEXTS)]
+CHAT = [{"messages": [{"role": role, "content": text * 8} for role in ("user", "assistant") * 2]} for text in TEXTS]
+CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {  # experiment → model, rows
+    "sentiment_distilbert": ("distilbert", LABELLED),
+    "sentiment_bert": ("bert", [{"sentence": row["text"], "label": row["label"]} for row in LABELLED]),
+    "sentiment_gpt2": ("gpt2", LABELLED),
+    "topics_bert_lora": ("bert", LABELLED),
+    "ner_bert": ("bert", [{"tokens": text.split(), "ner_tags": ["O", "B-PER", "I-PER", "O"]} for text in TEXTS]),
+    "wikitext_mlm": ("roberta", [{"text": text * 40} for text in TEXTS]),
+    "wikitext_cpt": ("llama", [{"text": "Words about support. " * 400} for _ in TEXTS]),
+    "qa_distilbert": ("distilbert", [{"context": f"w1 {t}", "question": "w3", "answers": ANSWER} for t in TEXTS]),
+    "summarize_t5": ("t5", [{"article": text, "highlights": text[:5]} for text in TEXTS]),
+    "concepts_t5": ("t5", [{"concepts": text.split(), "target": text} for text in TEXTS]),
+    "quotes_opt_int8": ("opt", [{"quote": text, "author": "w1", "tags": []} for text in TEXTS]),
+    "dolly_lora": ("llama", [{"instruction": text, "context": "", "response": text} for text in TEXTS]),
+    "chat_lora": ("llama", CHAT),
+    "quickstart": ("llama", CHAT),
+    "zero3_full": ("llama", CHAT),
+}
+
+
+def test_every_experiment_has_a_case() -> None:
+    assert set(CASES) == set(list_groups()["experiment"])
+
+
+def build_models(folder: Path, llama: Path) -> dict[str, str]:
+    found = {"llama": str(llama)}
+    for name, (kind, tokenizer, settings) in MODELS.items():
+        found[name] = make_model(tokenizer, folder / name)
+        model = getattr(transformers, kind)
+        model(model.config_class(**settings)).save_pretrained(folder / name)
+    return found
+
+
+def words_of(experiment: str, folder: Path, models: dict[str, str]) -> list[str]:
+    """What a user would type to run it on a machine without the hub."""
+    model, rows = CASES[experiment]
+    data = folder / f"{experiment}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = [
+        f"experiment={experiment}",
+        f"model.name_or_path={models[model]}",
+        f"data.train={data}",
+        f"data.validation={data}",
+        "data.test=null",
+        f"data.cache_dir={folder}/cache",
+        f"output_dir={folder}/{experiment}",
+        "track=off",
+        "launch=local",
+        "launch.workers_per_node=1",
+        "train.max_steps=2",
+        "train.global_batch_size=4",
+        "train.per_device_train_batch_size=2",
+        "train.eval_steps=1",
+    ]
+    composed = compose(words)
+    if composed.config.train.save_steps:
+        words.append("train.save_steps=1")
+    return words
+
+
+def test_every_experiment_trains_and_exports(tmp_path: Path, tiny_llama: Path) -> None:
+    models = build_models(tmp_path, tiny_llama)
+    cases = []
+    for experiment in CASES:
+        composed = compose(words_of(experiment, tmp_path, models))
+        assert not check(composed.config, composed.origins), experiment
+        cases.append({"config": composed.config.model_dump(mode="json"), "export": True})
+    spawn(1, "tests.dist.cases:run_cases", cases, timeout_s=500)
+    for experiment in CASES:
+        lines = metrics_of(tmp_path / experiment)
+        losses = [line["train/loss"] for line in lines if "train/loss" in line]
+        assert len(losses) == 2 and all(map(math.isfinite, losses)), experiment
+        assert all("eval/loss" in line for line in lines), experiment
+        assert list((tmp_path / experiment / "model").glob("*.safetensors")), experiment

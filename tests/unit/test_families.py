@@ -1,0 +1,66 @@
+"""What a configuration makes of a model before an engine takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_ft.families import build_method, choose_attention, model_factory
+from dist_ft.schema import RunConfig
+from dist_ft.state import CAUSAL_LM
+from dist_ft.task.tokens import collate_documents, collate_padded, sum_losses
+from tests.samples import samples_of
+
+CPU = torch.device("cpu")
+
+
+def make_config(folder: Path, method: dict[str, Any], **changes: dict[str, Any]) -> RunConfig:
+    content: dict[str, Any] = {
+        "run_name": "r",
+        "output_dir": "runs/r",
+        "model": {"name_or_path": str(folder), **changes.get("model", {})},
+        "task": {"name": "causal_lm", "packing": False},
+        "data": {"train": "rows.jsonl"},
+        "method": method,
+        "engine": {"name": "ddp"},
+        "optim": {},
+        "train": changes.get("train", {}),
+        "track": {},
+        "launch": {"name": "local"},
+    }
+    return RunConfig.model_validate(content)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "full"}, {"name": "lora", "r": 2}, {"name": "adapter"}, {"name": "prompt", "num_virtual_tokens": 3}],
+    ids=lambda method: method["name"],
+)
+def test_noise_on_embeddings_reaches_the_model_under_every_wrapper(method: dict[str, Any], tiny_llama: Path) -> None:
+    def losses(**train: float) -> list[float]:
+        config = make_config(tiny_llama, method, train=train)
+        attention = choose_attention(config, str(tiny_llama), CPU, CAUSAL_LM)
+        collate = collate_documents if attention.padding_free else collate_padded
+        rows = [np.array(row) for row in ([3, 4, 5, 6, 7], [9, 8, 7])]
+        batch = collate(samples_of([[{"input_ids": row, "labels": row}] for row in rows]))
+        model = model_factory(config, str(tiny_llama), attention, CAUSAL_LM, build_method(config))(True)
+        found = []
+        for training in (True, False):
+            torch.manual_seed(0)
+            found.append(float(sum_losses(model.train(training), batch).loss))
+        return found
+
+    plain, noisy = losses(), losses(neftune_noise_alpha=15.0)
+    assert plain[0] == plain[1] == noisy[1]
+    assert noisy[0] != plain[0]
+
+
+def test_dropout_of_the_model_is_set(tiny_llama: Path) -> None:
+    config = make_config(tiny_llama, {"name": "full"}, model={"dropout": 0.25})
+    attention = choose_attention(config, str(tiny_llama), CPU, CAUSAL_LM)
+    model: Any = model_factory(config, str(tiny_llama), attention, CAUSAL_LM, build_method(config))(True)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.25
