@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from dist_ft.schema_task import (
     CausalLMConfig,
     InstructionConfig,
     MaskedLMConfig,
+    QuestionAnsweringConfig,
     Seq2SeqConfig,
     SequenceClassificationConfig,
     TokenClassificationConfig,
@@ -29,6 +31,7 @@ from dist_ft.sums import Sums, losses_of_parts
 from dist_ft.task.causal_lm import CausalLM
 from dist_ft.task.instruction import Instruction
 from dist_ft.task.masked_lm import MaskedLM
+from dist_ft.task.question_answering import QuestionAnswering
 from dist_ft.task.seq2seq import Seq2Seq
 from dist_ft.task.sequence_classification import SequenceClassification
 from dist_ft.task.token_classification import TokenClassification
@@ -198,6 +201,19 @@ def test_losses_of_targets_add_up_in_every_task(name: str) -> None:
     assert float(result.losses.sum()) == pytest.approx(float(result.loss), rel=1e-6)
     given = torch.ones(2) if result.weights is None else result.weights
     assert float(given.sum()) == pytest.approx(float(result.weight), rel=1e-6)
+
+
+def test_losses_of_questions_add_up() -> None:
+    config = QuestionAnsweringConfig.model_validate({"name": "question_answering", "max_length": 64})
+    task: Any = QuestionAnswering(config, FACTS)
+    starts, ends = torch.randn(2, 6, generator=torch.manual_seed(0)), torch.randn(2, 6)
+    inputs = {"input_ids": torch.zeros(2, 6, dtype=torch.int64), "attention_mask": torch.ones(2, 6)}
+    batch = Batch(inputs, torch.tensor([[1, 3], [0, 0]]), torch.arange(2), torch.arange(2), 12, (0, 1))
+    result = task.loss(lambda **inputs: SimpleNamespace(start_logits=starts, end_logits=ends), batch)
+    first = (torch.nn.functional.cross_entropy(starts[:1], torch.tensor([1]))
+             + torch.nn.functional.cross_entropy(ends[:1], torch.tensor([3]))) / 2  # fmt: skip
+    assert float(result.losses[0]) == pytest.approx(float(first), rel=1e-6)
+    assert float(result.losses.sum()) == pytest.approx(float(result.loss), rel=1e-6)
 
 
 def test_the_best_step_may_be_that_of_one_set() -> None:
