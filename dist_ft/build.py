@@ -39,6 +39,7 @@ from .plan import Plan
 from .prepare import Prepared, Split
 from .probe import take_probe
 from .proportions import describe_mixture, quotas_of
+from .reference import refer_to_start
 from .report import build_tracker, describe
 from .resume import restore, resume, save_checkpoint, settle_start
 from .state import Engine, Method, ModelFactory, Task
@@ -92,7 +93,6 @@ def build(
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, device, architecture)
     task = build_task(config, prepared.facts, padding_free=attention.padding_free)
-    loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
     routings: list[Routing] = []
@@ -111,6 +111,8 @@ def build(
         return model
 
     engine.setup(build_model, optim_factory(config, device))
+    prepared = refer_to_start(plan, prepared, task, engine, place, terminal, beat)  # no checkpoint was read yet
+    loader, steps = build_loader(plan, task, prepared.train, place)
     progress = resume(plan, engine, place, terminal)
     told = split_losses(split_scores(task, prepared.validation), prepared.train)
     watched = Watched(told, loader.step, meter(device, place.world_size, costs[0]))

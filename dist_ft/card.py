@@ -31,6 +31,8 @@ PIPELINES = {  # the hub's names of tasks
     "token_classification": "token-classification",
     "seq2seq": "text2text-generation",
     "question_answering": "question-answering",
+    "preference": "text-generation",
+    "reward": "text-classification",
 }
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")

@@ -67,6 +67,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_mixture_problems(config, origins),
         *_length_problems(config, origins),
         *_method_problems(config, origins),
+        *_reference_problems(config, origins),
         *set_problems(config),
         *choice_problems(config),
         *model_problems(config.model),
@@ -137,6 +138,11 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.virtual_tokens and config.task.packs:
         rule = f"method={method.name} puts virtual tokens in front of each row, and a packed row has many documents"
         yield Problem(_where("task.packing", origins), rule, "set task.packing=false, or choose another method")
+    if method.virtual_tokens and config.task.begins_head:
+        rule = (
+            f"method={method.name} keeps nothing but its tokens, and the new head of task={config.task.name} must learn"
+        )
+        yield Problem(_where("method.name", origins), rule, "choose method=lora, or another method")
     if method.name == "prefix" and config.model.gradient_checkpointing:
         rule = "the prefix reaches attention as a cache of keys and values, which recomputed blocks do not get"
         way_out = "set model.gradient_checkpointing=false, or choose method=prompt"
@@ -165,6 +171,18 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
         yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")
+
+
+def _reference_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """Preferences are learned against the model as it starts, which must be one to stay near to."""
+    if config.task.name != "preference":
+        return
+    if config.model.from_scratch:
+        rule = "the run would be held near weights that were drawn at random, and those know nothing"
+        yield Problem(_where("model.from_scratch", origins), rule, "set it to false, and train on answers first")
+    if config.method.virtual_tokens:
+        rule = f"method={config.method.name} starts with virtual tokens that disturb the model, which is its reference"
+        yield Problem("method.name", rule, "choose method=lora, or another that starts as the base")
 
 
 def _template_problems(config: RunConfig) -> Iterator[Problem]:

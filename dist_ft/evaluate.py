@@ -26,9 +26,10 @@ from .families import architecture_of, build_task, choose_attention
 from .model.attention import AttentionChoice
 from .parts import split_batches, split_scores
 from .plan import read_plan
-from .prepare import Prepared, Split, prepare
+from .prepare import TASKS, Prepared, Split, prepare
+from .reference import REFERENCE_FILE, name_of, read_references, values_of, write_references
 from .schema import RunConfig, Strict
-from .state import Metrics, Prediction, Task
+from .state import LossFn, LossSum, Metrics, Prediction, Refers, Task
 from .sums import Sums
 from .words import read_words, run_command, split_run
 
@@ -50,20 +51,24 @@ class Evaluation:
     predictions: Sequence[Prediction]
 
 
-@torch.no_grad()
 def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) -> Evaluation:
     """The task's metrics of `model`, on the device where it is, over every row of a split."""
+    task = split_scores(task, split)
+    totals, rows = total(model, task, task.score, split, per_device), split.read_rows()
+    join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
+    by_row = join(totals, rows) if join else totals.predictions
+    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), by_row)
+
+
+@torch.no_grad()
+def total(model: nn.Module, task: Task, score: LossFn, split: Split, per_device: int) -> LossSum:
+    """The sums of `score` over every row of a split, and its predictions in the rows' order."""
     device = next(model.parameters()).device
     model.eval()
-    task = split_scores(task, split)
     sums = Sums()
     for batch in split_batches(split, task.collate, rank=0, world=1, per_device=per_device):
-        sums.add(task.score(model, batch.to(device)))
-    predictions = sorted(sums.predictions, key=lambda prediction: prediction["sample"])
-    totals, rows = replace(sums.total(), predictions=predictions), split.read_rows()
-    join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
-    by_row = join(totals, rows) if join else predictions
-    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), by_row)
+        sums.add(score(model, batch.to(device)))
+    return replace(sums.total(), predictions=sorted(sums.predictions, key=lambda prediction: prediction["sample"]))
 
 
 def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:
@@ -98,6 +103,7 @@ def evaluate_run(
     split = find_split(prepared, options.split)
     wanted = ["base", options.model] if options.baseline and options.model != "base" else [options.model]
     device = find_device(Place())
+    split = refer_to_base(config, prepared, run_dir, split, device)
     found = {}
     for which in wanted:
         model, attention = open_model(which, config, prepared, run_dir, device)
@@ -105,6 +111,24 @@ def evaluate_run(
         found[which] = evaluate_model(model, task, split, config.train.per_device_eval_batch_size)
         del model  # one at a time
     return found
+
+
+def refer_to_base(config: RunConfig, prepared: Prepared, run_dir: Path, split: Split, device: torch.device) -> Split:
+    """The split with what the run compares with; of data that the run did not see, by the base, and kept as well.
+
+    That is the model as the run started: methods whose start is another are refused by checks.py.
+    """
+    if not issubclass(TASKS[config.task.name], Refers):
+        return split
+    held = read_references(run_dir / REFERENCE_FILE)
+    if name_of(split) not in held:
+        model, attention = open_model("base", config, prepared, run_dir, device)
+        task = build_task(config, prepared.facts, padding_free=attention.padding_free)
+        assert isinstance(task, Refers)
+        found = total(model, task, task.refer, split, config.train.per_device_eval_batch_size)
+        held[name_of(split)] = values_of(found.predictions)
+        write_references(run_dir / REFERENCE_FILE, held)
+    return replace(split, reference=held[name_of(split)])
 
 
 def render_table(found: Mapping[str, Metrics]) -> Table:

@@ -31,7 +31,8 @@ def split_losses(task: Task, train: Split) -> Task:
         result = task.loss(model, batch)
         if result.losses is None:
             return result
-        numbers = _numbers(batch, sizes).to(batch.documents.device)[batch.documents]
+        documents = batch.documents if result.documents is None else result.documents
+        numbers = _numbers(batch, sizes).to(documents.device)[documents]
         weights = torch.ones_like(result.losses) if result.weights is None else result.weights
         counts = dict(result.counts)
         for number, name in enumerate(sizes):

@@ -36,7 +36,9 @@ from .state import Facts
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
 from .task.masked_lm import MaskedLM
+from .task.preference import Preference
 from .task.question_answering import QuestionAnswering
+from .task.reward import Reward
 from .task.seq2seq import Seq2Seq
 from .task.sequence_classification import SequenceClassification
 from .task.token_classification import TokenClassification
@@ -49,6 +51,8 @@ TASKS: dict[str, Any] = {
     "token_classification": TokenClassification,
     "seq2seq": Seq2Seq,
     "question_answering": QuestionAnswering,
+    "preference": Preference,
+    "reward": Reward,
 }
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")

@@ -76,6 +76,12 @@ READ_WHEN = [
         "remove it, or give rows of text",
     ),
     ReadWhen(
+        "task.label_smoothing",
+        lambda c: getattr(c.task, "loss_type", "sigmoid") in ("sigmoid", "robust"),
+        "hinge and ipo have no smoothing",
+        "remove it, or set task.loss_type to sigmoid or robust",
+    ),
+    ReadWhen(
         "method.prompt_tuning_init_text",
         lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
         "the prompt starts at random",
@@ -106,7 +112,12 @@ READ_WHEN = [
     ),
     ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
     ReadWhen("train.eval_steps", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),
-    ReadWhen("train.per_device_eval_batch_size", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen(
+        "train.per_device_eval_batch_size",
+        lambda c: c.data.has("validation") or c.task.name == "preference",  # which takes its reference by it
+        NO_VALIDATION,
+        GIVE_VALIDATION,
+    ),
     ReadWhen("train.early_stopping_patience", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),
     ReadWhen(
         "train.early_stopping_patience",

@@ -59,6 +59,7 @@ DataFormat = Literal[
     "tagged",
     "source_target",
     "squad",
+    "pairs",
     "tokens",
 ]
 

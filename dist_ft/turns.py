@@ -19,6 +19,8 @@ from .schema import RunConfig, TaskConfig
 
 Message = dict[str, Any]
 
+CONVERSING = ("instruction", "preference")  # tasks whose rows may be conversations
+
 
 @dataclass(frozen=True)
 class Question:
@@ -65,7 +67,7 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
     """The token that training ends an answer with: the template's end of turn, else EOS."""
     if tokenizer is None:
         return None
-    if task.name == "instruction" and tokenizer.chat_template:
+    if task.name in CONVERSING and tokenizer.chat_template:
         try:
             answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             labels = ChatTokenizer(tokenizer).encode_messages(answered)["labels"]
@@ -78,8 +80,11 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
 
 def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
     """Whether the run's rows went through the chat template, so that prompts must too."""
-    is_chat = config.task.name == "instruction" and bool(tokenizer.chat_template)
-    return is_chat and list(formats) != ["prompt_completion"]
+    if config.task.name not in CONVERSING or not tokenizer.chat_template:
+        return False
+    if list(formats) == ["pairs"]:  # of text or of messages
+        return next(read_questions(config, "train", 1)).messages is not None
+    return list(formats) != ["prompt_completion"]
 
 
 def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[Question]:
@@ -108,6 +113,10 @@ def question_of(row: dict[str, Any], place: str) -> Question:
     Raises:
         RequestError: the row is tokens.
     """
+    if "chosen" in row:
+        if isinstance(row["prompt"], str):
+            return Question(None, row["prompt"], row["chosen"])
+        row = {**row, "messages": [*row["prompt"], *row["chosen"][:1]]}
     if "messages" in row:
         messages = row["messages"]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

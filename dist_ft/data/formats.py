@@ -9,6 +9,7 @@
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"source": str, "target": str, "references": [str]}` | source_target |
 | `{"context": str, "question": str, "answers": {"text": [str], "answer_start": [int or null]}, "id": str}` | squad |
+| `{"prompt", "chosen", "rejected"}`, each text or each a list of messages, `"tools"` | pairs |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
 `tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` may be missing; the first `context`
@@ -27,6 +28,7 @@ from ..schema import RunConfig
 from .answers import ANSWERS, answers_of
 from .fill import fill
 from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
+from .pairs import pair_of
 
 IGNORED_LABEL = -100
 
@@ -206,6 +208,10 @@ def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
     return canonical
 
 
+def _pairs(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_tools(pair_of(row), row)
+
+
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     ids, labels = row["input_ids"], row["labels"]
     for name, values in (("input_ids", ids), ("labels", labels)):
@@ -294,5 +300,6 @@ FORMATS: dict[str, Format] = {
         ("context", "question", "|".join(ANSWERS)), ("id", "answer_start"), _squad, ("question_answering",)
     ),
     "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
+    "pairs": Format(("chosen", "rejected"), ("prompt", "tools"), _pairs, ("preference", "reward")),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..state import Row, Sample
+import numpy as np
+
+from ..state import REFERENCE, Row, Sample
 from .joined import JoinedSamples, JoinedTable, join_ledgers
 from .pack import Samples
 from .split import ROWS
@@ -28,6 +30,7 @@ class Split:
     samples: str
     ledger: dict[str, Any]
     parts: Mapping[str, Split] = field(default_factory=dict)
+    reference: np.ndarray | None = None  # [samples, sequences] float64: what reference.py keeps, where a task needs it
 
     @classmethod
     def of_parts(cls, parts: Mapping[str, Split]) -> Split:
@@ -37,11 +40,16 @@ class Split:
         return cls(name, name, join_ledgers({name: part.ledger for name, part in parts.items()}), dict(parts))
 
     def open_table(self) -> TokenTable:
-        """The tokenised rows, memory-mapped."""
+        """The tokenised rows, memory-mapped, each with its reference where there is one."""
         if self.parts:
             kept = [part.ledger["rows_kept"] for part in self.parts.values()]
-            return JoinedTable([part.open_table() for part in self.parts.values()], kept)
-        return TokenTable.open(self.table)
+            return JoinedTable([part.open_table() for part in self._referring()], kept)
+        table = TokenTable.open(self.table)
+        if self.reference is None:
+            return table
+        values = np.full(len(table), np.nan)  # of rows that no sample holds
+        values[self.open_samples().rows] = self.reference.reshape(-1)
+        return table.with_row_values(REFERENCE, values)
 
     def open_samples(self) -> Samples:
         """What places in a batch hold, memory-mapped."""
@@ -63,6 +71,13 @@ class Split:
         return (
             [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
         )
+
+    def _referring(self) -> list[Split]:
+        """The sets, each with its part of the reference."""
+        if self.reference is None:
+            return list(self.parts.values())
+        shares = np.split(self.reference, np.cumsum(list(self.sizes.values()))[:-1])
+        return [replace(part, reference=share) for part, share in zip(self.parts.values(), shares, strict=True)]
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -129,13 +129,13 @@ def _answer(origin: int, pieces: Sequence[Prediction], row: Row, count: int, thr
         "sample": origin,
         "prediction": row["context"][begin:end],
         "start": begin,
-        "score": float(shares[0]),
+        "score": round(float(shares[0]), 6),
         "answers": row["answers"]["text"],
     }
     if "id" in row:
         found["id"] = row["id"]
     if threshold is not None:
-        found["null_score_diff"] = null - best
+        found["null_score_diff"] = round(null - best, 6)
         if null - best > threshold:
-            found |= {"prediction": "", "start": None, "score": float(shares[-1])}
+            found |= {"prediction": "", "start": None, "score": round(float(shares[-1]), 6)}
     return found

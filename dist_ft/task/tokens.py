@@ -68,6 +68,15 @@ def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
     return replace(result, counts=counts)
 
 
+def sum_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    """[documents] float64: the sum of each document's targets' log-probabilities.
+
+    In float64, as preference losses take differences of sums that are large beside them.
+    """
+    losses = functional.cross_entropy(_logits(model, batch).float(), batch.targets, reduction="none").double()
+    return -losses.new_zeros(len(batch.samples)).index_add(0, batch.documents, losses)
+
+
 def metrics_of(totals: LossSum, *, exact: bool) -> Metrics:
     """Means of what was summed over a whole split.
 

@@ -41,6 +41,10 @@ UNREAD = {
         ["task=causal_lm", "task.packing=false", "task.overlong=drop"],
     ),
     "task.chat_template": (["task.chat_template=chatml", "data.format=tokens"], ["task.chat_template=chatml"]),
+    "task.label_smoothing": (
+        ["task=preference", "task.loss_type=ipo", "task.label_smoothing=0.1"],
+        ["task=preference", "task.loss_type=robust", "task.label_smoothing=0.1"],
+    ),
     "method.prompt_tuning_init_text": (
         ["method=prompt", "method.prompt_tuning_init_text=Hello"],
         ["method=prompt", "method.prompt_tuning_init=TEXT", "method.prompt_tuning_init_text=Hello"],
@@ -127,6 +131,27 @@ def test_virtual_tokens_and_packing_do_not_go_together(method):
     problems = found(f"method={method}", "task.packing=true")
     assert list(problems) == ["task.packing (command line)"] and "set task.packing=false" in str(problems)
     assert found(f"method={method}") == {}
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+def test_preferences_need_a_start_to_stay_near_to(method):
+    problems = found("task=preference", f"method={method}")
+    assert list(problems) == ["method.name"] and "which is its reference" in problems["method.name"]
+    assert found("task=preference", "method=full", "model.from_scratch=true").keys() == {
+        "model.from_scratch (command line)"
+    }
+
+
+def test_a_preference_takes_its_reference_by_the_evaluation_batch():
+    assert found("task=preference", "train.per_device_eval_batch_size=3") == {}
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+@pytest.mark.parametrize("task", ["question_answering", "reward", "sequence_classification", "token_classification"])
+def test_virtual_tokens_and_a_new_head_do_not_go_together(task, method):
+    problems = found(f"task={task}", f"method={method}")
+    assert list(problems) == ["method.name"] and "the new head" in problems["method.name"]
+    assert found(f"task={task}", "method=lora") == {}
 
 
 def test_a_prefix_and_recomputation_do_not_go_together():

@@ -20,6 +20,8 @@ NEEDS = {  # what only the user can give, for each file that leaves it open
     "task/causal_lm": ["data=text", "data.train=rows.jsonl"],
     "task/masked_lm": ["data=text", "data.train=rows.jsonl"],
     "task/question_answering": ["data=jsonl", "data.train=rows.jsonl"],
+    "task/preference": ["data=jsonl", "data.train=rows.jsonl"],
+    "task/reward": ["data=jsonl", "data.train=rows.jsonl"],
     "task/seq2seq": ["data=jsonl", "data.train=rows.jsonl"],
     "task/sequence_classification": ["data=jsonl", "data.train=rows.jsonl"],
     "task/token_classification": ["data=jsonl", "data.train=rows.jsonl"],

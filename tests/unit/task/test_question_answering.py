@@ -201,7 +201,7 @@ def test_a_row_takes_the_best_of_its_pieces() -> None:
     pieces = pieces_of((0, [(0, 3, 1.0), (0, 7, 0.5)], 9.0), (1, [(0, 4, -1.0)], 0.0), (0, [(4, 7, 2.0)], -3.0))
     first, second = answer_rows(pieces, rows, 2, None)
     assert (first["sample"], first["prediction"], first["start"], first["id"]) == (0, "two", 4, "x")
-    assert first["score"] == pytest.approx(torch.tensor([2.0, 1.0]).softmax(0)[0].item())  # of the best two
+    assert first["score"] == pytest.approx(torch.tensor([2.0, 1.0]).softmax(0)[0].item(), abs=1e-6)  # of the best two
     assert (second["sample"], second["prediction"], second["score"], second["answers"]) == (1, "four", 1.0, ["four"])
 
 
@@ -213,7 +213,7 @@ def test_nothing_is_the_answer_beyond_the_threshold(threshold: float, text: str)
     shares = torch.tensor([2.0, 1.0, 3.0]).softmax(0).tolist()
     assert found["null_score_diff"] == 1.0
     assert (found["prediction"], found["start"]) == (text, 4 if text else None)
-    assert found["score"] == pytest.approx(shares[0] if text else shares[2])
+    assert found["score"] == pytest.approx(shares[0] if text else shares[2], abs=1e-6)
 
 
 def test_scores_are_counted_as_squad_does() -> None:
