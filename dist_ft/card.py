@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
+from .data.sets import sets_of
 from .exported import name_base
 from .model.load import rename_base
 from .plan import Plan
 from .prepare import TASKS, Prepared, Split
 from .pretrained import is_hub_id
+from .proportions import describe_mixture
 from .schema import ModelConfig
 from .state import CAUSAL_LM, Architecture
 from .track.jsonl import METRICS_FILE, read_evaluations
@@ -85,7 +87,9 @@ def render_card(
             if is_quantised
             else _python(load_lines(base, library, architecture))
         ),
-        "## Data\n\n" + _table(DATA_COLUMNS, _data_rows(plan, prepared)),
+        "## Data\n\n"
+        + _table(DATA_COLUMNS, _data_rows(plan, prepared))
+        + "".join(f"\n\n{line}." for line in describe_mixture(config, prepared.train)),
     ]
     if rows := list(_metric_rows(before, after)):
         steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
@@ -191,16 +195,17 @@ def _data_rows(plan: Plan, prepared: Prepared) -> Iterator[tuple[str, ...]]:
         split: Split | None = getattr(prepared, name)
         if split is None:
             continue
-        sources = getattr(plan.config.data, name)
-        ledger = split.ledger
-        yield (
-            name,
-            ", ".join(f"`{source}`" for source in ([sources] if isinstance(sources, str) else sources)),
-            f"{ledger['rows_kept']:,} of {ledger['rows_read']:,}",
-            f"{ledger['tokens']:,}",
-            f"{ledger['supervised_tokens']:,}",
-            f"`{Path(split.table).name}`",
-        )
+        for part, alone in sets_of(plan.config, name).items():
+            own = split.parts.get(part, split)
+            sources, ledger = alone.data.sources(name) or [], own.ledger
+            yield (
+                f"{name} ({part})" if part else name,
+                ", ".join(f"`{source}`" for source in ([sources] if isinstance(sources, str) else sources)),
+                f"{ledger['rows_kept']:,} of {ledger['rows_read']:,}",
+                f"{ledger['tokens']:,}",
+                f"{ledger['supervised_tokens']:,}",
+                f"`{Path(own.table).name}`",
+            )
 
 
 def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[tuple[str, ...]]:

@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .data.formats import FORMATS
+from .data.chosen import choice_problems
 from .data.rows import read_rows
+from .data.sets import set_problems
 from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
@@ -67,7 +68,8 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_length_problems(config, origins),
         *_method_problems(config, origins),
         *_reference_problems(config, origins),
-        *_format_problems(config),
+        *set_problems(config),
+        *choice_problems(config),
         *model_problems(config.model),
         *_data_problems(config),
         *_template_problems(config),
@@ -183,15 +185,6 @@ def _reference_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterat
         yield Problem("method.name", rule, "choose method=lora, or another that starts as the base")
 
 
-def _format_problems(config: RunConfig) -> Iterator[Problem]:
-    if config.data.format == "auto" or config.task.name in FORMATS[config.data.format].tasks:
-        return
-    known = ", ".join(name for name, form in FORMATS.items() if config.task.name in form.tasks)
-    rule = f"{config.data.format} is not a format of task={config.task.name}, which knows auto, {known}"
-    way_out = f"choose task={' or '.join(FORMATS[config.data.format].tasks)}, or correct the format"
-    yield Problem("data.format", rule, way_out)
-
-
 def _template_problems(config: RunConfig) -> Iterator[Problem]:
     template = getattr(config.task, "chat_template", None)
     if template not in (None, "chatml") and not Path(template).is_file():
@@ -242,12 +235,22 @@ def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
         yield Problem("output_dir", error.problems[0].rule, f"set run_name={_free_name(folder)}")
         return
     for section in ("model", "task", "data", "method", "moe", "optim", "train"):
-        before: dict[str, Any] = getattr(old, section).model_dump()
-        after: dict[str, Any] = getattr(config, section).model_dump()
+        before, after = (_learned(getattr(c, section).model_dump()) for c in (old, config))
         for key in dict.fromkeys([*before, *after]):
             if key not in MAY_CHANGE.get(section, ()) and before.get(key) != after.get(key):
                 rule = f"{folder} is a run with {before.get(key)!r}, and this one has {after.get(key)!r}"
                 yield Problem(f"{section}.{key}", rule, way_out)
+
+
+def _learned(section: dict[str, Any]) -> dict[str, Any]:
+    """A section's values, without what the sets of a mixture are only evaluated on."""
+    if not section.get("mixture"):
+        return section
+    sets = {
+        name: {key: value for key, value in part.items() if key not in MAY_CHANGE["data"]}
+        for name, part in section["mixture"].items()
+    }
+    return {**section, "mixture": sets}
 
 
 def _free_name(folder: Path) -> str:

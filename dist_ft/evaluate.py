@@ -20,16 +20,17 @@ from rich.table import Table
 from torch import nn
 
 from .comm import Place, find_device
-from .data.loader import evaluation_batches
 from .errors import RequestError
 from .exported import find_export, find_trained_run, open_base, open_export
 from .families import architecture_of, build_task, choose_attention
 from .model.attention import AttentionChoice
+from .parts import split_batches, split_scores
 from .plan import read_plan
 from .prepare import TASKS, Prepared, Split, prepare
 from .reference import REFERENCE_FILE, name_of, read_references, values_of, write_references
 from .schema import RunConfig, Strict
 from .state import LossFn, LossSum, Metrics, Prediction, Refers, Task
+from .sums import Sums
 from .words import read_words, run_command, split_run
 
 
@@ -52,6 +53,7 @@ class Evaluation:
 
 def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) -> Evaluation:
     """The task's metrics of `model`, on the device where it is, over every row of a split."""
+    task = split_scores(task, split)
     totals, rows = total(model, task, task.score, split, per_device), split.read_rows()
     join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
     by_row = join(totals, rows) if join else totals.predictions
@@ -63,18 +65,10 @@ def total(model: nn.Module, task: Task, score: LossFn, split: Split, per_device:
     """The sums of `score` over every row of a split, and its predictions in the rows' order."""
     device = next(model.parameters()).device
     model.eval()
-    sums: dict[str, torch.Tensor] = {}
-    predictions: list[Prediction] = []
-    batches = evaluation_batches(
-        split.open_table(), split.open_samples(), task.collate, rank=0, world=1, per_device=per_device
-    )
-    for batch in batches:
-        result = score(model, batch.to(device))
-        predictions.extend(result.predictions)
-        for name, value in {"loss": result.loss, "weight": result.weight, **result.counts}.items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-    predictions.sort(key=lambda prediction: prediction["sample"])
-    return LossSum(sums.pop("loss"), sums.pop("weight"), sums, predictions)
+    sums = Sums()
+    for batch in split_batches(split, task.collate, rank=0, world=1, per_device=per_device):
+        sums.add(score(model, batch.to(device)))
+    return replace(sums.total(), predictions=sorted(sums.predictions, key=lambda prediction: prediction["sample"]))
 
 
 def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:

@@ -144,13 +144,16 @@ class Batch:
 class LossSum:
     """A sum of losses of tokens (or examples) and its weight; `counts` are further sums, for metrics.
 
-    All tensors are scalars; what is added up over micro-batches and ranks stays exact, a quotient is taken last.
+    These tensors are scalars; what is added up over micro-batches and ranks stays exact, a quotient is taken last.
     """
 
     loss: Tensor
     weight: Tensor
     counts: dict[str, Tensor] = field(default_factory=dict)
     predictions: Sequence[Prediction] = ()  # where a metric is no quotient of sums
+    losses: Tensor | None = None  # [n], without gradient: what each target of the batch (or pair) gives to `loss`
+    weights: Tensor | None = None  # [n]: and to `weight`; 1 each where not given
+    documents: Tensor | None = None  # [n]: the document of each; `Batch.documents` where not given
 
 
 @dataclass(frozen=True)

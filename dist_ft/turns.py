@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from .data.cache import SplitName
+from .data.chosen import read_split
 from .data.faults import RowFault
-from .data.formats import IGNORED_LABEL, normalise
-from .data.rows import read_rows
+from .data.formats import IGNORED_LABEL, normalise_for
+from .data.sets import sets_of
+from .data.splits import SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import RequestError
 from .schema import RunConfig, TaskConfig
@@ -56,7 +58,7 @@ def open_tokenizer(config: RunConfig, folder: str) -> Any:
     try:
         return load_tokenizer(config, folder)
     except RequestError:
-        if config.data.format != "tokens":
+        if not config.data.only_tokens:
             raise
         return None
 
@@ -86,16 +88,23 @@ def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bo
 
 
 def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[Question]:
-    """The first `count` rows of a split, each up to its last answer.
+    """The first `count` rows of a split, of a mixture those of each set, each up to its last answer.
 
     Raises:
         RequestError: the run has no such split, or a row is wrong or made of tokens.
     """
-    sources = getattr(config.data, split)
-    if not sources:
+    sets = sets_of(config, split)
+    if not sets:
         raise RequestError.of(f"data.{split}", "is not set in this run", "name another split, or a file of prompts")
-    for place, raw in islice(read_rows(sources, revision=config.data.revision), count):
-        yield question_of(normalise(raw, config.data.format, config.data.columns, place), place)
+    for alone in sets.values():
+        yield from islice(_questions_of(alone, read_split(alone, split)), count)
+
+
+def _questions_of(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[Question]:
+    """Rows as questions; those that lack what the set's template names are passed over."""
+    for place, raw in rows:
+        with contextlib.suppress(RowFault):
+            yield question_of(normalise_for(alone, raw, place)[1], place)
 
 
 def question_of(row: dict[str, Any], place: str) -> Question:

@@ -26,6 +26,7 @@ from typing import Any
 from ..errors import Problem, RequestError
 from ..schema import RunConfig
 from .answers import ANSWERS, answers_of
+from .fill import fill
 from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
 from .pairs import pair_of
 
@@ -98,10 +99,14 @@ def normalise_for(config: RunConfig, row: Mapping[str, Any], place: str) -> tupl
 
     Raises:
         RequestError: the row is not of the configured format, or not for the task.
+        RowFault: the row lacks what `data.template` names.
     """
     data = config.data
-    name = (detect(row, data.columns, config.task.name) if data.format == "auto" else data.format) or "auto"
-    canonical = normalise(row, name, data.columns, place)
+    columns = {} if data.template else data.columns
+    if data.template:
+        row = fill(data.template, data.columns, row)
+    name = (detect(row, columns, config.task.name) if data.format == "auto" else data.format) or "auto"
+    canonical = normalise(row, name, columns, place)
     check_task(name, config.task.name, place)
     return name, canonical
 

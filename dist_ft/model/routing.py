@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class Routing:
         if not (self.aux_loss_coef or self.z_loss_coef):
             return result
         extra = extra * self.weight
-        return LossSum(result.loss + (extra - extra.detach()), result.weight, result.counts)
+        return replace(result, loss=result.loss + (extra - extra.detach()))
 
     def describe(self) -> str:
         """What is watched, and the losses' coefficients."""

@@ -147,6 +147,7 @@ class Preference:
         return found - _in_pairs(batch.reference)
 
     def _loss(self, found: Tensor, batch: Batch) -> LossSum:
+        import torch
         from torch.nn.functional import logsigmoid
 
         kind, beta, share = self.config.loss_type, self.config.beta, self.config.label_smoothing
@@ -163,7 +164,8 @@ class Preference:
                 losses = ((1 - share) * right - share * wrong) / (1 - 2 * share)
             else:
                 losses = (1 - share) * right + share * wrong
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight))
+        chosen = torch.arange(0, 2 * len(losses), 2, device=losses.device)  # documents: a pair is told by its first
+        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses.detach(), documents=chosen)
 
 
 def _in_pairs(values: Tensor) -> Tensor:

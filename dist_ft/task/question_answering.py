@@ -229,5 +229,6 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 def _loss(logits: Tensor, batch: Batch) -> LossSum:
     from torch.nn import functional
 
-    loss = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum") / 2
-    return LossSum(loss, loss.new_tensor(batch.loss_weight))
+    both = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    losses = both.view(-1, 2).sum(dim=1) / 2
+    return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
         "exact_rows": ((hits == targets) & (targets > 0)).sum(),
         "rows": (targets > 0).sum(),
     }
-    return LossSum(result.loss, result.weight, counts)
+    return replace(result, counts=counts)
 
 
 def sum_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
@@ -125,5 +126,6 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _loss(logits: Tensor, batch: Batch) -> LossSum:
-    loss = functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
-    return LossSum(loss, torch.tensor(float(batch.supervised), device=loss.device))
+    losses = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+    weight = torch.tensor(float(batch.supervised), device=losses.device)
+    return LossSum(losses.sum(), weight, losses=losses.detach())

@@ -64,12 +64,17 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {  # experiment → model, 
     "concepts_t5": ("t5", [{"concepts": text.split(), "target": text} for text in TEXTS]),
     "quotes_opt_int8": ("opt", [{"quote": text, "author": "w1", "tags": []} for text in TEXTS]),
     "dolly_lora": ("llama", [{"instruction": text, "context": "", "response": text} for text in TEXTS]),
+    "multitask_instructions": (
+        "llama",
+        [{"instruction": t, "context": "", "response": t, "question": t, "answer": t} for t in TEXTS],
+    ),
     "chat_lora": ("llama", CHAT),
     "quickstart": ("llama", CHAT),
     "dpo_lora": ("llama", PAIRS),
     "reward_modeling": ("llama", PAIRS),
     "zero3_full": ("llama", CHAT),
 }
+MIXTURES = {"multitask_instructions": ("dolly", "gsm8k")}  # the names of their sets
 
 
 def test_every_experiment_has_a_case() -> None:
@@ -90,12 +95,14 @@ def words_of(experiment: str, folder: Path, models: dict[str, str]) -> list[str]
     model, rows = CASES[experiment]
     data = folder / f"{experiment}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sources = [f"data.train={data}", f"data.validation={data}", "data.test=null"]
+    if experiment in MIXTURES:
+        keys = [f"{name}.{split}" for name in MIXTURES[experiment] for split in ("train", "validation")]
+        sources = [f"data.mixture.{key}={data}" for key in keys]
     words = [
         f"experiment={experiment}",
         f"model.name_or_path={models[model]}",
-        f"data.train={data}",
-        f"data.validation={data}",
-        "data.test=null",
+        *sources,
         f"data.cache_dir={folder}/cache",
         f"output_dir={folder}/{experiment}",
         "track=off",

@@ -29,6 +29,7 @@ NEEDS = {  # what only the user can give, for each file that leaves it open
     "data/jsonl": ["data.train=rows.jsonl"],
     "data/text": ["data.train=rows.jsonl", "task=causal_lm"],
     "data/hub": ["data.train=a/b"],
+    "data/mixture": ["data.mixture.a.train=rows.jsonl"],
     "data/tokens": ["data.train=rows.jsonl"],
     "launch/deepspeed": ["launch.hostfile=hosts"],
     "launch/slurm": ["launch.workers_per_node=2"],
