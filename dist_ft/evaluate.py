@@ -1,6 +1,6 @@
 """Loss and task score of a run's model on a split, beside the base's: the numbers that the run itself logs.
 
-`python -m dist_ft.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base]`
+`python -m dist_ft.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base] [general=TEXT]`
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class EvaluateOptions(Strict):
     split: Literal["validation", "test"] = Field("validation", description="which data")
     baseline: bool = Field(False, description="true evaluates the base model too")
     model: Literal["export", "base"] = Field("export", description="the run's export, or what it was trained from")
+    general: str | None = Field(None, description="general text, to see how much of it was forgotten")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,14 @@ def main(arguments: list[str]) -> None:
             path = run_dir / f"predictions-{options.split}{suffix}.jsonl"
             write_lines(path, result.predictions)
             console.print(f"every row's prediction: {path}")
-    write_result(run_dir / f"eval-{options.split}.json", found, ledger)
+    general: Mapping[str, Metrics] = {}
+    if options.general:
+        from .forgetting import measure_forgetting, render_forgetting
+
+        general, text = measure_forgetting(plan.config, run_dir, options.general)
+        title = f"\ngeneral: {text.ledger['supervised_tokens']:,} tokens of {options.general}"
+        console.print(title, *render_forgetting(general), sep="\n")
+    write_result(run_dir / f"eval-{options.split}.json", found, ledger, general)
 
 
 def class_table(details: Mapping[str, Any]) -> Table:
@@ -193,7 +201,9 @@ def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
     _replace(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
 
 
-def write_result(path: Path, found: Mapping[str, Evaluation], ledger: Mapping[str, Any]) -> None:
+def write_result(
+    path: Path, found: Mapping[str, Evaluation], ledger: Mapping[str, Any], general: Mapping[str, Metrics]
+) -> None:
     """The numbers as JSON, whole or not at all; a folder that is not there is made."""
     content: dict[str, Any] = {
         "metrics": {which: dict(result.metrics) for which, result in found.items()},
@@ -202,6 +212,8 @@ def write_result(path: Path, found: Mapping[str, Evaluation], ledger: Mapping[st
     }
     if details := {which: dict(result.details) for which, result in found.items() if result.details}:
         content["details"] = details
+    if general:
+        content["general"] = {which: dict(metrics) for which, metrics in general.items()}
     _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
