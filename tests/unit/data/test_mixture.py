@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from dist_ft import view
 from dist_ft.build import build_loader
@@ -17,10 +20,12 @@ from dist_ft.data.cache import is_prepared, split_folder
 from dist_ft.errors import RequestError
 from dist_ft.families import build_task
 from dist_ft.inspection import ledger_tables
+from dist_ft.parts import split_losses
 from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import prepare
 from dist_ft.proportions import describe_mixture, proportions
 from dist_ft.schema import RunConfig
+from dist_ft.state import REFERENCE, Sample
 from dist_ft.turns import read_questions
 
 SUMS = [{"question": f"{n} plus one?", "answer": f"It is {n + 1}."} for n in range(6)]
@@ -229,6 +234,29 @@ def test_labels_are_found_over_all_sets(make: Any) -> None:
     mixed = [{"text": "x", "label": n % 2} for n in range(4)]
     with pytest.raises(RequestError, match=r"^data.mixture: some labels are numbers and some are text[^:]*$"):
         prepare(make({"mixture": {"a": {"train": films}, "b": {"train": mixed}}}, task=task))
+
+
+def test_pairs_of_a_mixture_keep_their_reference_and_have_losses_of_their_own(make: Any, tiny_llama: Path) -> None:
+    def pairs(word: str, count: int) -> list[dict[str, Any]]:
+        return [{"prompt": f"{word} {n} ", "chosen": "yes" * (n + 1), "rejected": "no"} for n in range(count)]
+
+    data = {"mixture": {"a": {"train": pairs("one", 3)}, "b": {"train": pairs("two", 2)}}}
+    config = make(data, task={"name": "preference"})
+    prepared = prepare(config)
+    kept = np.arange(10, dtype=np.float64).reshape(5, 2) - 40
+    train = replace(prepared.train, reference=kept)
+    table, samples = train.open_table(), train.open_samples()
+    chosen = [Sample([table.example(*segment) for segment in samples[n]], n) for n in range(5)]
+    for sample in chosen:
+        assert [float(segment[REFERENCE][0]) for segment in sample.segments] == kept[sample.index].tolist()
+    task: Any = build_task(config, prepared.facts, padding_free=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager").eval()
+    with torch.no_grad():
+        told = split_losses(task, train).loss(model, task.collate([chosen[n] for n in (4, 0, 2)]))
+        alone = [float(task.loss(model, task.collate([chosen[n]])).loss) for n in range(5)]
+    assert float(told.counts["loss@a"]) == pytest.approx(alone[0] + alone[2], rel=1e-5)
+    assert float(told.counts["loss@b"]) == pytest.approx(alone[4], rel=1e-5)
+    assert (float(told.counts["weight@a"]), float(told.counts["weight@b"])) == (2, 1)
 
 
 def test_rows_and_questions_of_each_set_are_shown(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
