@@ -66,6 +66,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_mixture_problems(config, origins),
         *_length_problems(config, origins),
         *_method_problems(config, origins),
+        *_token_problems(config, origins),
         *_format_problems(config),
         *model_problems(config.model),
         *_data_problems(config),
@@ -142,6 +143,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if config.model.from_scratch and method.name != "full":
         rule = f"method={method.name} leaves weights as they were drawn at random, and those know nothing"
         yield Problem(_where("model.from_scratch", origins), rule, "choose method=full, or set it to false")
+    if config.model.add_tokens and method.name not in ("full", "lora", "qlora"):
+        rule = f"method={method.name} does not train the new tokens' embeddings, so they would never mean anything"
+        yield Problem(_where("model.add_tokens", origins), rule, "choose method=lora or full, or remove it")
     if getattr(config.task, "new_head", False) and not method.whole:
         rule = f"the head shares its weights with the embeddings, which method={method.name} cannot store"
         yield Problem(_where("task.new_head", origins), rule, "choose method=full, or a folder that has a head")
@@ -163,6 +167,14 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
         yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")
+
+
+def _token_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """What can be wrong with added tokens before the tokenizer is read."""
+    counts = collections.Counter(config.model.add_tokens)
+    if twice := [token for token, count in counts.items() if count > 1]:
+        rule = f"{', '.join(map(repr, twice))} stands there more than once"
+        yield Problem(_where("model.add_tokens", origins), rule, "name each token once")
 
 
 def _format_problems(config: RunConfig) -> Iterator[Problem]:

@@ -103,6 +103,7 @@ def split_folder(config: RunConfig, split: SplitName) -> Path:
         "task": {**task, "chat_template": read_template(config.task)},
         "labels": None if split == "train" else _labels_identity(config),
         "tokenizer": _tokenizer_identity(config),
+        **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
         "packing": ("train", config.data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }
     return root / "data" / _hash(content)
