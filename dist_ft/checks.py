@@ -136,6 +136,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.virtual_tokens and config.task.packs:
         rule = f"method={method.name} puts virtual tokens in front of each row, and a packed row has many documents"
         yield Problem(_where("task.packing", origins), rule, "set task.packing=false, or choose another method")
+    if method.virtual_tokens and config.task.name == "seq2seq":
+        rule = f"method={method.name} would stand in front of what the decoder writes too, which nothing here reads"
+        yield Problem(_where("method.name", origins), rule, "choose method=lora, adapter or ia3")
     if method.name == "prefix" and config.model.gradient_checkpointing:
         rule = "the prefix reaches attention as a cache of keys and values, which recomputed blocks do not get"
         way_out = "set model.gradient_checkpointing=false, or choose method=prompt"

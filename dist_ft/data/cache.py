@@ -106,6 +106,8 @@ def split_folder(config: RunConfig, split: SplitName) -> Path:
         **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
         "packing": ("train", config.data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }
+    if getattr(config.task, "metrics", None):  # which need rows that a training split does not keep
+        content["keeps_rows"] = split != "train"
     return root / "data" / _hash(content)
 
 

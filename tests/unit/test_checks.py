@@ -110,6 +110,12 @@ def test_virtual_tokens_and_packing_do_not_go_together(method):
     assert found(f"method={method}") == {}
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+def test_virtual_tokens_and_encoder_decoders_do_not_go_together(method):
+    assert list(found("task=seq2seq", f"method={method}")) == ["method.name"]
+    assert found("task=seq2seq", "method=ia3") == {}
+
+
 def test_a_prefix_and_recomputation_do_not_go_together():
     assert list(found("method=prefix", "model.gradient_checkpointing=true")) == [
         "model.gradient_checkpointing (command line)"
