@@ -102,6 +102,7 @@ class Trained:
         self.model.eval()
         tokenizer = open_tokenizer(config, self.prepared.tokenizer_dir)
         self.ids = tokenizer(TEXT)["input_ids"]
+        self.inputs = {"input_ids": torch.tensor([self.ids]), "attention_mask": torch.ones(1, len(self.ids)).long()}
         self.out = Path(config.output_dir) / "model"
         whole = config.method.whole
         export_run(
@@ -115,12 +116,12 @@ class Trained:
             weights=((n, p.data) for n, p in self.model.named_parameters() if p.requires_grad or whole),
             out=self.out,
             card=card_of_run(plan, self.prepared, plan.run_dir),
-            probe=probe_model(self.model, {"input_ids": torch.tensor([self.ids])}),
+            probe=probe_model(self.model, self.inputs),
         )
 
     def logits(self, model: Any = None) -> torch.Tensor:
         with torch.no_grad():
-            return (model or self.model).eval()(input_ids=torch.tensor([self.ids])).logits[0].float()
+            return (model or self.model).eval()(**self.inputs).logits[0].float()
 
 
 def embeddings_of(model: Any) -> list[torch.Tensor]:
@@ -199,6 +200,34 @@ def test_a_rank_without_weights_builds_the_same(bases: dict[str, Path], tmp_path
             for weights in (True, False)
         )
         assert have == lack
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [
+        ({"name": "qlora", "r": 4}, "nf4"),
+        ({"name": "qlora", "r": 4}, "int8"),
+        ({**LORA, "init_lora_weights": "pissa"}, "none"),
+    ],
+    ids=str,
+)
+def test_over_a_quantised_base_and_one_that_moves(
+    bases: dict[str, Path], tmp_path: Path, method: dict[str, Any], quantization: str
+) -> None:
+    """The export is refused unless it gives the trained model's logits when loaded."""
+    model = {"name_or_path": str(bases["untied"]), "add_tokens": TOKENS, "quantization": quantization}
+    trained = Trained(make_config(bases["untied"], tmp_path, method, model=model))
+    card = (trained.out / "README.md").read_text()
+    assert card.count("base.resize_token_embeddings(514") == (1 if quantization == "none" else 2)
+
+
+def test_noise_reaches_them(bases: dict[str, Path], tmp_path: Path) -> None:
+    train = {"max_steps": 1, "global_batch_size": 2, "per_device_train_batch_size": 2, "neftune_noise_alpha": 10.0}
+    trained = Trained(make_config(bases["tied"], tmp_path, LORA, train=train))
+    trained.model.train()
+    one, two = (trained.model(**trained.inputs).logits for _ in range(2))
+    assert not torch.equal(one, two)
+    assert torch.equal(trained.logits(), trained.logits())
 
 
 def test_a_padded_vocabulary_has_room(bases: dict[str, Path], tmp_path: Path) -> None:
