@@ -13,9 +13,10 @@ import yaml
 
 from .data.sets import sets_of
 from .exported import name_base
+from .families import architecture_of
 from .model.load import rename_base
 from .plan import Plan
-from .prepare import TASKS, Prepared, Split
+from .prepare import Prepared, Split
 from .pretrained import is_hub_id
 from .proportions import describe_mixture
 from .schema import ModelConfig
@@ -68,7 +69,7 @@ def render_card(
     """Markdown with the front matter that the hub reads; `before` and `after` have `step` and `eval/…`."""
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
-    architecture = TASKS[config.task.name].architecture(config.task, prepared.facts)
+    architecture = architecture_of(config, prepared.facts)
     if renamed := rename_base(config.model, prepared.model_dir, architecture):
         architecture = replace(architecture, overrides={**architecture.overrides, "key_mapping": renamed})
     is_adapter = not config.method.whole and not merged
@@ -102,7 +103,7 @@ def render_card(
 
 
 def load_lines(base: str, library: str, architecture: Architecture = CAUSAL_LM) -> str:
-    """Three lines of Python that load the model; run them in the export's folder, or put its name for the dot."""
+    """Few lines of Python that load the model; run them in the export's folder, or put its name for the dot."""
     kind, arguments = architecture.auto_class, _arguments(architecture)
     if library == "transformers":
         return (
@@ -115,6 +116,14 @@ def load_lines(base: str, library: str, architecture: Architecture = CAUSAL_LM) 
             "import dist_ft.method.adapter, transformers\n"
             f"base = transformers.{kind}.from_pretrained({base!r}{arguments})\n"
             'model = dist_ft.method.adapter.load_adapter(base, ".")'
+        )
+    if architecture.vocabulary:
+        return (
+            "import peft, transformers\n"
+            f"base = transformers.{kind}.from_pretrained({base!r}{arguments})\n"
+            f"{_resize(architecture)}"
+            'model = peft.PeftModel.from_pretrained(base, ".")\n'
+            'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
         )
     return (
         "import peft, transformers\n"
@@ -136,6 +145,7 @@ def load_lines_bitsandbytes(base: str, scheme: str, dtype: str, architecture: Ar
         f"quantization = transformers.BitsAndBytesConfig(\n    {settings},\n)\n"
         f"base = transformers.{architecture.auto_class}.from_pretrained(\n"
         f"    {base!r}, dtype=torch.{dtype}, quantization_config=quantization{_arguments(architecture)}\n)\n"
+        f"{_resize(architecture)}"
         'model = peft.PeftModel.from_pretrained(base, ".")\n'
         'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
     )
@@ -148,6 +158,7 @@ def load_lines_as_trained(base: str, scheme: str, dtype: str, architecture: Arch
         "import peft, torch, transformers\n"
         "from dist_ft.model.quantize import quantize\n"
         f"base = transformers.{architecture.auto_class}.from_pretrained({base!r}, {options})\n"
+        f"{_resize(architecture)}"
         f"quantize(base, {scheme!r}, torch.{dtype}, weights=True)\n"
         'model = peft.PeftModel.from_pretrained(base, ".")\n'
         'tokenizer = transformers.AutoTokenizer.from_pretrained(".")'
@@ -170,6 +181,12 @@ def _load_quantised(model: ModelConfig, base: str, architecture: Architecture) -
         f"{_python(load_lines_bitsandbytes(base, scheme, dtype, architecture))}\n\n{' '.join(other)}\n"
         f"As it was trained, where dist_ft is installed:\n\n{_python(as_trained)}"
     )
+
+
+def _resize(architecture: Architecture) -> str:
+    """The line that gives a base the rows of added tokens, whose numbers are in the adapter."""
+    rows = architecture.vocabulary
+    return f"base.resize_token_embeddings({rows}, mean_resizing=False)\n" if rows else ""
 
 
 def _arguments(architecture: Architecture) -> str:

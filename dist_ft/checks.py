@@ -67,6 +67,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_mixture_problems(config, origins),
         *_length_problems(config, origins),
         *_method_problems(config, origins),
+        *_token_problems(config, origins),
         *_reference_problems(config, origins),
         *set_problems(config),
         *choice_problems(config),
@@ -138,11 +139,14 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.virtual_tokens and config.task.packs:
         rule = f"method={method.name} puts virtual tokens in front of each row, and a packed row has many documents"
         yield Problem(_where("task.packing", origins), rule, "set task.packing=false, or choose another method")
-    if method.virtual_tokens and config.task.begins_head:
+    if method.virtual_tokens and not config.task.keeps_virtual_tokens:
         rule = (
             f"method={method.name} keeps nothing but its tokens, and the new head of task={config.task.name} must learn"
         )
         yield Problem(_where("method.name", origins), rule, "choose method=lora, or another method")
+    if method.virtual_tokens and config.task.name == "seq2seq":
+        rule = f"method={method.name} would stand in front of what the decoder writes too, which nothing here reads"
+        yield Problem(_where("method.name", origins), rule, "choose method=lora, adapter or ia3")
     if method.name == "prefix" and config.model.gradient_checkpointing:
         rule = "the prefix reaches attention as a cache of keys and values, which recomputed blocks do not get"
         way_out = "set model.gradient_checkpointing=false, or choose method=prompt"
@@ -150,6 +154,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if config.model.from_scratch and method.name != "full":
         rule = f"method={method.name} leaves weights as they were drawn at random, and those know nothing"
         yield Problem(_where("model.from_scratch", origins), rule, "choose method=full, or set it to false")
+    if config.model.add_tokens and method.name not in ("full", "lora", "qlora"):
+        rule = f"method={method.name} does not train the new tokens' embeddings, so they would never mean anything"
+        yield Problem(_where("model.add_tokens", origins), rule, "choose method=lora or full, or remove it")
     if getattr(config.task, "new_head", False) and not method.whole:
         rule = f"the head shares its weights with the embeddings, which method={method.name} cannot store"
         yield Problem(_where("task.new_head", origins), rule, "choose method=full, or a folder that has a head")
@@ -171,6 +178,14 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.name == "prompt" and method.prompt_tuning_init == "TEXT" and not method.prompt_tuning_init_text:
         rule = "prompt_tuning_init=TEXT starts from a text, and none is given"
         yield Problem("method.prompt_tuning_init_text", rule, "set it, or method.prompt_tuning_init=SAMPLE_VOCAB")
+
+
+def _token_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """What can be wrong with added tokens before the tokenizer is read."""
+    counts = collections.Counter(config.model.add_tokens)
+    if twice := [token for token, count in counts.items() if count > 1]:
+        rule = f"{', '.join(map(repr, twice))} stands there more than once"
+        yield Problem(_where("model.add_tokens", origins), rule, "name each token once")
 
 
 def _reference_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from .errors import RequestError, TrainingError
 from .method.adapter import is_bottleneck, load_adapter
 from .model.load import auto_class, open_pretrained
 from .model.quantize import quantize
+from .model.vocabulary import grow
 from .plan import Plan
 from .pretrained import is_hub_id
 from .schema import ModelConfig
@@ -76,6 +77,7 @@ def open_base(
         trust_remote_code=config.trust_remote_code,
         **{**architecture.overrides, **options},
     )
+    grow(model, architecture)
     quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=True)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 def architecture_of(config: RunConfig, facts: Facts) -> Architecture:
     """What the task needs of a model."""
     found: Architecture = TASKS[config.task.name].architecture(config.task, facts)
-    return found
+    return replace(found, vocabulary=facts.resized_vocabulary, new_token_ids=facts.new_token_ids)
 
 
 def build_task(config: RunConfig, facts: Facts, *, padding_free: bool) -> Task:
@@ -124,6 +125,8 @@ def model_factory(
         model = (method if routed is config.method else METHODS[routed.name](routed)).apply(model)
         if weights and isinstance(method, Lora):
             method.begin(model, getattr(torch, config.model.dtype))
+        if architecture.new_token_ids and not config.method.whole:
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]  # now around the base's, uncalled
         if config.train.neftune_noise_alpha:
             add_embedding_noise(model, embeddings, config.train.neftune_noise_alpha)
         apply_policy(config.moe, config.method, model)

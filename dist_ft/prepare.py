@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,15 @@ _HUB_CODE = "*.py"
 
 
 @dataclass(frozen=True)
+class NewTokens:
+    """The tokens of `model.add_tokens`; see the fields of these names in state.Facts."""
+
+    new_tokens: tuple[str, ...] = ()
+    new_token_ids: tuple[int, ...] = ()
+    resized_vocabulary: int = 0
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What workers read: folders on this machine."""
 
@@ -68,12 +77,14 @@ class Prepared:
     train: Split
     validation: Split | None
     test: Split | None
+    new_tokens: NewTokens = NewTokens()
 
     @property
     def facts(self) -> Facts:
         """What the task knows of the data; what is of model and tokenizer is not cached with the data."""
         kept = Facts.of(self.train.ledger["facts"])
-        return replace(kept, decoder_start_id=_decoder_start(Path(self.model_dir)), tokenizer_dir=self.tokenizer_dir)
+        start = _decoder_start(Path(self.model_dir))
+        return replace(kept, decoder_start_id=start, tokenizer_dir=self.tokenizer_dir, **asdict(self.new_tokens))
 
 
 def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
@@ -89,6 +100,7 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
     """
     model_dir, tokenizer_dir = prepare_model(config, say)
     _check_tokenizers(config, model_dir, tokenizer_dir)
+    new = find_new_tokens(config, model_dir, tokenizer_dir)
 
     @cache
     def encoder() -> ChatTokenizer:
@@ -96,13 +108,14 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
 
     found = cache(lambda: find_facts(config, encoder))  # of all sets; not looked for where everything is prepared
     splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", found, encoder, say)}
-    facts = Prepared(model_dir, tokenizer_dir, splits["train"], None, None).facts
+    facts = Prepared(model_dir, tokenizer_dir, splits["train"], None, None, new).facts
     for name in SPLITS[1:]:
         if config.data.has(name):
             splits[name] = _prepare_split(config, name, lambda: facts, encoder, say)
-    if problems := [p for name, split in splits.items() for p in _split_problems(config, name, split, model_dir)]:
+    rows = new.resized_vocabulary or _vocabulary_size(Path(model_dir))
+    if problems := [p for name, split in splits.items() for p in _split_problems(config, name, split, rows)]:
         raise RequestError(*problems)
-    return Prepared(model_dir, tokenizer_dir, splits["train"], splits.get("validation"), splits.get("test"))
+    return Prepared(model_dir, tokenizer_dir, splits["train"], splits.get("validation"), splits.get("test"), new)
 
 
 def prepare_model(config: RunConfig, say: Say = lambda line: None) -> tuple[str, str]:
@@ -228,10 +241,10 @@ def _prepare_set(
     return Split(str(folder), str(folder), ledger)
 
 
-def _split_problems(config: RunConfig, name: str, split: Split, model_dir: str) -> list[Problem]:
-    """What can be wrong with a sound split for this model and batch size."""
+def _split_problems(config: RunConfig, name: str, split: Split, size: int | None) -> list[Problem]:
+    """What can be wrong with a sound split for a model of `size` embeddings and this batch size."""
     problems = []
-    ledger, size = split.ledger, _vocabulary_size(Path(model_dir))
+    ledger = split.ledger
     if size is not None and ledger["max_token_id"] >= size:
         rule = (
             f"token id {ledger['max_token_id']} is beyond the model's {size} embeddings: the tokens are another model's"
@@ -244,6 +257,25 @@ def _split_problems(config: RunConfig, name: str, split: Split, model_dir: str) 
         rule = f"one global batch takes {batch} {kind}, {key} has {ledger['samples']}"
         problems.append(Problem("train.global_batch_size", rule, f"set it to at most {ledger['samples']}"))
     return problems
+
+
+def find_new_tokens(config: RunConfig, model_dir: str, tokenizer_dir: str) -> NewTokens:
+    """What `model.add_tokens` comes to for this model and tokenizer.
+
+    Raises:
+        RequestError: the tokenizer has one already, or more tokens than the model even without them.
+    """
+    if not config.model.add_tokens:
+        return NewTokens()
+    ids = tuple(load_tokenizer(config, tokenizer_dir).convert_tokens_to_ids(config.model.add_tokens))
+    size = _vocabulary_size(Path(model_dir))
+    if size is None:
+        rule = "config.json does not tell how many embeddings the model has"
+        raise RequestError.of("model.add_tokens", rule, "leave it out, or name another model")
+    if min(ids) > size:
+        rule = f"the tokenizer has {min(ids)} tokens without them, and the model {size} embeddings"
+        raise RequestError.of("model.add_tokens", rule, "use the model's own tokenizer (model.tokenizer)")
+    return NewTokens(tuple(config.model.add_tokens), ids, max(ids) + 1 if max(ids) >= size else 0)
 
 
 def _check_tokenizers(config: RunConfig, model_dir: str, tokenizer_dir: str) -> None:

@@ -33,6 +33,9 @@ class ModelConfig(Strict):
     name_or_path: str = Field(description="Folder, hub id, or `package:NAME` (a Python package that carries a GGUF).")
     revision: str | None = Field(None, description="Hub revision; a commit hash makes the run repeatable.")
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer; the model's own if not given.")
+    add_tokens: list[Annotated[str, Field(pattern=r"^\S+$")]] = Field(
+        default_factory=list, description="Special tokens that the tokenizer gets; their embeddings learn."
+    )
     from_scratch: bool = Field(
         False, description="Weights drawn from train.seed; of the folder only config.json and the tokenizer are read."
     )

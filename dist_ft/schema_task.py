@@ -15,7 +15,7 @@ Unsupervised = Literal["error", "drop"]
 class TaskChoice(Strict):
     """What the keys of every task have."""
 
-    begins_head: ClassVar[bool] = False  # a head of its own, which begins anew and must be stored with what learns
+    keeps_virtual_tokens: ClassVar[bool] = True  # what learns can be stored beside prompt, prefix and P-tuning
 
     @property
     def packs(self) -> bool:
@@ -60,7 +60,6 @@ class MaskedLMConfig(TaskChoice):
 class SequenceClassificationConfig(TaskChoice):
     """A label, or several, for a text or a pair of texts."""
 
-    begins_head: ClassVar[bool] = True
     name: Literal["sequence_classification"]
     max_length: Annotated[int, Field(ge=2)] = 512
     overlong: Overlong = Field("error", description="A row longer than max_length.")
@@ -78,7 +77,6 @@ class SequenceClassificationConfig(TaskChoice):
 class TokenClassificationConfig(TaskChoice):
     """A tag for each word: names of persons and places (IOB tags), parts of speech."""
 
-    begins_head: ClassVar[bool] = True
     name: Literal["token_classification"]
     max_length: Annotated[int, Field(ge=2)] = 512
     overlong: Overlong = Field("error", description="A row longer than max_length; words that are cut count as `O`.")
@@ -111,7 +109,7 @@ class Seq2SeqConfig(TaskChoice):
 class QuestionAnsweringConfig(TaskChoice):
     """The part of a text that answers a question; long texts are read in overlapping pieces."""
 
-    begins_head: ClassVar[bool] = True
+    keeps_virtual_tokens: ClassVar[bool] = False
     name: Literal["question_answering"]
     max_length: Annotated[int, Field(ge=8)] = Field(384, description="Tokens of a piece: question, context, specials.")
     doc_stride: Annotated[int, Field(ge=0)] = Field(
@@ -149,7 +147,7 @@ class PreferenceConfig(TaskChoice):
 class RewardConfig(TaskChoice):
     """A score for an answer, higher for the better one of a pair (Bradley and Terry); keys are TRL's."""
 
-    begins_head: ClassVar[bool] = True
+    keeps_virtual_tokens: ClassVar[bool] = False
     name: Literal["reward"]
     max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Most tokens of a prompt with an answer.")
     overlong: Overlong = Field("error", description="A pair of which either is longer than max_length.")

@@ -41,6 +41,9 @@ class Facts:
     rows: int = 0  # of the training split
     decoder_start_id: int = 0  # what an encoder-decoder's decoder reads first
     tokenizer_dir: str = ""
+    new_tokens: tuple[str, ...] = ()  # that the configuration adds to the tokenizer
+    new_token_ids: tuple[int, ...] = ()  # theirs
+    resized_vocabulary: int = 0  # rows that the embeddings must be given for them; 0 where there are enough
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Facts:
@@ -56,6 +59,8 @@ class Architecture:
     auto_class: str = "AutoModelForCausalLM"  # of transformers
     overrides: Mapping[str, Any] = field(default_factory=dict)  # keys of the model's config.json
     new_head: bool = False  # what stands outside the base model learns the task, whichever the method
+    vocabulary: int = 0  # rows that the embeddings are given, where added tokens need more; 0: as they are
+    new_token_ids: tuple[int, ...] = ()  # of added tokens, whose rows learn under adapters too
 
 
 CAUSAL_LM = Architecture()

@@ -106,6 +106,7 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
         # of the same rows a training split is another: it finds the labels, and keeps nothing for metrics
         "labels": [split == "train", _labels_identity(config, split)],
         "tokenizer": _tokenizer_identity(alone),
+        **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
         "packing": ("train", data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }
     return root / "data" / _hash(content)

@@ -14,6 +14,7 @@ import jinja2
 
 from ..errors import RequestError
 from ..schema import RunConfig
+from .added_tokens import add_tokens
 from .faults import EMPTY_TEXT, RowFault
 from .formats import IGNORED_LABEL
 from .spans import OWN_TEMPLATE, Closers, Message, Span, find_spans
@@ -26,10 +27,10 @@ _RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, Attribu
 
 
 def load_tokenizer(config: RunConfig, folder: str) -> Any:
-    """The tokenizer in `folder`, with the configured chat template where there is one.
+    """The tokenizer in `folder`, with the configured chat template where there is one, and the configured tokens.
 
     Raises:
-        RequestError: there is none that transformers reads.
+        RequestError: there is none that transformers reads, or it has a token already that is to be added.
     """
     from transformers import AutoTokenizer
 
@@ -40,6 +41,7 @@ def load_tokenizer(config: RunConfig, folder: str) -> Any:
         way_out = "set model.tokenizer to a folder or hub id that has one"
         raise RequestError.of("model.tokenizer", f"{folder} gives no tokenizer ({reason})", way_out) from error
     tokenizer.chat_template = read_template(config.task) or tokenizer.chat_template
+    add_tokens(tokenizer, config.model.add_tokens)
     return tokenizer
 
 

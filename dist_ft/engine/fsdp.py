@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..comm import barrier
@@ -37,6 +43,8 @@ class Fsdp(NativeEngine):
         for block in find_blocks(model):
             fully_shard(block, **options)
         fully_shard(model, **options)
+        if hasattr(model, "generate"):  # it calls an encoder by itself, whose embeddings stand outside the blocks
+            register_fsdp_forward_method(model, "generate")
         for name, parameter in model.named_parameters():
             _scatter(parameter, source.pop(name, None))
         for buffer in model.buffers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import Problem, RequestError
-from ..model.structure import find_blocks, find_linears, find_packed
+from ..model.structure import find_blocks, find_linears, find_packed, find_token_rows
 from ..schema_method import LoraKeys
 from ..state import Weights
 from .start import ADAPTER, Start, begin, double_rank, read_start, start_problems, subtract, write_start
@@ -40,7 +40,8 @@ class Lora(ThroughPeft):
         """Freeze the model and put adapters beside the target modules.
 
         Raises:
-            RequestError: a target, a pattern, a layer or a module to save matches nothing.
+            RequestError: a target, a pattern, a layer or a module to save matches nothing, or is where rows of added
+                tokens learn.
         """
         config = self.config
         targets = _resolve_targets(config.target_modules, model)
@@ -51,6 +52,9 @@ class Lora(ThroughPeft):
             raise RequestError(*problems)
         if config.layers_to_transform is not None and isinstance(targets, list):
             targets = _within(config.layers_to_transform, targets)
+        rows = find_token_rows(model) if (new_token_ids := list(getattr(model, "new_token_ids", ()))) else {}
+        if problems := list(_row_problems(config, rows)):
+            raise RequestError(*problems)
         settings = peft.LoraConfig(
             task_type=task_type_of(model),
             r=config.r,
@@ -66,6 +70,7 @@ class Lora(ThroughPeft):
             alpha_pattern=dict(config.alpha_pattern),
             init_lora_weights=True if config.moves_base else config.init_lora_weights,
             target_parameters=config.target_parameters or None,
+            trainable_token_indices=dict.fromkeys(rows, new_token_ids) or None,
         )
         _keep_from_experts(settings, model, all_linear=config.target_modules == "all-linear")
         try:
@@ -113,6 +118,16 @@ class Lora(ThroughPeft):
             super().export(model, subtract(weights, start), out)
         finally:
             model.peft_config[ADAPTER] = settings
+
+
+def _row_problems(config: LoraKeys, rows: Mapping[str, nn.Module]) -> Iterator[Problem]:
+    """Rows of added tokens learn by themselves, which peft cannot do in a module that is adapted or saved whole."""
+    for key in ("modules_to_save", "target_modules"):
+        wanted = getattr(config, key)
+        endings = [wanted] if isinstance(wanted, str) else wanted
+        if taken := [name for name in rows if any(name == end or name.endswith(f".{end}") for end in endings)]:
+            rule = f"{', '.join(taken)}: the rows of model.add_tokens learn there, and peft does one or the other"
+            yield Problem(f"method.{key}", rule, "leave it out, or choose method=full")
 
 
 def _layer_problems(config: LoraKeys, model: nn.Module, targets: str | list[str]) -> list[Problem]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..schema import PTuningConfig
 from .through_peft import task_type_of
-from .virtual_tokens import VirtualTokens
+from .virtual_tokens import VirtualTokens, put_in_front
 
 
 class PTuning(VirtualTokens):
@@ -20,7 +20,7 @@ class PTuning(VirtualTokens):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Freeze the model and put what the network gives in front of its input."""
-        return peft.get_peft_model(
+        return put_in_front(
             model,
             peft.PromptEncoderConfig(
                 task_type=task_type_of(model),

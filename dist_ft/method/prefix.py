@@ -7,7 +7,7 @@ from torch import nn
 
 from ..schema import PrefixConfig
 from .through_peft import task_type_of
-from .virtual_tokens import VirtualTokens
+from .virtual_tokens import VirtualTokens, put_in_front
 
 
 class Prefix(VirtualTokens):
@@ -20,7 +20,7 @@ class Prefix(VirtualTokens):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Freeze the model and put learned keys and values in front of those of every layer."""
-        return peft.get_peft_model(
+        return put_in_front(
             model,
             peft.PrefixTuningConfig(
                 task_type=task_type_of(model),

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..schema import PromptConfig
 from .through_peft import task_type_of
-from .virtual_tokens import VirtualTokens
+from .virtual_tokens import VirtualTokens, put_in_front
 
 
 class Prompt(VirtualTokens):
@@ -29,7 +29,7 @@ class Prompt(VirtualTokens):
                 "prompt_tuning_init_text": self.config.prompt_tuning_init_text,
                 "tokenizer_name_or_path": self.config.tokenizer_name_or_path or own,
             }
-        return peft.get_peft_model(
+        return put_in_front(
             model,
             peft.PromptTuningConfig(
                 task_type=task_type_of(model),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import peft
 import torch
 from torch import nn
 
+from ..errors import RequestError
 from ..schema_method import VirtualTokensChoice
 from ..state import Weights
+from .through_peft import task_head, task_type_of
 
 ENCODER = "prompt_encoder.default."
+OTHER_METHOD = "choose method=lora, adapter or ia3"
 
 
 class VirtualTokens:
@@ -22,9 +26,36 @@ class VirtualTokens:
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
         """Write adapter_model.safetensors and adapter_config.json in peft's form."""
         assert isinstance(model, peft.PeftModel)
-        state = {name.removeprefix(ENCODER): tensor.detach().cpu() for name, tensor in weights}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
+        learned = {name: state.pop(name) for name in list(state) if name.startswith(ENCODER)}  # what is left is a head
         encoder = model.prompt_encoder["default"].to_empty(device="cpu")
-        encoder.load_state_dict(state)
+        encoder.load_state_dict({name.removeprefix(ENCODER): tensor for name, tensor in learned.items()})
         model.prompt_tokens["default"] = torch.arange(self.config.num_virtual_tokens)
         encoder.eval()  # without the encoder's dropout
-        model.save_pretrained(str(out), save_embedding_layers=False)
+        model.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
+
+
+def put_in_front(model: nn.Module, settings: peft.PromptLearningConfig) -> nn.Module:
+    """Freeze the model but for a new head, which is saved along, and have peft put what learns in front of every row.
+
+    Raises:
+        RequestError: peft cannot do so with this kind of model, or it would go wrong in silence.
+    """
+    kind, is_prefix = type(model).__name__, isinstance(settings, peft.PrefixTuningConfig)
+    settings.modules_to_save = task_head(model) or None
+    if "score" in task_head(model) and task_type_of(model) == peft.TaskType.SEQ_CLS and not is_prefix:
+        # GenericForSequenceClassification finds the last token by its id, and takes the last place where it has none.
+        rule = f"{kind} gets embeddings in place of tokens, and would read the class from the padding of shorter rows"
+        raise RequestError.of("method.name", rule, f"choose method=prefix; or {OTHER_METHOD}")
+    if is_prefix and not _takes_cache(model):
+        raise RequestError.of("method.name", f"{kind} takes no keys and values from outside", OTHER_METHOD)
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise RequestError.of("method.name", f"peft cannot do it with {kind} ({error})", OTHER_METHOD) from error
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    """Whether the model, or what stands below its head, is called with `past_key_values`, as peft calls it."""
+    inner = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    return any("past_key_values" in inspect.signature(part.forward).parameters for part in (model, inner))

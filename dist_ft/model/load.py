@@ -17,6 +17,7 @@ from .attention import AttentionChoice, choose_attention
 from .noise import set_dropout
 from .quantize import quantize
 from .structure import find_task_head
+from .vocabulary import grow, grow_settings
 
 
 def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
@@ -48,7 +49,8 @@ def load_model(
     Linear layers are quantised one by one as `config.quantization` says. With `weights` false, modules and buffers are
     the same and parameters are uninitialised memory, which the operating system does not even allocate until it is
     written: ranks that are sent their weights cost nothing here. A new head starts from torch's generator; its modules
-    are named in the model's attribute `task_head`, which methods train beside what they add.
+    are named in the model's attribute `task_head`, which methods train beside what they add; the ids of added tokens
+    are its `new_token_ids`.
 
     Raises:
         RequestError: weights are missing, have other shapes, or belong to another architecture.
@@ -64,14 +66,18 @@ def load_model(
         "dtype": getattr(torch, config.dtype),
     }
     if weights and config.from_scratch:
+        grow_settings(settings, architecture)
         model = auto_class(architecture).from_config(settings, **options)  # which draws them from torch's generator
     elif weights:
         model = _read(config, folder, architecture, {**options, "config": settings})
+        grow(model, architecture)
     else:
+        grow_settings(settings, architecture)
         with no_init_weights():
             model = auto_class(architecture).from_config(settings, **options)
         model.tie_weights()
     model.task_head = tuple(find_task_head(model)) if architecture.new_head else ()
+    model.new_token_ids = architecture.new_token_ids
     quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=weights)
     model.config.use_cache = False
     if config.gradient_checkpointing:

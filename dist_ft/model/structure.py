@@ -88,6 +88,17 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
     return [mixture.router for mixture in find_mixtures(model)]
 
 
+def find_token_rows(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name that hold a row of their own for each token: the embeddings, and a head that is not tied."""
+    whole: Any = model
+    embeddings, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    found = {names[id(embeddings)]: embeddings}
+    if head is not None and head.weight is not embeddings.weight:
+        found[names[id(head)]] = head
+    return found
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A block whose tokens go through few of many experts.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ..data.added_tokens import add_tokens
 from ..data.faults import EMPTY_TEXT, RowFault
 from ..schema_task import Seq2SeqConfig
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
@@ -125,7 +126,9 @@ class Seq2Seq:
         """What turns generated tokens into text."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.facts.tokenizer_dir)
+        tokenizer = AutoTokenizer.from_pretrained(self.facts.tokenizer_dir)
+        add_tokens(tokenizer, self.facts.new_tokens)
+        return tokenizer
 
     def _encode(self, row: Row, tokenizer: Any, limits: tuple[int, int] | None) -> Sequence[Example]:
         source, target = _texts(row)

@@ -181,7 +181,8 @@ class TokenClassification:
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """[n, labels] float32."""
-        logits: Tensor = model(**batch.inputs).logits
+        width = batch.inputs["input_ids"].shape[1]  # a method may have put virtual tokens in front
+        logits: Tensor = model(**batch.inputs).logits[:, -width:]
         return logits.flatten(0, 1)[batch.positions].float()
 
     def _loss(self, logits: Tensor, batch: Batch) -> LossSum:

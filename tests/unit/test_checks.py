@@ -147,11 +147,17 @@ def test_a_preference_takes_its_reference_by_the_evaluation_batch():
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
-@pytest.mark.parametrize("task", ["question_answering", "reward", "sequence_classification", "token_classification"])
+@pytest.mark.parametrize("task", ["question_answering", "reward"])
 def test_virtual_tokens_and_a_new_head_do_not_go_together(task, method):
     problems = found(f"task={task}", f"method={method}")
     assert list(problems) == ["method.name"] and "the new head" in problems["method.name"]
     assert found(f"task={task}", "method=lora") == {}
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+def test_virtual_tokens_and_encoder_decoders_do_not_go_together(method):
+    assert list(found("task=seq2seq", f"method={method}")) == ["method.name"]
+    assert found("task=seq2seq", "method=ia3") == {}
 
 
 def test_a_prefix_and_recomputation_do_not_go_together():

@@ -1,0 +1,36 @@
+"""Room for added tokens: embeddings, and an untied head, get a row for each that has none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..state import Architecture
+
+
+def grow_settings(settings: PreTrainedConfig, architecture: Architecture) -> None:
+    """Have a model that is built from `settings` come with the rows that `grow` would give it."""
+    if architecture.vocabulary:
+        settings.get_text_config().vocab_size = architecture.vocabulary
+
+
+def grow(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Give a loaded model the missing rows, each the mean of all old ones; old rows keep their bits.
+
+    transformers draws new rows around that mean, with the covariance of the old ones times 1e-9 (Hewitt 2021); the
+    mean itself is the same on every machine, and needs no eigenvalues of a large matrix.
+    """
+    if not architecture.vocabulary:
+        return
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(architecture.vocabulary, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
+            if tensor is not None:
+                _fill(tensor, old)
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, old: int) -> None:
+    tensor[old:] = tensor[:old].float().mean(dim=0).to(tensor.dtype)
