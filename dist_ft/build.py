@@ -14,8 +14,8 @@ from . import comm
 from .card import card_of_run
 from .comm import Place
 from .data.loader import Loader, evaluation_batches
-from .data.order import Order, total_steps
-from .errors import MachineError
+from .data.order import Order, PoissonOrder, total_steps
+from .errors import MachineError, RequestError
 from .export import export_run
 from .exported import EXPORT
 from .families import (
@@ -35,6 +35,8 @@ from .model.routing import Routing, Watched, build_routing, watch
 from .optim import learning_rate
 from .plan import Plan
 from .prepare import Prepared, Split
+from .privacy import build_privacy, settle_seed
+from .privacy_rules import MIXES_ROWS
 from .probe import take_probe
 from .report import build_tracker, describe
 from .resume import restore, resume, save_checkpoint, settle_start
@@ -47,7 +49,10 @@ def build_loader(plan: Plan, task: Task, split: Split, place: Place) -> tuple[Lo
     train = plan.config.train
     table, samples = split.open_table(), split.open_samples()
     steps, rows = total_steps(len(samples), train.global_batch_size, train.max_steps, train.num_train_epochs)
-    order = Order(len(samples), train.seed, plan.config.data.shuffle, train.global_batch_size, rows)
+    if plan.config.privacy.is_on:
+        order: Order = _build_poisson(plan, len(samples), rows, settle_seed(plan, place))
+    else:
+        order = Order(len(samples), train.seed, plan.config.data.shuffle, train.global_batch_size, rows)
     loader = Loader(
         table,
         samples,
@@ -58,6 +63,19 @@ def build_loader(plan: Plan, task: Task, split: Split, place: Place) -> tuple[Lo
         per_device=train.per_device_train_batch_size,
     )
     return loader, steps
+
+
+def _build_poisson(plan: Plan, samples: int, samples_total: int, seed: int) -> PoissonOrder:
+    """Which rows each step of a private run sees.
+
+    Raises:
+        RequestError: a step is to have more rows than there are.
+    """
+    batch = plan.config.train.global_batch_size
+    if batch > samples:
+        rule = f"a step cannot sample {batch} rows of {samples}"
+        raise RequestError.of("train.global_batch_size", rule, f"set it to at most {samples}")
+    return PoissonOrder(samples, seed, batch, samples_total)
 
 
 def build_validation(plan: Plan, task: Task, prepared: Prepared, place: Place) -> Callable[[], Any] | None:
@@ -88,7 +106,9 @@ def build(
     attention = choose_attention(config, prepared.model_dir, device, architecture)
     task = build_task(config, prepared.facts, padding_free=attention.padding_free)
     loader, steps = build_loader(plan, task, prepared.train, place)
-    engine = build_engine(plan, place, device)
+    order = loader.order
+    privacy = build_privacy(config.privacy, order, steps) if isinstance(order, PoissonOrder) else None
+    engine = build_engine(plan, place, device, privacy)
     costs: list[StepCost] = []
     routings: list[Routing] = []
     method = build_method(config, plan.run_dir)
@@ -103,6 +123,8 @@ def build(
         share_buffers(model)
         costs.append(count_step_cost(model))
         routings.extend(build_routing(config.moe, config.method, model))
+        if routings and privacy is not None:
+            raise RequestError.of("privacy", MIXES_ROWS, "take a model without experts")
         return model
 
     engine.setup(build_model, optim_factory(config, device))
@@ -112,6 +134,8 @@ def build(
         watched = watch(routing, watched, engine, beat)
     if place.is_main:
         print(describe(plan, attention, device, progress, steps, routings), file=terminal, flush=True)
+        if privacy is not None:
+            print(f"dist-ft: {privacy.describe(steps)}", file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
         config=config.train,
@@ -131,6 +155,7 @@ def build(
         restore=lambda name: restore(plan, engine, name),
         beat=beat,
         measure=watched.measure,
+        may_be_empty=privacy is not None,
         export=lambda: export(plan, prepared, place, engine, task, method, factory, terminal),
     )
 
