@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -35,11 +35,12 @@ from .model.routing import Routing, Watched, build_routing, watch
 from .optim import learning_rate
 from .plan import Plan
 from .prepare import Prepared, Split
-from .privacy import build_privacy, settle_seed
+from .privacy import Privacy, build_privacy, settle_seed
 from .privacy_rules import MIXES_ROWS
 from .probe import take_probe
 from .report import build_tracker, describe
 from .resume import restore, resume, save_checkpoint, settle_start
+from .schema import PrivacyConfig
 from .state import Engine, Method, ModelFactory, Task
 from .turns import find_end_token, open_tokenizer
 
@@ -106,8 +107,7 @@ def build(
     attention = choose_attention(config, prepared.model_dir, device, architecture)
     task = build_task(config, prepared.facts, padding_free=attention.padding_free)
     loader, steps = build_loader(plan, task, prepared.train, place)
-    order = loader.order
-    privacy = build_privacy(config.privacy, order, steps) if isinstance(order, PoissonOrder) else None
+    privacy = _find_privacy(config.privacy, loader.order, steps)
     engine = build_engine(plan, place, device, privacy)
     costs: list[StepCost] = []
     routings: list[Routing] = []
@@ -123,8 +123,7 @@ def build(
         share_buffers(model)
         costs.append(count_step_cost(model))
         routings.extend(build_routing(config.moe, config.method, model))
-        if routings and privacy is not None:
-            raise RequestError.of("privacy", MIXES_ROWS, "take a model without experts")
+        _check_apart(routings, privacy)
         return model
 
     engine.setup(build_model, optim_factory(config, device))
@@ -133,9 +132,7 @@ def build(
     for routing in routings:  # one for a mixture of experts, none for a dense model
         watched = watch(routing, watched, engine, beat)
     if place.is_main:
-        print(describe(plan, attention, device, progress, steps, routings), file=terminal, flush=True)
-        if privacy is not None:
-            print(f"dist-ft: {privacy.describe(steps)}", file=terminal, flush=True)
+        print(describe(plan, attention, device, progress, steps, routings, privacy), file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
         config=config.train,
@@ -189,6 +186,17 @@ def export(
         is_main=place.is_main,
         tell=lambda line: print(f"dist-ft: {line}", file=terminal, flush=True),
     )
+
+
+def _find_privacy(config: PrivacyConfig, order: Order, steps: int) -> Privacy | None:
+    """The mechanism of a private run, None for another."""
+    return build_privacy(config, order, steps) if isinstance(order, PoissonOrder) else None
+
+
+def _check_apart(routings: Sequence[Routing], privacy: Privacy | None) -> None:
+    """A model's own modules have the last word on whether it has experts."""
+    if routings and privacy is not None:
+        raise RequestError.of("privacy", MIXES_ROWS, "take a model without experts")
 
 
 def _check_alike(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from .exported import EXPORT
 from .model.attention import AttentionChoice
 from .model.routing import Routing
 from .plan import Plan
+from .privacy import Privacy
 from .state import Tracker
 from .track.compose import NullTracker, Trackers
 from .track.jsonl import METRICS_FILE, JsonLines, read_evaluations, read_metrics
@@ -46,6 +47,7 @@ def describe(
     progress: Progress,
     steps: int,
     routings: Sequence[Routing] = (),
+    privacy: Privacy | None = None,
 ) -> str:
     """What runs, in a few lines: also what every `auto` became."""
     config = plan.config
@@ -57,7 +59,10 @@ def describe(
         f"{device.type} worker(s), {steps} steps {begin}; output in {plan.run_dir}\n"
         f"dist-ft: compute {config.model.dtype}, base weights {base}, trained weights and AdamW float32; "
         f"attention {attention.kernel} ({attention.reason}), {layout}"
-    ) + "".join(f"\ndist-ft: {routing.describe()}" for routing in routings)
+    ) + "".join(
+        f"\ndist-ft: {line}"
+        for line in [*(routing.describe() for routing in routings), *([privacy.describe(steps)] if privacy else [])]
+    )
 
 
 def summarise(plan: Plan, step: int) -> str:
