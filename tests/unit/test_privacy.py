@@ -39,8 +39,17 @@ WIDE = {**SIZE, "intermediate_size": 24, "max_position_embeddings": 32}
 DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 GPT2 |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-T5 = {"vocab_size": 61, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-CLIP = 0.4  # of rows' norms, some are above it and some below
+T5 = {
+    "vocab_size": 61,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
+CLIP = 0.4
 LENGTHS = (9, 3, 12, 5, 5, 7, 2)
 
 # kind of model, its task, whether Opacus's hooks are right for it
@@ -107,8 +116,8 @@ def own_loss(model: nn.Module, task: str, row: list[dict[str, np.ndarray]]) -> t
     return model(input_ids=ids, labels=torch.from_numpy(row[1]["input_ids"])[None]).loss
 
 
-def clipped_sum(model: nn.Module, task: str) -> tuple[list[torch.Tensor], list[float]]:
-    """Abadi et al. 2016, algorithm 1, lines 3 to 5 without noise, one row after another."""
+def clipped_sum(model: nn.Module, task: str, clip: float = CLIP) -> tuple[list[torch.Tensor], list[float]]:
+    """Abadi et al. 2016, algorithm 1, lines 3 to 5 without noise, one row after another; and the rows' norms."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     total, norms = [torch.zeros_like(p) for p in parameters], []
     for row in make_segments(task):
@@ -117,7 +126,7 @@ def clipped_sum(model: nn.Module, task: str) -> tuple[list[torch.Tensor], list[f
         norms.append(norm)
         for held, gradient in zip(total, gradients, strict=True):
             if gradient is not None:
-                held.add_(gradient / max(1.0, norm / CLIP))
+                held.add_(gradient / max(1.0, norm / clip))
     return total, norms
 
 
@@ -153,9 +162,10 @@ def feed(engine: Private, task: str, per_device: int) -> float:
 )
 def test_clipped_sums_are_those_of_a_plain_loop_over_single_rows(name: str, method: str, mode: str) -> None:
     model, task = make_model(name, method), MODELS[name][2]
-    expected, norms = clipped_sum(model, task)
-    assert method == "lora" or min(norms) < max(norms), "rows differ"
-    engine = make_engine(model, make_privacy(hooks=mode == "hooks"))
+    clip = float(np.median(clipped_sum(model, task)[1]))  # some rows are above it and some below
+    expected, norms = clipped_sum(model, task, clip)
+    assert min(norms) < 0.99 * clip < 1.01 * clip < max(norms)
+    engine = make_engine(model, make_privacy(hooks=mode == "hooks", max_grad_norm=clip))
     for per_device in (3, 7, 1):
         for total in engine.sums:
             total.zero_()
@@ -163,11 +173,6 @@ def test_clipped_sums_are_those_of_a_plain_loop_over_single_rows(name: str, meth
         for (parameter, _), got, want in zip(engine.trained, engine.sums, expected, strict=True):
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-6), (parameter, per_device)
     assert engine.proven == (mode == "hooks" and (method == "lora" or MODELS[name][3]))
-
-
-def test_some_rows_are_clipped_and_some_are_not() -> None:
-    _, norms = clipped_sum(make_model("llama-tied", "lora"), "causal")
-    assert min(norms) < CLIP < max(norms)
 
 
 def test_a_step_is_that_of_the_noisy_mean_over_the_expected_rows() -> None:
@@ -321,10 +326,10 @@ def test_unsound_mixes_are_refused(where: str, tmp_path: Any, monkeypatch: pytes
     (tmp_path / "experts").mkdir()
     (tmp_path / "experts" / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 4}')
 
-    def problems(*words: str) -> set[str]:
+    def problems(*words: str) -> dict[str, str]:
         composed = compose(["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b", *words])
-        return {problem.where.split(" ")[0] for problem in check(composed.config, composed.origins)}
+        return {problem.where.split(" ")[0]: problem.rule for problem in check(composed.config, composed.origins)}
 
-    assert where in problems("privacy.target_epsilon=8", *REFUSED[where])
-    assert where not in problems(*REFUSED[where]) or where == "privacy.noise_multiplier"
+    rule = problems("privacy.target_epsilon=8", *REFUSED[where])[where]
+    assert problems(*REFUSED[where]).get(where) != rule
     assert not problems("privacy.target_epsilon=8")
