@@ -145,11 +145,18 @@ def attach_hooks(model: nn.Module) -> Any:
 
 
 def _find_noise(target: float, delta: float, rate: float, steps: int) -> float:
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis import rdp
     from opacus.accountants.utils import get_noise_multiplier
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        least, _ = rdp.get_privacy_spent(orders=orders, rdp=[0.0] * len(orders), delta=delta)
+        if target <= least:  # Opacus would search for minutes
+            rule = f"this bound stays above {least:.3g} at delta {delta:.2g}, however large the noise"
+            raise RequestError.of("privacy.target_epsilon", rule, "raise it, or privacy.delta")
+        try:
             found = get_noise_multiplier(
                 target_epsilon=target,
                 target_delta=delta,
@@ -158,7 +165,7 @@ def _find_noise(target: float, delta: float, rate: float, steps: int) -> float:
                 accountant="rdp",
                 epsilon_tolerance=min(0.01, target / 100),
             )
-    except ValueError as error:
-        rule = f"no noise keeps {steps} steps within {target:g}"
-        raise RequestError.of("privacy.target_epsilon", rule, "raise it, or train fewer steps") from error
+        except ValueError as error:
+            rule = f"no noise keeps {steps} steps within {target:g}"
+            raise RequestError.of("privacy.target_epsilon", rule, "raise it, or train fewer steps") from error
     return float(found)

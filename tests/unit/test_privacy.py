@@ -164,7 +164,7 @@ def test_clipped_sums_are_those_of_a_plain_loop_over_single_rows(name: str, meth
     model, task = make_model(name, method), MODELS[name][2]
     clip = float(np.median(clipped_sum(model, task)[1]))  # some rows are above it and some below
     expected, norms = clipped_sum(model, task, clip)
-    assert min(norms) < 0.99 * clip < 1.01 * clip < max(norms)
+    assert min(norms) < clip < max(norms)
     engine = make_engine(model, make_privacy(hooks=mode == "hooks", max_grad_norm=clip))
     for per_device in (3, 7, 1):
         for total in engine.sums:
@@ -254,7 +254,7 @@ def test_what_promises_nothing_is_refused() -> None:
     order = PoissonOrder(100, 1, 50, 1000)
     with pytest.raises(RequestError, match="no less than 1 / 100 rows"):
         build_privacy(PrivacyConfig(noise_multiplier=1.0, delta=0.01), order, 10)  # type: ignore[call-arg]
-    with pytest.raises(RequestError, match="no noise keeps"):
+    with pytest.raises(RequestError, match="however large the noise"):
         build_privacy(PrivacyConfig(target_epsilon=1e-9), order, 10)  # type: ignore[call-arg]
 
 
