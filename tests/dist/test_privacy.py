@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 METHODS: dict[str, dict[str, Any]] = {"full": {"name": "full"}, "lora": {"name": "lora", "r": 4}}
 PRIVACY = {"noise_multiplier": 0.7, "max_grad_norm": 0.3, "delta": 1e-3, "noise_seed": 7}
-STEPS, STOP = 6, 4
+STEPS, STOP = 5, 3
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def test_any_world_and_micro_batch_and_a_stop_give_the_same_private_run(
         config["train"] |= {"max_steps": STEPS, "global_batch_size": batch, "per_device_train_batch_size": micro}
         return {"config": config, **({"stop_after": more["stopped"]} if more.get("stopped") else {})}
 
-    kinds = ["llama-full", "llama-lora", "bert-full", "rare-full"]
+    kinds = ["llama-full", "llama-lora", "rare-full"]
     resumed = kinds[:2]
     spawn(1, "tests.dist.cases:run_cases", [case(kind, 1) for kind in kinds], timeout_s=200)
     cases = [case(kind, 2) for kind in kinds]
