@@ -40,7 +40,7 @@ from .privacy_rules import MIXES_ROWS
 from .probe import take_probe
 from .report import build_tracker, describe
 from .resume import restore, resume, save_checkpoint, settle_start
-from .schema import PrivacyConfig
+from .schema import RunConfig
 from .state import Engine, Method, ModelFactory, Task
 from .turns import find_end_token, open_tokenizer
 
@@ -107,7 +107,7 @@ def build(
     attention = choose_attention(config, prepared.model_dir, device, architecture)
     task = build_task(config, prepared.facts, padding_free=attention.padding_free)
     loader, steps = build_loader(plan, task, prepared.train, place)
-    privacy = _find_privacy(config.privacy, loader.order, steps)
+    privacy = _find_privacy(config, loader.order, steps)
     engine = build_engine(plan, place, device, privacy)
     costs: list[StepCost] = []
     routings: list[Routing] = []
@@ -188,9 +188,13 @@ def export(
     )
 
 
-def _find_privacy(config: PrivacyConfig, order: Order, steps: int) -> Privacy | None:
+def _find_privacy(config: RunConfig, order: Order, steps: int) -> Privacy | None:
     """The mechanism of a private run, None for another."""
-    return build_privacy(config, order, steps) if isinstance(order, PoissonOrder) else None
+    if not isinstance(order, PoissonOrder):
+        return None
+    privacy = build_privacy(config.privacy, order, steps)
+    # LLM.int8 looks for outlying columns in all rows of a micro-batch, so that a row changes its neighbours' gradients.
+    return replace(privacy, hooks=privacy.hooks and config.model.quantization != "int8")
 
 
 def _check_apart(routings: Sequence[Routing], privacy: Privacy | None) -> None:

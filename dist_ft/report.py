@@ -32,7 +32,8 @@ def build_tracker(
         config.track,
         run_dir=plan.run_dir,
         run_name=config.run_name,
-        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}}),  # lines may hold secrets
+        # lines may hold secrets, and the seed is one
+        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}),
         run_id=progress.tracker_id,
         warn=lambda sentence: print(f"dist-ft: {sentence}", file=terminal, flush=True),
     )

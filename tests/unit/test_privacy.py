@@ -17,6 +17,7 @@ from opacus.accountants import RDPAccountant
 from torch import nn
 from torch.nn import functional
 
+from dist_ft.build import _find_privacy
 from dist_ft.checks import check
 from dist_ft.comm import Place
 from dist_ft.data.order import PoissonOrder, deal
@@ -248,6 +249,13 @@ def test_noise_keeps_the_target(target: float) -> None:
     assert privacy.delta == pytest.approx(1 / 20_000)
     assert (privacy.sample_rate, privacy.expected_rows, privacy.max_grad_norm) == (0.025, 50, 0.7)
     assert "differential privacy of rows" in privacy.describe(400)
+
+
+@pytest.mark.parametrize(("quantization", "hooks"), [("nf4", True), ("int8", False)])
+def test_rows_go_one_by_one_where_they_would_change_each_other(quantization: str, hooks: bool) -> None:
+    words = ["method=qlora", f"model.quantization={quantization}", "privacy.noise_multiplier=1"]
+    found = _find_privacy(compose(words).config, PoissonOrder(100, 1, 10, 1000), 10)
+    assert found is not None and found.hooks == hooks
 
 
 def test_what_promises_nothing_is_refused() -> None:
