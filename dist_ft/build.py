@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -15,8 +15,8 @@ from .card import card_of_run
 from .comm import Place
 from .data.interleave import MixedOrder
 from .data.loader import Loader
-from .data.order import Order, total_steps
-from .errors import MachineError
+from .data.order import Order, PoissonOrder, total_steps
+from .errors import MachineError, RequestError
 from .export import export_run
 from .exported import EXPORT
 from .families import (
@@ -30,6 +30,7 @@ from .families import (
 )
 from .loop import Run
 from .meter import meter
+from .model.attention import AttentionChoice
 from .model.flops import StepCost, count_step_cost
 from .model.moe import check_keys, share_buffers
 from .model.routing import Routing, Watched, build_routing, watch
@@ -37,35 +38,55 @@ from .optim import learning_rate
 from .parts import split_batches, split_losses, split_scores
 from .plan import Plan
 from .prepare import Prepared, Split
+from .privacy import Privacy, build_privacy, settle_seed
+from .privacy_rules import MIXES_ROWS
 from .probe import take_probe
 from .proportions import describe_mixture, quotas_of
 from .reference import refer_to_start
 from .report import build_tracker, describe
 from .resume import restore, resume, save_checkpoint, settle_start
-from .state import Engine, Method, ModelFactory, Task
+from .schema import RunConfig
+from .state import Architecture, Engine, Method, ModelFactory, Task
 from .turns import find_end_token, open_tokenizer
 
 
-def build_loader(plan: Plan, task: Task, split: Split, place: Place) -> tuple[Loader, int]:
-    """The training data of this rank, and the number of steps."""
+def build_order(plan: Plan, split: Split, place: Place) -> tuple[Order, int]:
+    """Which samples each step sees, and the number of steps."""
     train, shuffle = plan.config.train, plan.config.data.shuffle
-    samples = split.open_samples()
-    steps, rows = total_steps(len(samples), train.global_batch_size, train.max_steps, train.num_train_epochs)
+    samples = len(split.open_samples())
+    steps, rows = total_steps(samples, train.global_batch_size, train.max_steps, train.num_train_epochs)
+    if plan.config.privacy.is_on:
+        return _build_poisson(plan, samples, rows, settle_seed(plan, place)), steps
     if split.parts:
         quotas, sizes = quotas_of(plan.config, split.sizes), list(split.sizes.values())
-        order: Order = MixedOrder(sizes, quotas, train.seed, shuffle, train.global_batch_size, rows)
-    else:
-        order = Order(len(samples), train.seed, shuffle, train.global_batch_size, rows)
-    loader = Loader(
+        return MixedOrder(sizes, quotas, train.seed, shuffle, train.global_batch_size, rows), steps
+    return Order(samples, train.seed, shuffle, train.global_batch_size, rows), steps
+
+
+def build_loader(plan: Plan, task: Task, split: Split, place: Place, order: Order) -> Loader:
+    """The training data of this rank."""
+    return Loader(
         split.open_table(),
-        samples,
+        split.open_samples(),
         task.collate,
         order,
         rank=place.rank,
         world=place.world_size,
-        per_device=train.per_device_train_batch_size,
+        per_device=plan.config.train.per_device_train_batch_size,
     )
-    return loader, steps
+
+
+def _build_poisson(plan: Plan, samples: int, samples_total: int, seed: int) -> PoissonOrder:
+    """Which rows each step of a private run sees.
+
+    Raises:
+        RequestError: a step is to have more rows than there are.
+    """
+    batch = plan.config.train.global_batch_size
+    if batch > samples:
+        rule = f"a step cannot sample {batch} rows of {samples}"
+        raise RequestError.of("train.global_batch_size", rule, f"set it to at most {samples}")
+    return PoissonOrder(samples, seed, batch, samples_total)
 
 
 def build_validation(plan: Plan, task: Task, prepared: Prepared, place: Place) -> Callable[[], Any] | None:
@@ -90,15 +111,14 @@ def build(
     `terminal` is where rank 0 shows progress; `beat` tells a watchdog how far this rank has come.
     """
     config = plan.config
-    architecture = architecture_of(config, prepared.facts)
-    attention = choose_attention(config, prepared.model_dir, device, architecture)
-    task = build_task(config, prepared.facts, padding_free=attention.padding_free)
-    engine = build_engine(plan, place, device)
+    architecture, attention, task = _find_form(config, prepared, device)
+    order, steps = build_order(plan, prepared.train, place)
+    engine = build_engine(plan, place, device, privacy := _find_privacy(config, order, steps))
     costs: list[StepCost] = []
     routings: list[Routing] = []
-    method = build_method(config, plan.run_dir)
     if place.is_main:
         settle_start(plan)
+    method = build_method(config, plan.run_dir)
     factory = model_factory(config, prepared.model_dir, attention, architecture, method)
 
     def build_model(weights: bool) -> nn.Module:
@@ -108,18 +128,19 @@ def build(
         share_buffers(model)
         costs.append(count_step_cost(model))
         routings.extend(build_routing(config.moe, config.method, model))
+        _check_apart(routings, privacy)
         return model
 
     engine.setup(build_model, optim_factory(config, device))
     prepared = refer_to_start(plan, prepared, task, engine, place, terminal, beat)  # no checkpoint was read yet
-    loader, steps = build_loader(plan, task, prepared.train, place)
+    loader = build_loader(plan, task, prepared.train, place, order)
     progress = resume(plan, engine, place, terminal)
     told = split_losses(split_scores(task, prepared.validation), prepared.train)
     watched = Watched(told, loader.step, meter(device, place.world_size, costs[0]))
     for routing in routings:  # one for a mixture of experts, none for a dense model
         watched = watch(routing, watched, engine, beat)
     if place.is_main:
-        notes = [*(routing.describe() for routing in routings), *describe_mixture(config, prepared.train)]
+        notes = _notes(plan, prepared.train, routings, privacy, steps)
         print(describe(plan, attention, device, progress, steps, notes), file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
@@ -140,6 +161,7 @@ def build(
         restore=lambda name: restore(plan, engine, name),
         beat=beat,
         measure=watched.measure,
+        may_be_empty=privacy is not None,
         export=lambda: export(plan, prepared, place, engine, task, method, factory, terminal),
     )
 
@@ -173,6 +195,36 @@ def export(
         is_main=place.is_main,
         tell=lambda line: print(f"dist-ft: {line}", file=terminal, flush=True),
     )
+
+
+def _find_form(
+    config: RunConfig, prepared: Prepared, device: torch.device
+) -> tuple[Architecture, AttentionChoice, Task]:
+    """What the task needs of the model, how that attends here, and the task for it."""
+    architecture = architecture_of(config, prepared.facts)
+    attention = choose_attention(config, prepared.model_dir, device, architecture)
+    return architecture, attention, build_task(config, prepared.facts, padding_free=attention.padding_free)
+
+
+def _notes(plan: Plan, train: Split, routings: Sequence[Routing], privacy: Privacy | None, steps: int) -> Sequence[str]:
+    """What only some runs have to say of themselves."""
+    mixed = [*(routing.describe() for routing in routings), *describe_mixture(plan.config, train)]
+    return [*mixed, privacy.describe(steps)] if privacy else mixed
+
+
+def _find_privacy(config: RunConfig, order: Order, steps: int) -> Privacy | None:
+    """The mechanism of a private run, None for another."""
+    if not isinstance(order, PoissonOrder):
+        return None
+    privacy = build_privacy(config.privacy, order, steps)
+    # LLM.int8 looks for outlying columns in all rows of a micro-batch, so that a row changes its neighbours' gradients.
+    return replace(privacy, hooks=privacy.hooks and config.model.quantization != "int8")
+
+
+def _check_apart(routings: Sequence[Routing], privacy: Privacy | None) -> None:
+    """A model's own modules have the last word on whether it has experts."""
+    if routings and privacy is not None:
+        raise RequestError.of("privacy", MIXES_ROWS, "take a model without experts")
 
 
 def _check_alike(model: nn.Module) -> None:

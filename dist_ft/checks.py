@@ -24,6 +24,7 @@ from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
 from .pretrained import is_known_dense, model_problems, weight_bytes
+from .privacy_rules import fixes_length, privacy_problems
 from .read_when import READ_WHEN, sources
 from .schema import RunConfig
 from .schema_method import LoraKeys
@@ -75,6 +76,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_data_problems(config),
         *_template_problems(config),
         *_run_problems(config),
+        *privacy_problems(config),
     ]
 
 
@@ -85,6 +87,9 @@ def check_machine(config: RunConfig) -> list[Problem]:
 
 def _library_problems(config: RunConfig) -> Iterator[Problem]:
     """A job whose own shell lines choose its Python knows itself what is there."""
+    if config.privacy.is_on and not getattr(config.launch, "setup", None) and find_spec("opacus") is None:
+        rule = f"it needs the package opacus, which is not installed in {sys.executable}"
+        yield Problem("privacy", rule, "pip install 'dist-ft[privacy]', or remove it")
     scheme = config.model.quantization or "none"
     if scheme != "none" and not getattr(config.launch, "setup", None) and find_spec("bitsandbytes") is None:
         rule = f"{scheme} needs the package bitsandbytes, which is not installed in {sys.executable}"
@@ -249,10 +254,11 @@ def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
     except RequestError as error:
         yield Problem("output_dir", error.problems[0].rule, f"set run_name={_free_name(folder)}")
         return
-    for section in ("model", "task", "data", "method", "moe", "optim", "train"):
+    for section in ("model", "task", "data", "method", "moe", "privacy", "optim", "train"):
         before, after = (_learned(getattr(c, section).model_dump()) for c in (old, config))
         for key in dict.fromkeys([*before, *after]):
-            if key not in MAY_CHANGE.get(section, ()) and before.get(key) != after.get(key):
+            may_change = key in MAY_CHANGE.get(section, ()) and not (section == "train" and fixes_length(config, key))
+            if not may_change and before.get(key) != after.get(key):
                 rule = f"{folder} is a run with {before.get(key)!r}, and this one has {after.get(key)!r}"
                 yield Problem(f"{section}.{key}", rule, way_out)
 

@@ -30,6 +30,7 @@ from .model.noise import add_embedding_noise
 from .optim import build_adamw
 from .plan import Plan
 from .prepare import TASKS
+from .privacy import Privacy
 from .schema import RunConfig
 from .state import Architecture, Engine, Facts, Method, ModelFactory, OptimFactory, Task
 
@@ -80,13 +81,16 @@ def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
 def choose_attention(
     config: RunConfig, folder: str, device: torch.device, architecture: Architecture
 ) -> AttentionChoice:
-    """How the model attends, and whether documents are laid out without padding: not behind virtual tokens."""
+    """How the model attends, and whether documents are laid out without padding.
+
+    Not behind virtual tokens, nor where each row has a gradient of its own.
+    """
     attention = attention_of(config.model, folder, device, architecture)
-    return attention.padded() if config.method.virtual_tokens else attention
+    return attention.padded() if config.method.virtual_tokens or config.privacy.is_on else attention
 
 
-def build_engine(plan: Plan, place: Place, device: torch.device) -> Engine:
-    """The engine of the configuration; DeepSpeed is imported only for its own."""
+def build_engine(plan: Plan, place: Place, device: torch.device, privacy: Privacy | None = None) -> Engine:
+    """The engine of the configuration, keeping `privacy` where it is given; DeepSpeed is imported only for its own."""
     config = plan.config
     options: dict[str, Any] = {
         "device": device,
@@ -94,6 +98,10 @@ def build_engine(plan: Plan, place: Place, device: torch.device) -> Engine:
         "dtype": getattr(torch, config.model.dtype),
         "max_grad_norm": config.optim.max_grad_norm,
     }
+    if privacy is not None:
+        from .engine.private import Private
+
+        return Private(privacy, **options)
     if config.engine.name == "ddp":
         from .engine.ddp import Ddp
 

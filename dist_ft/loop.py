@@ -51,6 +51,7 @@ class Run:
     beat: Callable[[str], None]  # tells the watchdog how far this rank has come
     measure: Callable[[float, int, int], Metrics]  # step time in s, tokens, squared lengths of all ranks → perf/*
     export: Callable[[], None]
+    may_be_empty: bool = False  # whether a step may happen to have no rows
 
 
 def fit(run: Run) -> Progress:
@@ -84,7 +85,7 @@ def train_step(run: Run, step: int) -> Metrics:
     micros = run.micro_batches(step)
     own = [(m.loss_weight, m.supervised, m.tokens, m.squared_lengths) for m in micros]
     weight, supervised, tokens, squared_lengths = comm.total(torch.tensor(own, dtype=torch.float64).sum(dim=0))
-    if supervised == 0:
+    if supervised == 0 and not run.may_be_empty:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
     # Dropout is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one draws.
     torch.manual_seed((run.config.seed * 1_000_003 + step) * 65_537 + run.rank)
@@ -93,19 +94,20 @@ def train_step(run: Run, step: int) -> Metrics:
         run.beat(f"step {step}, micro-batch {i} of {len(micros)}")
         sums.add(run.engine.forward_backward(micro, run.task.loss, weight, last=i == len(micros)))
     rate = run.learning_rate(step)
-    grad_norm = run.engine.step(rate).grad_norm
+    stats = run.engine.step(rate)
     totals = sums.total()
-    mean = float(totals.loss / weight)
-    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-        rule = f"loss is {mean}, gradient norm {grad_norm}"
+    mean = float(totals.loss / weight) if supervised else 0.0
+    if not (math.isfinite(mean) and math.isfinite(stats.grad_norm)):
+        rule = f"loss is {mean}, gradient norm {stats.grad_norm}"
         raise TrainingError.of(f"step {step}", rule, "lower optim.learning_rate, or look at this step's rows")
     return {
         "epoch": run.epoch_at(step),
         "train/loss": mean,
         **{f"train/{name}": value for name, value in losses_of_parts(totals).items()},
-        "train/grad_norm": grad_norm,
+        "train/grad_norm": stats.grad_norm,
         "train/learning_rate": rate,
         "train/supervised_tokens": int(supervised),
+        **stats.metrics,
         **run.measure(time.perf_counter() - started, int(tokens), int(squared_lengths)),
     }
 

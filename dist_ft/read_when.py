@@ -56,6 +56,9 @@ GIVE_VALIDATION = "set data.validation, or remove it"
 NO_TRACKING = "track.wandb=off"
 TRACK = "set track.wandb=auto, or remove it"
 
+NO_PRIVACY = "the run is not private"
+ASK_PRIVACY = "set privacy.target_epsilon or privacy.noise_multiplier, or remove it"
+
 READ_WHEN = [
     ReadWhen(
         "model.revision",
@@ -151,6 +154,17 @@ READ_WHEN = [
         lambda c: c.task.name != "seq2seq",
         "the noise is for models that read one text",
         "remove it; model.dropout works with every task",
+    ),
+    *(
+        ReadWhen(f"privacy.{key}", lambda c: c.privacy.is_on, NO_PRIVACY, ASK_PRIVACY)
+        for key in ("delta", "max_grad_norm", "noise_seed", "grad_sample_mode")
+    ),
+    ReadWhen("data.shuffle", lambda c: not c.privacy.is_on, "private runs sample each row at random", "remove it"),
+    ReadWhen(
+        "optim.max_grad_norm",
+        lambda c: not c.privacy.is_on,
+        "private runs clip each row's gradient",
+        "set privacy.max_grad_norm",
     ),
     ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),

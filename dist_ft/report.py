@@ -14,7 +14,7 @@ from .model.attention import AttentionChoice
 from .plan import Plan
 from .state import Tracker
 from .track.compose import NullTracker, Trackers
-from .track.jsonl import METRICS_FILE, JsonLines, read_evaluations
+from .track.jsonl import METRICS_FILE, JsonLines, read_evaluations, read_metrics
 from .track.progress import open_progress
 from .track.wandb import open_wandb
 
@@ -30,7 +30,8 @@ def build_tracker(
         config.track,
         run_dir=plan.run_dir,
         run_name=config.run_name,
-        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}}),  # lines may hold secrets
+        # lines may hold secrets, and the seed is one
+        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}),
         run_id=progress.tracker_id,
         warn=lambda sentence: print(f"dist-ft: {sentence}", file=terminal, flush=True),
     )
@@ -64,5 +65,8 @@ def summarise(plan: Plan, step: int) -> str:
     before, after = read_evaluations(plan.run_dir / METRICS_FILE)
     changes = [f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in after if name in before and name != "step"]
     lines = [f"dist-ft: trained {step} steps" + (": " + ", ".join(changes) if changes else "")]
+    spent = [line["train/epsilon"] for line in read_metrics(plan.run_dir / METRICS_FILE) if "train/epsilon" in line]
+    if spent:
+        lines.append(f"dist-ft: epsilon {spent[-1]:.3f} is spent on the rows of data.train")
     lines.append(f"dist-ft: model in {plan.run_dir / EXPORT}, loaded again to the same logits")
     return "\n".join(lines)

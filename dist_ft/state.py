@@ -163,9 +163,10 @@ class LossSum:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What an optimizer step reports: the global gradient norm before clipping."""
+    """What an optimizer step reports: the global gradient norm before clipping, and what only some engines know."""
 
     grad_norm: float
+    metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..chance import random_words
+
 
 def total_steps(
     samples: int, global_batch_size: int, max_steps: int | None, num_train_epochs: float | None
@@ -74,6 +76,35 @@ class Order:
     def epoch_at(self, step: int) -> float:
         """Epochs that are done after `step`."""
         return min(step * self.global_batch_size, self.samples_total) / self.samples
+
+
+class PoissonOrder(Order):
+    """Each sample is in a step by a throw of its own: a step has `global_batch_size` of them on average, or none.
+
+    Args:
+        samples: how many there are, at least `global_batch_size`.
+        seed: of the throws, which are a function of (seed, step).
+        global_batch_size: how many a step has on average.
+        samples_total: how many the run is to see.
+    """
+
+    def __init__(self, samples: int, seed: int, global_batch_size: int, samples_total: int) -> None:
+        super().__init__(samples, seed, True, global_batch_size, samples_total)
+        assert global_batch_size <= samples, "a probability is at most 1"
+
+    @property
+    def rate(self) -> float:
+        """The probability that a sample is in a step."""
+        return self.global_batch_size / self.samples
+
+    def step(self, step: int) -> np.ndarray:
+        """[any number] int64: the samples of `step`, which counts from 1."""
+        words = random_words("sampling", self.seed, step).random_raw(self.samples)
+        return np.flatnonzero(words * 2.0**-64 < self.rate)
+
+    def draws(self, step: int) -> np.ndarray:
+        """[as many] int64: no two steps draw alike for a sample."""
+        return np.full(len(self.step(step)), step - 1, dtype=np.int64)
 
 
 def permutation(samples: int, seed: int, epoch: int, number: int = 0) -> np.ndarray:

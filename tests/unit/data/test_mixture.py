@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dist_ft import view
-from dist_ft.build import build_loader
+from dist_ft.build import build_loader, build_order
 from dist_ft.card import render_card
 from dist_ft.comm import Place
 from dist_ft.data.cache import is_prepared, split_folder
@@ -79,11 +79,12 @@ def batches(config: RunConfig, world: int = 1) -> list[list[Any]]:
     plan = make_plan(config, nodes=1, workers_per_node=world, origins={})
     prepared = prepare(config)
     task = build_task(config, prepared.facts, padding_free=True)
+    order, steps = build_order(plan, prepared.train, Place())
     loaders = [
-        build_loader(plan, task, prepared.train, Place(rank=rank, world_size=world, local_rank=rank))
+        build_loader(plan, task, prepared.train, Place(rank=rank, world_size=world, local_rank=rank), order)
         for rank in range(world)
     ]
-    return [[micro for loader, _ in loaders for micro in loader.step(step)] for step in range(1, loaders[0][1] + 1)]
+    return [[micro for loader in loaders for micro in loader.step(step)] for step in range(1, steps + 1)]
 
 
 def test_each_set_has_its_own_template_and_format(make: Any, tiny_tokenizer: Path) -> None:

@@ -1,0 +1,66 @@
+"""What a private run cannot be combined with, known before it starts and without torch; each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import Problem
+from .pretrained import is_known_dense
+from .read_when import sources
+from .schema import RunConfig
+
+METHODS = ("full", "lora", "qlora")
+MIXES_ROWS = "experts are balanced over all rows of a step, so that no row has a gradient of its own"
+
+
+def privacy_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every unsound or untested mix of a private run."""
+    if not config.privacy.is_on:
+        return
+    if config.privacy.target_epsilon is not None and config.privacy.noise_multiplier is not None:
+        rule = "privacy.target_epsilon is set too, and one of them decides"
+        yield Problem("privacy.noise_multiplier", rule, "remove one of the two")
+    if config.engine.name != "ddp":
+        rule = f"engine={config.engine.name} adds up gradients before each row's could be clipped"
+        yield Problem("engine", rule, "choose engine=ddp")
+    if config.method.name not in METHODS:
+        rule = f"method={config.method.name} was not proven against gradients of single rows"
+        yield Problem("method", rule, f"choose method={' or '.join(METHODS)}")
+    if config.task.packs:
+        rule = "a packed sample holds parts of many rows, and a row may reach into several, so none has a bound"
+        yield Problem("task.packing", rule, "set task.packing=false")
+    if config.task.name in ("preference", "reward", "question_answering"):
+        rule = f"a row of task={config.task.name} is several sequences, and a bound for all of a row is not kept here"
+        yield Problem("task", rule, "choose a task whose rows are one sequence each")
+    for key in ("mixture", "k_shot", "folds"):
+        if getattr(config.data, key):
+            rule = "which rows are sampled would depend on other rows, which no epsilon accounts for"
+            yield Problem(f"data.{key}", rule, "give data.train rows that are chosen already")
+    if getattr(config.task, "class_weights", None):
+        rule = "weights let rows count by their class, which clipping undoes, and balanced ones are counted from rows"
+        yield Problem("task.class_weights", rule, "remove it")
+    folder = Path(config.model.name_or_path)
+    if (folder / "config.json").is_file() and not is_known_dense(config.model.name_or_path):
+        yield Problem("model.name_or_path", f"the model has experts: {MIXES_ROWS}", "take a model without experts")
+    yield from _selection_problems(config)
+    if config.train.resume not in ("auto", "never"):
+        rule = "a checkpoint of another run has spent what this one cannot know"
+        yield Problem("train.resume", rule, "go on with auto in the run's own folder")
+
+
+def fixes_length(config: RunConfig, key: str) -> bool:
+    """Whether `train.KEY` is a length on which the noise of the steps already taken depends."""
+    return config.privacy.target_epsilon is not None and key in ("max_steps", "num_train_epochs")
+
+
+def _selection_problems(config: RunConfig) -> Iterator[Problem]:
+    """Choosing a step by rows that are to be kept private spends what nothing accounts for."""
+    train = config.train
+    chooses = [key for key in ("load_best_model_at_end", "early_stopping_patience") if getattr(train, key)]
+    if not chooses:
+        return
+    trained = {source for key, source in sources(config) if key == "data.train"}
+    if any(source in trained for key, source in sources(config) if key == "data.validation"):
+        rule = "a step is chosen by exact scores of rows that are also trained on, which no epsilon accounts for"
+        yield Problem(f"train.{chooses[0]}", rule, "set data.validation to other rows, or remove it")
