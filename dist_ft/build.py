@@ -116,8 +116,7 @@ def build(
     engine = build_engine(plan, place, device, privacy := _find_privacy(config, order, steps))
     costs: list[StepCost] = []
     routings: list[Routing] = []
-    if place.is_main:
-        settle_start(plan)
+    settle_start(plan, place)
     method = build_method(config, plan.run_dir)
     factory = model_factory(config, prepared.model_dir, attention, architecture, method)
 

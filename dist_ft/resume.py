@@ -60,12 +60,14 @@ def _bring(engine: Engine, path: Path) -> None:
     engine.load(state)
 
 
-def settle_start(plan: Plan) -> None:
-    """Before the model is built: have a run that goes on start as it did, and a new one by itself.
+def settle_start(plan: Plan, place: Place) -> None:
+    """Before the model is built: have a run that goes on start as it did, and a new one by itself; rank 0 sees to it.
 
     Raises:
         RequestError: it goes on, and its start is not there.
     """
+    if not place.is_main:
+        return
     method = plan.config.method
     if isinstance(method, LoraKeys) and method.moves_base and (start := _settle(plan, START_FILE)):
         read_start(start)
