@@ -13,7 +13,8 @@ from torch import nn
 from . import comm
 from .card import card_of_run
 from .comm import Place
-from .data.loader import Loader, evaluation_batches
+from .data.interleave import MixedOrder
+from .data.loader import Loader
 from .data.order import Order, total_steps
 from .errors import MachineError
 from .export import export_run
@@ -33,9 +34,12 @@ from .model.flops import StepCost, count_step_cost
 from .model.moe import check_keys, share_buffers
 from .model.routing import Routing, Watched, build_routing, watch
 from .optim import learning_rate
+from .parts import split_batches, split_losses, split_scores
 from .plan import Plan
 from .prepare import Prepared, Split
 from .probe import take_probe
+from .proportions import describe_mixture, quotas_of
+from .reference import refer_to_start
 from .report import build_tracker, describe
 from .resume import restore, resume, save_checkpoint, settle_start
 from .state import Engine, Method, ModelFactory, Task
@@ -44,12 +48,16 @@ from .turns import find_end_token, open_tokenizer
 
 def build_loader(plan: Plan, task: Task, split: Split, place: Place) -> tuple[Loader, int]:
     """The training data of this rank, and the number of steps."""
-    train = plan.config.train
-    table, samples = split.open_table(), split.open_samples()
+    train, shuffle = plan.config.train, plan.config.data.shuffle
+    samples = split.open_samples()
     steps, rows = total_steps(len(samples), train.global_batch_size, train.max_steps, train.num_train_epochs)
-    order = Order(len(samples), train.seed, plan.config.data.shuffle, train.global_batch_size, rows)
+    if split.parts:
+        quotas, sizes = quotas_of(plan.config, split.sizes), list(split.sizes.values())
+        order: Order = MixedOrder(sizes, quotas, train.seed, shuffle, train.global_batch_size, rows)
+    else:
+        order = Order(len(samples), train.seed, shuffle, train.global_batch_size, rows)
     loader = Loader(
-        table,
+        split.open_table(),
         samples,
         task.collate,
         order,
@@ -65,10 +73,8 @@ def build_validation(plan: Plan, task: Task, prepared: Prepared, place: Place) -
     split = prepared.validation
     if split is None:
         return None
-    table, samples = split.open_table(), split.open_samples()
-    return lambda: evaluation_batches(
-        table,
-        samples,
+    return lambda: split_batches(
+        split,
         task.collate,
         rank=place.rank,
         world=place.world_size,
@@ -87,7 +93,6 @@ def build(
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, device, architecture)
     task = build_task(config, prepared.facts, padding_free=attention.padding_free)
-    loader, steps = build_loader(plan, task, prepared.train, place)
     engine = build_engine(plan, place, device)
     costs: list[StepCost] = []
     routings: list[Routing] = []
@@ -106,12 +111,16 @@ def build(
         return model
 
     engine.setup(build_model, optim_factory(config, device))
+    prepared = refer_to_start(plan, prepared, task, engine, place, terminal, beat)  # no checkpoint was read yet
+    loader, steps = build_loader(plan, task, prepared.train, place)
     progress = resume(plan, engine, place, terminal)
-    watched = Watched(task, loader.step, meter(device, place.world_size, costs[0]))
+    told = split_losses(split_scores(task, prepared.validation), prepared.train)
+    watched = Watched(told, loader.step, meter(device, place.world_size, costs[0]))
     for routing in routings:  # one for a mixture of experts, none for a dense model
         watched = watch(routing, watched, engine, beat)
     if place.is_main:
-        print(describe(plan, attention, device, progress, steps, routings), file=terminal, flush=True)
+        notes = [*(routing.describe() for routing in routings), *describe_mixture(config, prepared.train)]
+        print(describe(plan, attention, device, progress, steps, notes), file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
         config=config.train,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .data.sets import sets_of
 from .exported import name_base
 from .families import architecture_of
+from .model.load import rename_base
 from .plan import Plan
 from .prepare import Prepared, Split
 from .pretrained import is_hub_id
+from .proportions import describe_mixture
 from .schema import ModelConfig
 from .state import CAUSAL_LM, Architecture
 from .track.jsonl import METRICS_FILE, read_evaluations
@@ -27,6 +31,9 @@ PIPELINES = {  # the hub's names of tasks
     "sequence_classification": "text-classification",
     "token_classification": "token-classification",
     "seq2seq": "text2text-generation",
+    "question_answering": "question-answering",
+    "preference": "text-generation",
+    "reward": "text-classification",
 }
 SPLITS = ("train", "validation", "test")
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")
@@ -63,6 +70,8 @@ def render_card(
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
     architecture = architecture_of(config, prepared.facts)
+    if renamed := rename_base(config.model, prepared.model_dir, architecture):
+        architecture = replace(architecture, overrides={**architecture.overrides, "key_mapping": renamed})
     is_adapter = not config.method.whole and not merged
     library = config.method.library if is_adapter else "transformers"
     is_quantised = is_adapter and config.model.quantization not in (None, "none")
@@ -79,7 +88,9 @@ def render_card(
             if is_quantised
             else _python(load_lines(base, library, architecture))
         ),
-        "## Data\n\n" + _table(DATA_COLUMNS, _data_rows(plan, prepared)),
+        "## Data\n\n"
+        + _table(DATA_COLUMNS, _data_rows(plan, prepared))
+        + "".join(f"\n\n{line}." for line in describe_mixture(config, prepared.train)),
     ]
     if rows := list(_metric_rows(before, after)):
         steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
@@ -201,16 +212,17 @@ def _data_rows(plan: Plan, prepared: Prepared) -> Iterator[tuple[str, ...]]:
         split: Split | None = getattr(prepared, name)
         if split is None:
             continue
-        sources = getattr(plan.config.data, name)
-        ledger = split.ledger
-        yield (
-            name,
-            ", ".join(f"`{source}`" for source in ([sources] if isinstance(sources, str) else sources)),
-            f"{ledger['rows_kept']:,} of {ledger['rows_read']:,}",
-            f"{ledger['tokens']:,}",
-            f"{ledger['supervised_tokens']:,}",
-            f"`{Path(split.table).name}`",
-        )
+        for part, alone in sets_of(plan.config, name).items():
+            own = split.parts.get(part, split)
+            sources, ledger = alone.data.sources(name) or [], own.ledger
+            yield (
+                f"{name} ({part})" if part else name,
+                ", ".join(f"`{source}`" for source in ([sources] if isinstance(sources, str) else sources)),
+                f"{ledger['rows_kept']:,} of {ledger['rows_read']:,}",
+                f"{ledger['tokens']:,}",
+                f"{ledger['supervised_tokens']:,}",
+                f"`{Path(own.table).name}`",
+            )
 
 
 def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[tuple[str, ...]]:

@@ -17,8 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .data.formats import FORMATS
+from .data.chosen import choice_problems
 from .data.rows import read_rows
+from .data.sets import set_problems
 from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
@@ -30,6 +31,8 @@ from .schema_method import LoraKeys
 MIB = 2**20
 LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
 FULL_COPIES = 4  # of the weights: a checkpoint holds them with two moments, the export once more
+
+LABEL_HEADS = ("sequence_classification", "token_classification")  # that virtual tokens are proven under
 
 FIRST_ROWS = 20  # of each file: a wrong encoding, delimiter or format shows at once
 
@@ -67,7 +70,9 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_length_problems(config, origins),
         *_method_problems(config, origins),
         *_token_problems(config, origins),
-        *_format_problems(config),
+        *_reference_problems(config, origins),
+        *set_problems(config),
+        *choice_problems(config),
         *model_problems(config.model),
         *_data_problems(config),
         *_template_problems(config),
@@ -139,6 +144,9 @@ def _method_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[
     if method.virtual_tokens and config.task.name == "seq2seq":
         rule = f"method={method.name} would stand in front of what the decoder writes too, which nothing here reads"
         yield Problem(_where("method.name", origins), rule, "choose method=lora, adapter or ia3")
+    if method.virtual_tokens and config.task.begins_head and config.task.name not in LABEL_HEADS:
+        rule = f"method={method.name} is proven under heads for labels, and not with the new head of {config.task.name}"
+        yield Problem(_where("method.name", origins), rule, "choose method=lora, or another method")
     if method.name == "prefix" and config.model.gradient_checkpointing:
         rule = "the prefix reaches attention as a cache of keys and values, which recomputed blocks do not get"
         way_out = "set model.gradient_checkpointing=false, or choose method=prompt"
@@ -180,13 +188,16 @@ def _token_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[P
         yield Problem(_where("model.add_tokens", origins), rule, "name each token once")
 
 
-def _format_problems(config: RunConfig) -> Iterator[Problem]:
-    if config.data.format == "auto" or config.task.name in FORMATS[config.data.format].tasks:
+def _reference_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """Preferences are learned against the model as it starts, which must be one to stay near to."""
+    if config.task.name != "preference":
         return
-    known = ", ".join(name for name, form in FORMATS.items() if config.task.name in form.tasks)
-    rule = f"{config.data.format} is not a format of task={config.task.name}, which knows auto, {known}"
-    way_out = f"choose task={' or '.join(FORMATS[config.data.format].tasks)}, or correct the format"
-    yield Problem("data.format", rule, way_out)
+    if config.model.from_scratch:
+        rule = "the run would be held near weights that were drawn at random, and those know nothing"
+        yield Problem(_where("model.from_scratch", origins), rule, "set it to false, and train on answers first")
+    if config.method.virtual_tokens:
+        rule = f"method={config.method.name} starts with virtual tokens that disturb the model, which is its reference"
+        yield Problem("method.name", rule, "choose method=lora, or another that starts as the base")
 
 
 def _template_problems(config: RunConfig) -> Iterator[Problem]:
@@ -239,12 +250,22 @@ def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
         yield Problem("output_dir", error.problems[0].rule, f"set run_name={_free_name(folder)}")
         return
     for section in ("model", "task", "data", "method", "moe", "optim", "train"):
-        before: dict[str, Any] = getattr(old, section).model_dump()
-        after: dict[str, Any] = getattr(config, section).model_dump()
+        before, after = (_learned(getattr(c, section).model_dump()) for c in (old, config))
         for key in dict.fromkeys([*before, *after]):
             if key not in MAY_CHANGE.get(section, ()) and before.get(key) != after.get(key):
                 rule = f"{folder} is a run with {before.get(key)!r}, and this one has {after.get(key)!r}"
                 yield Problem(f"{section}.{key}", rule, way_out)
+
+
+def _learned(section: dict[str, Any]) -> dict[str, Any]:
+    """A section's values, without what the sets of a mixture are only evaluated on."""
+    if not section.get("mixture"):
+        return section
+    sets = {
+        name: {key: value for key, value in part.items() if key not in MAY_CHANGE["data"]}
+        for name, part in section["mixture"].items()
+    }
+    return {**section, "mixture": sets}
 
 
 def _free_name(folder: Path) -> str:

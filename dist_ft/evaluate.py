@@ -1,6 +1,6 @@
 """Loss and task score of a run's model on a split, beside the base's: the numbers that the run itself logs.
 
-`python -m dist_ft.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base]`
+`python -m dist_ft.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base] [general=TEXT]`
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +20,17 @@ from rich.table import Table
 from torch import nn
 
 from .comm import Place, find_device
-from .data.loader import evaluation_batches
 from .errors import RequestError
 from .exported import find_export, find_trained_run, open_base, open_export
 from .families import architecture_of, build_task, choose_attention
 from .model.attention import AttentionChoice
+from .parts import split_batches, split_scores
 from .plan import read_plan
-from .prepare import Prepared, Split, prepare
+from .prepare import TASKS, Prepared, Split, prepare
+from .reference import REFERENCE_FILE, name_of, read_references, values_of, write_references
 from .schema import RunConfig, Strict
-from .state import LossSum, Metrics, Prediction, Task
+from .state import LossFn, LossSum, Metrics, Prediction, Refers, Task
+from .sums import Sums
 from .words import read_words, run_command, split_run
 
 
@@ -38,6 +40,7 @@ class EvaluateOptions(Strict):
     split: Literal["validation", "test"] = Field("validation", description="which data")
     baseline: bool = Field(False, description="true evaluates the base model too")
     model: Literal["export", "base"] = Field("export", description="the run's export, or what it was trained from")
+    general: str | None = Field(None, description="general text, to see how much of it was forgotten")
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,24 @@ class Evaluation:
     predictions: Sequence[Prediction]
 
 
-@torch.no_grad()
 def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) -> Evaluation:
     """The task's metrics of `model`, on the device where it is, over every row of a split."""
+    task = split_scores(task, split)
+    totals, rows = total(model, task, task.score, split, per_device), split.read_rows()
+    join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
+    by_row = join(totals, rows) if join else totals.predictions
+    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), by_row)
+
+
+@torch.no_grad()
+def total(model: nn.Module, task: Task, score: LossFn, split: Split, per_device: int) -> LossSum:
+    """The sums of `score` over every row of a split, and its predictions in the rows' order."""
     device = next(model.parameters()).device
     model.eval()
-    sums: dict[str, torch.Tensor] = {}
-    predictions: list[Prediction] = []
-    batches = evaluation_batches(
-        split.open_table(), split.open_samples(), task.collate, rank=0, world=1, per_device=per_device
-    )
-    for batch in batches:
-        result = task.score(model, batch.to(device))
-        predictions.extend(result.predictions)
-        for name, value in {"loss": result.loss, "weight": result.weight, **result.counts}.items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-    predictions.sort(key=lambda prediction: prediction["sample"])
-    totals, rows = LossSum(sums.pop("loss"), sums.pop("weight"), sums, predictions), split.read_rows()
-    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), predictions)
+    sums = Sums()
+    for batch in split_batches(split, task.collate, rank=0, world=1, per_device=per_device):
+        sums.add(score(model, batch.to(device)))
+    return replace(sums.total(), predictions=sorted(sums.predictions, key=lambda prediction: prediction["sample"]))
 
 
 def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:
@@ -101,6 +104,7 @@ def evaluate_run(
     split = find_split(prepared, options.split)
     wanted = ["base", options.model] if options.baseline and options.model != "base" else [options.model]
     device = find_device(Place())
+    split = refer_to_base(config, prepared, run_dir, split, device)
     found = {}
     for which in wanted:
         model, attention = open_model(which, config, prepared, run_dir, device)
@@ -108,6 +112,24 @@ def evaluate_run(
         found[which] = evaluate_model(model, task, split, config.train.per_device_eval_batch_size)
         del model  # one at a time
     return found
+
+
+def refer_to_base(config: RunConfig, prepared: Prepared, run_dir: Path, split: Split, device: torch.device) -> Split:
+    """The split with what the run compares with; of data that the run did not see, by the base, and kept as well.
+
+    That is the model as the run started: methods whose start is another are refused by checks.py.
+    """
+    if not issubclass(TASKS[config.task.name], Refers):
+        return split
+    held = read_references(run_dir / REFERENCE_FILE)
+    if name_of(split) not in held:
+        model, attention = open_model("base", config, prepared, run_dir, device)
+        task = build_task(config, prepared.facts, padding_free=attention.padding_free)
+        assert isinstance(task, Refers)
+        found = total(model, task, task.refer, split, config.train.per_device_eval_batch_size)
+        held[name_of(split)] = values_of(found.predictions)
+        write_references(run_dir / REFERENCE_FILE, held)
+    return replace(split, reference=held[name_of(split)])
 
 
 def render_table(found: Mapping[str, Metrics]) -> Table:
@@ -143,7 +165,14 @@ def main(arguments: list[str]) -> None:
             path = run_dir / f"predictions-{options.split}{suffix}.jsonl"
             write_lines(path, result.predictions)
             console.print(f"every row's prediction: {path}")
-    write_result(run_dir / f"eval-{options.split}.json", found, ledger)
+    general: Mapping[str, Metrics] = {}
+    if options.general:
+        from .forgetting import measure_forgetting, render_forgetting
+
+        general, text = measure_forgetting(plan.config, run_dir, options.general)
+        title = f"\ngeneral: {text.ledger['supervised_tokens']:,} tokens of {options.general}"
+        console.print(title, *render_forgetting(general), sep="\n")
+    write_result(run_dir / f"eval-{options.split}.json", found, ledger, general)
 
 
 def class_table(details: Mapping[str, Any]) -> Table:
@@ -172,7 +201,9 @@ def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
     _replace(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
 
 
-def write_result(path: Path, found: Mapping[str, Evaluation], ledger: Mapping[str, Any]) -> None:
+def write_result(
+    path: Path, found: Mapping[str, Evaluation], ledger: Mapping[str, Any], general: Mapping[str, Metrics]
+) -> None:
     """The numbers as JSON, whole or not at all; a folder that is not there is made."""
     content: dict[str, Any] = {
         "metrics": {which: dict(result.metrics) for which, result in found.items()},
@@ -181,6 +212,8 @@ def write_result(path: Path, found: Mapping[str, Evaluation], ledger: Mapping[st
     }
     if details := {which: dict(result.details) for which, result in found.items() if result.details}:
         content["details"] = details
+    if general:
+        content["general"] = {which: dict(metrics) for which, metrics in general.items()}
     _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .checkpoint import CHECKPOINTS
 from .errors import RequestError, TrainingError
 from .method.adapter import is_bottleneck, load_adapter
-from .model.load import auto_class
+from .model.load import auto_class, open_pretrained
 from .model.quantize import quantize
 from .model.vocabulary import grow
 from .plan import Plan
@@ -69,8 +69,10 @@ def open_base(
         rule = "the run began from scratch, so there is no base model"
         raise RequestError.of("model.from_scratch", rule, "ask for model=export, without baseline")
     options.setdefault("dtype", getattr(torch, config.dtype))
-    model: PreTrainedModel = auto_class(architecture).from_pretrained(
+    model: PreTrainedModel = open_pretrained(
+        config,
         model_dir,
+        architecture,
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
         **{**architecture.overrides, **options},

@@ -30,7 +30,7 @@ from .turns import Question, find_end_token, open_tokenizer, read_questions, spe
 from .words import read_words, run_command, split_run
 
 SPLITS = ("train", "validation", "test")
-ANSWERING = ("causal_lm", "instruction")
+ANSWERING = ("causal_lm", "instruction", "preference")
 
 
 class GenerateOptions(Strict):

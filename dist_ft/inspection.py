@@ -27,7 +27,7 @@ from .plan import Plan, read_plan
 from .prepare import prepare
 from .schema import RunConfig
 from .state import Facts
-from .view import ledger_table
+from .view import ledger_tables
 from .words import run_command, split_run
 
 COMPONENTS = ("embeddings", "attention", "mlp", "experts", "router", "norms", "head", "other", "adapters")
@@ -145,8 +145,11 @@ def main(arguments: list[str]) -> None:
     model = build_meta(plan.config, prepared.model_dir, prepared.facts)
     tables: Iterable[Table] = render(plan, model)
     splits = (("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test))
+    ledgers = (
+        table for name, split in splits if split is not None for table in ledger_tables(plan.config, split, name)
+    )
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    for shown in (*tables, *(ledger_table(split, name) for name, split in splits if split is not None)):
+    for shown in (*tables, *ledgers):
         console.print(shown)
         console.print()
 

@@ -21,12 +21,12 @@ from .state import (
     LossFn,
     LossSum,
     Metrics,
-    Prediction,
     Row,
     StepInfo,
     Task,
     Tracker,
 )
+from .sums import Sums, losses_of_parts
 
 
 @dataclass
@@ -88,19 +88,21 @@ def train_step(run: Run, step: int) -> Metrics:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
     # Dropout is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one draws.
     torch.manual_seed((run.config.seed * 1_000_003 + step) * 65_537 + run.rank)
-    loss = torch.zeros((), dtype=torch.float64)
+    sums = Sums()
     for i, micro in enumerate(micros, start=1):
         run.beat(f"step {step}, micro-batch {i} of {len(micros)}")
-        loss += run.engine.forward_backward(micro, run.task.loss, weight, last=i == len(micros)).loss.double().cpu()
+        sums.add(run.engine.forward_backward(micro, run.task.loss, weight, last=i == len(micros)))
     rate = run.learning_rate(step)
     grad_norm = run.engine.step(rate).grad_norm
-    mean = float(comm.total(loss) / weight)
+    totals = sums.total()
+    mean = float(totals.loss / weight)
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
         rule = f"loss is {mean}, gradient norm {grad_norm}"
         raise TrainingError.of(f"step {step}", rule, "lower optim.learning_rate, or look at this step's rows")
     return {
         "epoch": run.epoch_at(step),
         "train/loss": mean,
+        **{f"train/{name}": value for name, value in losses_of_parts(totals).items()},
         "train/grad_norm": grad_norm,
         "train/learning_rate": rate,
         "train/supervised_tokens": int(supervised),
@@ -139,24 +141,18 @@ def score_of(metrics: Metrics, name: str) -> float:
 
 def is_better(score: float, best: float | None, name: str) -> bool:
     """Whether a score of this name is the best so far; losses, errors and perplexities are better when lower."""
-    return best is None or (score < best if name in LOWER_IS_BETTER else score > best)
+    return best is None or (score < best if name.partition("/")[0] in LOWER_IS_BETTER else score > best)
 
 
 def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Callable[[str], None]) -> LossSum:
     """Sums over all rows and ranks: the same numbers on any world size and batch size."""
-    sums: dict[str, torch.Tensor] = {}
-    predictions: list[Prediction] = []
+    sums = Sums()
     for i, batch in enumerate(batches, start=1):
         beat(f"evaluation, micro-batch {i}")
-        result = engine.evaluate(batch, score)
-        predictions.extend(result.predictions)
-        for name, value in {"loss": result.loss, "weight": result.weight, **result.counts}.items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
-    names = sorted(sums)
-    totals = dict(zip(names, comm.total(torch.stack([sums[name] for name in names])), strict=True))
-    everyone = [prediction for part in comm.gather(predictions) for prediction in part]
+        sums.add(engine.evaluate(batch, score))
+    everyone = [prediction for part in comm.gather(sums.predictions) for prediction in part]
     everyone.sort(key=lambda prediction: prediction["sample"])
-    return LossSum(totals.pop("loss"), totals.pop("weight"), totals, everyone)
+    return replace(sums.total(), predictions=everyone)
 
 
 def due(step: int, every: int | None) -> bool:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from .data.cache import (
-    SPLITS,
-    SplitName,
     cache_root,
     find_model,
     find_snapshot,
@@ -26,17 +24,21 @@ from .data.cache import (
     split_folder,
 )
 from .data.labels import find_labels
-from .data.pack import Samples
-from .data.split import LEDGER, ROWS, Say, build_split
-from .data.table import TokenTable
+from .data.opened import Split
+from .data.sets import ALONE, name_in_mixture, sets_of
+from .data.split import LEDGER, Say, build_split
+from .data.splits import SPLITS, SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, Problem, RequestError
 from .plan import read_plan
 from .schema import RunConfig
-from .state import Facts, Row, Sample
+from .state import Facts
 from .task.causal_lm import CausalLM
 from .task.instruction import Instruction
 from .task.masked_lm import MaskedLM
+from .task.preference import Preference
+from .task.question_answering import QuestionAnswering
+from .task.reward import Reward
 from .task.seq2seq import Seq2Seq
 from .task.sequence_classification import SequenceClassification
 from .task.token_classification import TokenClassification
@@ -48,39 +50,13 @@ TASKS: dict[str, Any] = {
     "sequence_classification": SequenceClassification,
     "token_classification": TokenClassification,
     "seq2seq": Seq2Seq,
+    "question_answering": QuestionAnswering,
+    "preference": Preference,
+    "reward": Reward,
 }
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _HUB_CODE = "*.py"
-
-
-@dataclass(frozen=True)
-class Split:
-    """A prepared split: where its token table and samples are, and its ledger (see data/ledger.py)."""
-
-    table: str
-    samples: str
-    ledger: dict[str, Any]
-
-    def open_table(self) -> TokenTable:
-        """The tokenised rows, memory-mapped."""
-        return TokenTable.open(self.table)
-
-    def open_samples(self) -> Samples:
-        """What places in a batch hold, memory-mapped."""
-        return Samples.load(self.samples)
-
-    def first_sample(self) -> Sample:
-        """What is looked at when two models are compared."""
-        table, samples = self.open_table(), self.open_samples()
-        return Sample([table.example(*segment) for segment in samples[0]], index=0)
-
-    def read_rows(self) -> list[Row]:
-        """What the task keeps of each row as it was (state.Layout.kept); nothing of a training split."""
-        path = Path(self.table) / ROWS
-        return (
-            [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
-        )
 
 
 @dataclass(frozen=True)
@@ -130,13 +106,14 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
     def encoder() -> ChatTokenizer:
         return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
 
-    splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", None, encoder, say)}
+    found = cache(lambda: find_facts(config, encoder))  # of all sets; not looked for where everything is prepared
+    splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", found, encoder, say)}
     facts = Prepared(model_dir, tokenizer_dir, splits["train"], None, None, new).facts
     for name in SPLITS[1:]:
-        if getattr(config.data, name):
-            splits[name] = _prepare_split(config, name, facts, encoder, say)
-    rows = new.resized_vocabulary or _vocabulary_size(Path(model_dir))
-    if problems := [p for name, split in splits.items() for p in _split_problems(config, name, split, rows)]:
+        if config.data.has(name):
+            splits[name] = _prepare_split(config, name, lambda: facts, encoder, say)
+    size = new.resized_vocabulary or _vocabulary_size(Path(model_dir))
+    if problems := [p for name, split in splits.items() for p in _split_problems(config, name, split, size)]:
         raise RequestError(*problems)
     return Prepared(model_dir, tokenizer_dir, splits["train"], splits.get("validation"), splits.get("test"), new)
 
@@ -226,14 +203,37 @@ def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts
 
 
 def _prepare_split(
-    config: RunConfig, name: SplitName, facts: Facts | None, encoder: Callable[[], ChatTokenizer], say: Say
+    config: RunConfig, name: SplitName, facts: Callable[[], Facts], encoder: Callable[[], ChatTokenizer], say: Say
 ) -> Split:
-    folder = split_folder(config, name)
+    """A split; of a mixture, each of its sets, which are prepared apart and so need not be again in another one."""
+    parts: dict[str, Split] = {}
+    problems: list[Problem] = []
+    for part, alone in sets_of(config, name).items():
+        try:
+            parts[part] = _prepare_set(config, part, alone, name, facts, encoder, say)
+        except RequestError as error:
+            if part == ALONE:
+                raise
+            problems += [replace(p, where=name_in_mixture(p.where, part)) for p in error.problems]
+    if problems:
+        raise RequestError(*dict.fromkeys(problems))
+    return parts[ALONE] if ALONE in parts else Split.of_parts(parts)
+
+
+def _prepare_set(
+    config: RunConfig,
+    part: str,
+    alone: RunConfig,
+    name: SplitName,
+    facts: Callable[[], Facts],
+    encoder: Callable[[], ChatTokenizer],
+    say: Say,
+) -> Split:
+    folder = split_folder(config, name, part)
 
     def build(out: Path) -> None:
-        known = find_facts(config, encoder) if facts is None else facts
-        task = TASKS[config.task.name](config.task, known, padding_free=True)
-        build_split(config, name, task, known, encoder, out, say)
+        task = TASKS[config.task.name](config.task, facts(), padding_free=True)
+        build_split(alone, name, task, facts(), encoder, out, say)
 
     if not is_whole(folder):
         publish(folder, build)
@@ -253,7 +253,8 @@ def _split_problems(config: RunConfig, name: str, split: Split, size: int | None
     batch = config.train.global_batch_size
     if name == "train" and ledger["samples"] < batch:
         kind = "rows" if ledger["layout"] == "rows" else "packed rows (blocks)"
-        rule = f"one global batch takes {batch} {kind}, data.train has {ledger['samples']}"
+        key = "data.mixture" if split.parts else "data.train"
+        rule = f"one global batch takes {batch} {kind}, {key} has {ledger['samples']}"
         problems.append(Problem("train.global_batch_size", rule, f"set it to at most {ledger['samples']}"))
     return problems
 

@@ -63,8 +63,8 @@ def probe_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
 
 
 def shorten(sample: Sample, task: Task) -> Sample:
-    """Of a sample's first document (or source and target, or pair) the first tokens."""
-    segments = sample.segments[: task.layout.sequences]
+    """Of a sample's first document (or source and target) the first tokens."""
+    segments = sample.segments[: 1 if task.layout.apart else task.layout.sequences]
     return replace(sample, segments=[{k: values[:PROBE_TOKENS] for k, values in part.items()} for part in segments])
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from .data.sets import key_of, sets_of
 from .data.sources import HubSet, resolve
 from .errors import DistFtError
 from .pretrained import is_hub_id
@@ -15,9 +16,10 @@ from .schema import LocalConfig, RunConfig
 def sources(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Every source of data with its key."""
     for key in ("train", "validation", "test"):
-        value = getattr(config.data, key)
-        for source in [value] if isinstance(value, str) else value or []:
-            yield f"data.{key}", source
+        for name, alone in sets_of(config, key).items():
+            value = getattr(alone.data, key)  # folds of data.train have no source of their own
+            for source in [value] if isinstance(value, str) else value or []:
+                yield key_of(name, key), source
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ def _hub_data(config: RunConfig) -> bool:
     return False
 
 
+def _shares_by_size(config: RunConfig) -> bool:
+    sets = config.data.mixture or {}
+    return len(sets) > 1 and all(part.weight is None for part in sets.values())
+
+
+OF_SETS = "each set of data.mixture has its own"
+SAY_OF_SET = "set it as a key of the set, data.mixture.NAME.KEY"
 NO_VALIDATION = "there is no validation data"
 GIVE_VALIDATION = "set data.validation, or remove it"
 NO_TRACKING = "track.wandb=off"
@@ -56,15 +65,21 @@ READ_WHEN = [
     ),
     ReadWhen(
         "task.overlong",
-        lambda c: not _packs(c) or c.data.format == "tokens",
+        lambda c: not _packs(c) or c.data.only_tokens,
         "packing cuts documents into blocks, so none is too long",
         "remove it, or set task.packing=false",
     ),
     ReadWhen(
         "task.chat_template",
-        lambda c: c.data.format != "tokens",
+        lambda c: not c.data.only_tokens,
         "rows of tokens are used as they are",
         "remove it, or give rows of text",
+    ),
+    ReadWhen(
+        "task.label_smoothing",
+        lambda c: getattr(c.task, "loss_type", "sigmoid") in ("sigmoid", "robust"),
+        "hinge and ipo have no smoothing",
+        "remove it, or set task.loss_type to sigmoid or robust",
     ),
     ReadWhen(
         "method.prompt_tuning_init_text",
@@ -84,26 +99,42 @@ READ_WHEN = [
         "without method.prefix_projection there is no network",
         "set method.prefix_projection=true, or remove it",
     ),
+    *(ReadWhen(f"data.{key}", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET) for key in ("format", "columns")),
+    ReadWhen("data.template", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
+    ReadWhen("data.revision", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
+    ReadWhen("data.mixture_temperature", _shares_by_size, "the shares are not by size", "remove it, or all weights"),
+    ReadWhen("data.fold", lambda c: c.data.folds is not None, "there are no folds", "set data.folds, or remove it"),
+    ReadWhen(
+        "data.subset_seed",
+        lambda c: c.data.folds is not None or c.data.k_shot is not None,
+        "nothing is drawn",
+        "set data.k_shot or data.folds, or remove it",
+    ),
     ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
-    ReadWhen("train.eval_steps", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
-    ReadWhen("train.per_device_eval_batch_size", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
-    ReadWhen("train.early_stopping_patience", lambda c: bool(c.data.validation), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen("train.eval_steps", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),
+    ReadWhen(
+        "train.per_device_eval_batch_size",
+        lambda c: c.data.has("validation") or c.task.name == "preference",  # which takes its reference by it
+        NO_VALIDATION,
+        GIVE_VALIDATION,
+    ),
+    ReadWhen("train.early_stopping_patience", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),
     ReadWhen(
         "train.early_stopping_patience",
-        lambda c: not c.data.validation or c.train.eval_steps is not None,
+        lambda c: not c.data.has("validation") or c.train.eval_steps is not None,
         "without train.eval_steps no evaluation comes before the end",
         "set train.eval_steps, or remove it",
     ),
     ReadWhen(
         "train.load_best_model_at_end",
-        lambda c: not c.train.load_best_model_at_end or bool(c.data.validation and c.train.eval_steps),
+        lambda c: not c.train.load_best_model_at_end or bool(c.data.has("validation") and c.train.eval_steps),
         "without train.eval_steps and data.validation only the last step is evaluated",
         "set both, or remove it",
     ),
     ReadWhen(
         "train.metric_for_best_model",
         lambda c: bool(
-            c.data.validation
+            c.data.has("validation")
             and (c.train.load_best_model_at_end or c.train.early_stopping_patience or c.train.save_steps)
         ),
         "nothing asks which step was the best",

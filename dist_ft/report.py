@@ -11,7 +11,6 @@ from .checkpoint import Progress
 from .comm import Place
 from .exported import EXPORT
 from .model.attention import AttentionChoice
-from .model.routing import Routing
 from .plan import Plan
 from .state import Tracker
 from .track.compose import NullTracker, Trackers
@@ -45,9 +44,9 @@ def describe(
     device: torch.device,
     progress: Progress,
     steps: int,
-    routings: Sequence[Routing] = (),
+    notes: Sequence[str] = (),
 ) -> str:
-    """What runs, in a few lines: also what every `auto` became."""
+    """What runs, in a few lines: also what every `auto` became; `notes` are further ones."""
     config = plan.config
     layout = "documents without padding" if attention.padding_free else "padded rows"
     base = config.model.dtype if config.model.quantization in (None, "none") else config.model.quantization
@@ -57,7 +56,7 @@ def describe(
         f"{device.type} worker(s), {steps} steps {begin}; output in {plan.run_dir}\n"
         f"dist-ft: compute {config.model.dtype}, base weights {base}, trained weights and AdamW float32; "
         f"attention {attention.kernel} ({attention.reason}), {layout}"
-    ) + "".join(f"\ndist-ft: {routing.describe()}" for routing in routings)
+    ) + "".join(f"\ndist-ft: {note}" for note in notes)
 
 
 def summarise(plan: Plan, step: int) -> str:

@@ -12,6 +12,7 @@ from .comm import Place
 from .errors import RequestError, TrainingError
 from .method.start import START_FILE, read_start
 from .plan import Plan
+from .reference import REFERENCE_FILE
 from .schema_method import LoraKeys
 from .state import Engine
 
@@ -66,19 +67,24 @@ def settle_start(plan: Plan) -> None:
         RequestError: it goes on, and its start is not there.
     """
     method = plan.config.method
-    if not (isinstance(method, LoraKeys) and method.moves_base):
-        return
-    wish, own = plan.config.train.resume, plan.run_dir / START_FILE
+    if isinstance(method, LoraKeys) and method.moves_base and (start := _settle(plan, START_FILE)):
+        read_start(start)
+    _settle(plan, REFERENCE_FILE)  # where it is not there, the model as it is built gives it again
+
+
+def _settle(plan: Plan, name: str) -> Path | None:
+    """Where a run that goes on has the file that it left at its start; None for a new run, which must find none."""
+    wish, own = plan.config.train.resume, plan.run_dir / name
     if wish not in ("auto", "never"):
-        given = Path(wish).resolve().parent.parent / START_FILE
-        read_start(given)
-        if given != own.resolve():
+        given = Path(wish).resolve().parent.parent / name
+        if given.exists() and given != own.resolve():
             own.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(given, own)
-    elif wish == "auto" and checkpoint.steps(plan.run_dir / CHECKPOINTS):
-        read_start(own)
-    else:
-        own.unlink(missing_ok=True)
+        return given
+    if wish == "auto" and checkpoint.steps(plan.run_dir / CHECKPOINTS):
+        return own
+    own.unlink(missing_ok=True)
+    return None
 
 
 def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place) -> None:

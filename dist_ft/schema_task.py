@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ Unsupervised = Literal["error", "drop"]
 
 class TaskChoice(Strict):
     """What the keys of every task have."""
+
+    begins_head: ClassVar[bool] = False  # a head of its own, which begins anew and must be stored with what learns
 
     @property
     def packs(self) -> bool:
@@ -58,6 +60,7 @@ class MaskedLMConfig(TaskChoice):
 class SequenceClassificationConfig(TaskChoice):
     """A label, or several, for a text or a pair of texts."""
 
+    begins_head: ClassVar[bool] = True
     name: Literal["sequence_classification"]
     max_length: Annotated[int, Field(ge=2)] = 512
     overlong: Overlong = Field("error", description="A row longer than max_length.")
@@ -75,6 +78,7 @@ class SequenceClassificationConfig(TaskChoice):
 class TokenClassificationConfig(TaskChoice):
     """A tag for each word: names of persons and places (IOB tags), parts of speech."""
 
+    begins_head: ClassVar[bool] = True
     name: Literal["token_classification"]
     max_length: Annotated[int, Field(ge=2)] = 512
     overlong: Overlong = Field("error", description="A row longer than max_length; words that are cut count as `O`.")
@@ -104,12 +108,67 @@ class Seq2SeqConfig(TaskChoice):
     label_smoothing: Share = Field(0.0, description="Share of the target that all tokens divide among them.")
 
 
+class QuestionAnsweringConfig(TaskChoice):
+    """The part of a text that answers a question; long texts are read in overlapping pieces."""
+
+    begins_head: ClassVar[bool] = True
+    name: Literal["question_answering"]
+    max_length: Annotated[int, Field(ge=8)] = Field(384, description="Tokens of a piece: question, context, specials.")
+    doc_stride: Annotated[int, Field(ge=0)] = Field(
+        128, description="Tokens that one piece of a context has of the last."
+    )
+    max_answer_length: Annotated[int, Field(ge=1)] = Field(30, description="Most tokens of a predicted answer.")
+    n_best: Annotated[int, Field(ge=1)] = Field(
+        20, description="Spans of a row among which a prediction's score is shared."
+    )
+    unsupervised: Unsupervised = Field("error", description="A row whose answer does not stand in its context.")
+    null_score_diff_threshold: float | None = Field(
+        None,
+        description="Nothing is the answer where it scores higher than the best span by more than this; if not given,"
+        " every question has an answer.",
+    )
+
+
+class PreferenceConfig(TaskChoice):
+    """The better of two answers to a prompt is made more probable than the other (DPO); keys are TRL's."""
+
+    name: Literal["preference"]
+    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Most tokens of a prompt with an answer.")
+    overlong: Overlong = Field("error", description="A pair of which either is longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="A pair with an empty answer, or with equal ones.")
+    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field("sigmoid", description="sigmoid is DPO's own.")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="How dear it is to leave the model as it started; ipo's tau."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="Share of pairs that may be the wrong way round; sigmoid becomes cDPO."
+    )
+
+
+class RewardConfig(TaskChoice):
+    """A score for an answer, higher for the better one of a pair (Bradley and Terry); keys are TRL's."""
+
+    begins_head: ClassVar[bool] = True
+    name: Literal["reward"]
+    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Most tokens of a prompt with an answer.")
+    overlong: Overlong = Field("error", description="A pair of which either is longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="A pair with an empty answer, or with equal ones.")
+    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Keeps scores about zero: factor of the squared sum of a pair's."
+    )
+
+
 TaskConfig = Annotated[
     CausalLMConfig
     | InstructionConfig
     | MaskedLMConfig
     | SequenceClassificationConfig
     | TokenClassificationConfig
-    | Seq2SeqConfig,
+    | Seq2SeqConfig
+    | QuestionAnsweringConfig
+    | PreferenceConfig
+    | RewardConfig,
     Field(discriminator="name"),
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # torch is slow to import, and the planner must not
     import numpy as np
@@ -21,6 +21,7 @@ Row = Mapping[str, Any]  # a row of data in its format's canonical shape, see da
 Example = Mapping[str, Sequence[int]]  # one tokenised sequence: columns of whole numbers, input_ids among them
 Prediction = Mapping[str, Any]  # what a model says of one sample, as JSON holds it; `sample` is its number in the split
 Metrics = Mapping[str, float]
+REFERENCE = "reference"  # column of a sequence: its log-probability under the model as it started
 LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")  # of metrics; the others are better when higher
 
 
@@ -63,6 +64,7 @@ class Architecture:
 
 
 CAUSAL_LM = Architecture()
+ORIGIN = "origin"  # row column that data/split.py fills: which of the split's kept rows a sequence was made from
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Layout:
     sequences: int = 1  # that make a sample
     cuts_blocks: bool = False  # documents are cut, one after another, into full blocks
     packs: bool = False  # several samples are put into one, kept apart
+    apart: bool = False  # the sequences of a sample are inputs of their own, which never see each other
     kept: tuple[str, ...] = ()  # columns of a row that its metrics need as they are
 
 
@@ -105,6 +108,7 @@ class Batch:
     tokens: int  # tokens without padding
     samples: tuple[int, ...] = ()  # number in the split of each document's sample
     weight: float | None = None  # what the loss is divided by; the number of targets where it is not given
+    reference: Tensor | None = None  # [documents] float64: their log-probabilities under the model as it started
 
     @property
     def supervised(self) -> int:
@@ -131,25 +135,30 @@ class Batch:
             targets=self.targets.to(device),
             positions=self.positions.to(device),
             documents=self.documents.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
         )
 
     def without_targets(self) -> Batch:
         """The same inputs with nothing to learn: for a rank that has no samples and must join in collectives."""
         none = {name: getattr(self, name)[:0] for name in ("targets", "positions", "documents")}
-        return replace(self, **none, tokens=0, samples=(), weight=None)
+        reference = None if self.reference is None else self.reference[:0]
+        return replace(self, **none, tokens=0, samples=(), weight=None, reference=reference)
 
 
 @dataclass(frozen=True)
 class LossSum:
     """A sum of losses of tokens (or examples) and its weight; `counts` are further sums, for metrics.
 
-    All tensors are scalars; what is added up over micro-batches and ranks stays exact, a quotient is taken last.
+    These tensors are scalars; what is added up over micro-batches and ranks stays exact, a quotient is taken last.
     """
 
     loss: Tensor
     weight: Tensor
     counts: dict[str, Tensor] = field(default_factory=dict)
     predictions: Sequence[Prediction] = ()  # where a metric is no quotient of sums
+    losses: Tensor | None = None  # [n], without gradient: what each target of the batch (or pair) gives to `loss`
+    weights: Tensor | None = None  # [n]: and to `weight`; 1 each where not given
+    documents: Tensor | None = None  # [n]: the document of each; `Batch.documents` where not given
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,13 @@ class Task(Protocol):
     def score(self, model: nn.Module, batch: Batch) -> LossSum: ...
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics: ...
     def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class Refers(Protocol):
+    """A task whose loss compares with the model as it starts: its log-probabilities are taken once (reference.py)."""
+
+    def refer(self, model: nn.Module, batch: Batch) -> LossSum: ...  # a prediction a sample: `values` of its sequences
 
 
 class Tracker(Protocol):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from .data.cache import SplitName
+from .data.chosen import read_split
 from .data.faults import RowFault
-from .data.formats import IGNORED_LABEL, normalise
-from .data.rows import read_rows
+from .data.formats import IGNORED_LABEL, normalise_for
+from .data.sets import sets_of
+from .data.splits import SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import RequestError
 from .schema import RunConfig, TaskConfig
 
 Message = dict[str, Any]
+
+CONVERSING = ("instruction", "preference")  # tasks whose rows may be conversations
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def open_tokenizer(config: RunConfig, folder: str) -> Any:
     try:
         return load_tokenizer(config, folder)
     except RequestError:
-        if config.data.format != "tokens":
+        if not config.data.only_tokens:
             raise
         return None
 
@@ -63,7 +67,7 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
     """The token that training ends an answer with: the template's end of turn, else EOS."""
     if tokenizer is None:
         return None
-    if task.name == "instruction" and tokenizer.chat_template:
+    if task.name in CONVERSING and tokenizer.chat_template:
         try:
             answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             labels = ChatTokenizer(tokenizer).encode_messages(answered)["labels"]
@@ -76,21 +80,31 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
 
 def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
     """Whether the run's rows went through the chat template, so that prompts must too."""
-    is_chat = config.task.name == "instruction" and bool(tokenizer.chat_template)
-    return is_chat and list(formats) != ["prompt_completion"]
+    if config.task.name not in CONVERSING or not tokenizer.chat_template:
+        return False
+    if list(formats) == ["pairs"]:  # of text or of messages
+        return next(read_questions(config, "train", 1)).messages is not None
+    return list(formats) != ["prompt_completion"]
 
 
 def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[Question]:
-    """The first `count` rows of a split, each up to its last answer.
+    """The first `count` rows of a split, of a mixture those of each set, each up to its last answer.
 
     Raises:
         RequestError: the run has no such split, or a row is wrong or made of tokens.
     """
-    sources = getattr(config.data, split)
-    if not sources:
+    sets = sets_of(config, split)
+    if not sets:
         raise RequestError.of(f"data.{split}", "is not set in this run", "name another split, or a file of prompts")
-    for place, raw in islice(read_rows(sources, revision=config.data.revision), count):
-        yield question_of(normalise(raw, config.data.format, config.data.columns, place), place)
+    for alone in sets.values():
+        yield from islice(_questions_of(alone, read_split(alone, split)), count)
+
+
+def _questions_of(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[Question]:
+    """Rows as questions; those that lack what the set's template names are passed over."""
+    for place, raw in rows:
+        with contextlib.suppress(RowFault):
+            yield question_of(normalise_for(alone, raw, place)[1], place)
 
 
 def question_of(row: dict[str, Any], place: str) -> Question:
@@ -99,6 +113,10 @@ def question_of(row: dict[str, Any], place: str) -> Question:
     Raises:
         RequestError: the row is tokens.
     """
+    if "chosen" in row:
+        if isinstance(row["prompt"], str):
+            return Question(None, row["prompt"], row["chosen"])
+        row = {**row, "messages": [*row["prompt"], *row["chosen"][:1]]}
     if "messages" in row:
         messages = row["messages"]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

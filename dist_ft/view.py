@@ -7,23 +7,26 @@ dim; elsewhere supervised ones stand in [[ ]].
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .data.cache import SplitName
+from .data.chosen import read_split
 from .data.faults import RowFault
 from .data.formats import IGNORED_LABEL
-from .data.rows import read_rows
+from .data.sets import ALONE, key_of, sets_of
 from .data.split import encode_row
+from .data.splits import SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, RequestError
 from .plan import read_plan
 from .prepare import TASKS, Split, find_facts, prepare, prepare_model
+from .proportions import mixture_table
 from .schema import RunConfig
 from .state import Example, Facts
 
@@ -31,13 +34,13 @@ SUPERVISED, CONTEXT, NOTE = "bold green", "dim", "italic yellow"
 
 
 def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) -> None:
-    """Print the first `rows` rows of a split as tokens.
+    """Print the first `rows` rows of a split as tokens, of a mixture those of each set.
 
     Raises:
         RequestError: there is no such split, or its rows are wrong.
     """
-    sources = getattr(config.data, split)
-    if not sources:
+    sets = sets_of(config, split)
+    if not sets:
         raise RequestError.of(f"data.{split}", "is not set", f"set it, or choose another split than {split}")
     tokenizer_dir = prepare_model(config)[1]
 
@@ -47,21 +50,22 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
 
     facts = find_facts(config, encoder)
     task = TASKS[config.task.name](config.task, facts, padding_free=True)
-    for number, (place, row) in enumerate(read_rows(sources, revision=config.data.revision)):
-        if number == rows:
-            return
-        try:
-            name, _, sequences = encode_row(config, task, encoder, row, place)
-        except RowFault as fault:
-            console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
-            continue
-        tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
-        for sequence in sequences:
-            title = f"── {place} ({name}): {describe_sequence(sequence, facts)}"
-            console.print(Text(title, style="bold"))
-            ids = list(sequence["input_ids"])
-            labels = list(sequence.get("labels", [IGNORED_LABEL] * len(ids)))
-            console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
+    for set_name, alone in sets.items():
+        if set_name != ALONE:
+            console.print(Text(f"── {set_name} ──\n", style="bold"))
+        for place, row in islice(read_split(alone, split), rows):
+            try:
+                name, _, sequences = encode_row(alone, task, encoder, row, place)
+            except RowFault as fault:
+                console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
+                continue
+            tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
+            for sequence in sequences:
+                title = f"── {place} ({name}): {describe_sequence(sequence, facts)}"
+                console.print(Text(title, style="bold"))
+                ids = list(sequence["input_ids"])
+                labels = list(sequence.get("labels", mark_answer(sequence)))
+                console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
 
 
 def describe_sequence(sequence: Example, facts: Facts) -> str:
@@ -69,10 +73,24 @@ def describe_sequence(sequence: Example, facts: Facts) -> str:
     length = f"{len(sequence['input_ids'])} tokens"
     if "label" in sequence:
         return f"{length}, {', '.join(facts.labels[number] for number in sequence['label']) or 'no label'}"
+    if "span" in sequence:
+        first, last = sequence["span"]
+        return f"{length}, " + (
+            "no answer" if [first] == list(sequence["null"]) else f"answer in tokens {first} to {last}"
+        )
     if "tags" in sequence:
         return f"{length}, {' '.join(facts.labels[number] for number in sequence['tags'])}"
+    if "labels" not in sequence:
+        return length
     supervised = sum(label != IGNORED_LABEL for label in sequence["labels"][1:])
     return f"{length}, {supervised} supervised"
+
+
+def mark_answer(sequence: Example) -> list[int]:
+    """Labels that show an answer's tokens; none of a sequence that has no answer."""
+    first, last = sequence.get("span", (0, -1))
+    first = last + 1 if [first] == list(sequence.get("null", ())) else first
+    return [token if first <= i <= last else IGNORED_LABEL for i, token in enumerate(sequence["input_ids"])]
 
 
 def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: bool) -> Text:
@@ -95,10 +113,22 @@ def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: 
     return text
 
 
-def ledger_table(split: Split, name: str) -> Table:
-    """What became of every row and token of a split."""
+def ledger_tables(config: RunConfig, split: Split, name: str) -> Iterator[Table]:
+    """What became of every row and token of a split, of a mixture set by set; and how often its sets are seen."""
+    if not split.parts:
+        yield ledger_table(split, f"data.{name}")
+    for part, own in split.parts.items():
+        yield ledger_table(own, key_of(part, name))
+    if split.parts and name == "train":
+        yield mixture_table(config, split)
+
+
+def ledger_table(split: Split, title: str) -> Table:
+    """What became of every row and token of one set's split."""
     ledger = split.ledger
-    table = Table(title=f"data.{name}", title_justify="left", show_header=False, box=None)
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    if ledger.get("chosen"):
+        table.add_row("rows there are", f"{ledger['rows_of_source']:,}", f"read: {ledger['chosen']}")
     table.add_row("rows read", f"{ledger['rows_read']:,}", ", ".join(ledger["formats"]))
     for cause, tally in ledger["dropped"].items():
         table.add_row("  dropped", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
@@ -123,7 +153,8 @@ def main(arguments: list[str]) -> int:
         console = Console(width=options["width"], soft_wrap=options["width"] is None, highlight=False)
         show_rows(config, options["split"], options["rows"], console)
         prepared = prepare(config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
-        console.print(ledger_table(getattr(prepared, options["split"]), options["split"]))
+        for table in ledger_tables(config, getattr(prepared, options["split"]), options["split"]):
+            console.print(table)
     except DistFtError as error:
         sys.stdout.flush()
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import Problem
-from ..schema import RunConfig
+from ..schema import DataSet, RunConfig
 
 Tree = dict[str, Any]
+MIXTURE = "data.mixture"
 
 
 def members(annotation: Any) -> list[type[BaseModel]]:
@@ -65,6 +66,11 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
     """What is wrong with a key that the chosen schema does not know, and where it may belong."""
+    if key.startswith(f"{MIXTURE}."):
+        known = [f"{key.rpartition('.')[0]}.{name}" for name in DataSet.model_fields]
+        close = nearest(key, known)
+        way_out = f"did you mean {close}?" if close else f"known are {', '.join(DataSet.model_fields)}"
+        return Problem(where, "unknown key", way_out)
     section, _, rest = key.partition(".")
     head = rest.partition(".")[0]
     if section in RunConfig.model_fields and head:
@@ -126,7 +132,8 @@ def schema_problems(error: ValidationError, config: Mapping[str, Any], origins: 
         found.setdefault(_field_of(item["loc"]), []).append(item)
     problems = []
     for key, items in found.items():
-        where = f"{key} ({origins[key]})" if key in origins else key
+        origin = origins.get(key) or (origins.get(MIXTURE) if key.startswith(MIXTURE) else None)
+        where = f"{key} ({origin})" if origin else key
         if items[0]["type"] == "extra_forbidden":
             problems.append(unknown_key(key, config, where))
         elif items[0]["type"] == "missing":
@@ -150,7 +157,8 @@ def _field_of(loc: tuple[int | str, ...]) -> str:
     records = members(RunConfig.model_fields[section].annotation) if section in RunConfig.model_fields else []
     if len(records) > 1 and rest and any(rest[0] in names(record) for record in records):
         rest = rest[1:]
-    return ".".join([section, *rest[:1]]) if records else section
+    depth = 3 if f"{section}.{rest[0] if rest else ''}" == MIXTURE else 1  # a set of a mixture has keys of its own
+    return ".".join([section, *rest[:depth]]) if records else section
 
 
 def _wrong_value(key: str, where: str, items: list[Any]) -> Problem:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ..errors import RequestError
-from ..schema import HostfileConfig, RunConfig
+from ..schema import DataConfig, DataSet, HostfileConfig, RunConfig
 from ..schema_task import InstructionConfig
 
 PACKAGE = "package:"
@@ -25,7 +25,12 @@ def settle_paths(config: RunConfig) -> RunConfig:
     Raises:
         RequestError: a package that is named is not installed.
     """
-    data = {key: _settle_sources(f"data.{key}", getattr(config.data, key)) for key in ("train", "validation", "test")}
+    data: dict[str, object] = _settle_splits(config.data, "data")
+    if config.data.mixture is not None:
+        data["mixture"] = {
+            name: part.model_copy(update=_settle_splits(part, f"data.mixture.{name}"))
+            for name, part in config.data.mixture.items()
+        }
     model = {key: _settle(getattr(config.model, key)) for key in ("name_or_path", "tokenizer")}
     changes: dict[str, object] = {
         "output_dir": _absolute(config.output_dir),
@@ -40,6 +45,10 @@ def settle_paths(config: RunConfig) -> RunConfig:
         path = _absolute(config.launch.hostfile)
         changes["launch"] = config.launch.model_copy(update={"hostfile": path})
     return config.model_copy(update=changes)
+
+
+def _settle_splits(data: DataConfig | DataSet, key: str) -> dict[str, object]:
+    return {split: _settle_sources(f"{key}.{split}", getattr(data, split)) for split in ("train", "validation", "test")}
 
 
 def _settle_sources(key: str, sources: str | list[str] | None) -> str | list[str] | None:

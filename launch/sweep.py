@@ -60,7 +60,7 @@ class Search:
     @property
     def lower_is_better(self) -> bool:
         """Of the metric."""
-        return self.metric in LOWER_IS_BETTER
+        return self.metric.partition("/")[0] in LOWER_IS_BETTER
 
 
 def read_words(words: Sequence[str]) -> Search:
@@ -212,7 +212,7 @@ def _check_all(search: Search, check: Check) -> RunConfig:
     for key, found in values.items():
         for value in found[1:]:
             check([*search.fixed, *{**first, key: f"{key}={value}"}.values()])
-    if not config.data.validation:
+    if not config.data.has("validation"):
         raise RequestError.of("data.validation", "is not given, and runs are compared by it", "set data.validation")
     return config
 

@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 from ..errors import MachineError, RequestError
 from ..schema import RunConfig
+from .chosen import identity
+from .sets import ALONE, sets_of
 from .sources import PACKAGE, digest_file, find_package, fingerprint
+from .splits import SPLITS, SplitName
 from .template_file import read_template
 
 CODE_VERSION = 2  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
-
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 _MANIFEST = "manifest.json"
 _REMEMBERED_BYTES = 64 << 20
@@ -86,28 +86,29 @@ def model_folder(config: RunConfig, source: ModelSource) -> Path:
     return cache_root(config) / "models" / _hash({"version": CODE_VERSION, "gguf": digest})
 
 
-def split_folder(config: RunConfig, split: SplitName) -> Path:
-    """Where a split's tokenised rows live; everything that shapes them is in the name.
+def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path:
+    """Where a split's tokenised rows live, of a mixture those of the set `part`; all that shapes them is in the name.
 
     Raises:
         RequestError: the split's data or the tokenizer is not there.
     """
-    sources = getattr(config.data, split)
-    root = cache_root(config)
+    alone = sets_of(config, split)[part]
+    data, root = alone.data, cache_root(config)
     task = config.task.model_dump(mode="json")
     content = {
         "version": CODE_VERSION,
-        "rows": fingerprint(sources, config.data.revision, _remembering(root)),
-        "format": config.data.format,
-        "columns": config.data.columns,
+        "rows": fingerprint(data.sources(split) or [], data.revision, _remembering(root)),
+        "format": data.format,
+        "columns": data.columns,
+        **({"template": data.template} if data.template else {}),
+        **({"chosen": chosen} if (chosen := identity(alone, split)) else {}),
         "task": {**task, "chat_template": read_template(config.task)},
-        "labels": None if split == "train" else _labels_identity(config),
-        "tokenizer": _tokenizer_identity(config),
+        # of the same rows a training split is another: it finds the labels, and keeps nothing for metrics
+        "labels": [split == "train", _labels_identity(config, split)],
+        "tokenizer": _tokenizer_identity(alone),
         **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
-        "packing": ("train", config.data.shuffle) if config.task.packs and split == "train" else "evaluation",
+        "packing": ("train", data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }
-    if getattr(config.task, "metrics", None):  # which need rows that a training split does not keep
-        content["keeps_rows"] = split != "train"
     return root / "data" / _hash(content)
 
 
@@ -120,7 +121,7 @@ def is_prepared(config: RunConfig) -> bool:
                 return False
             if source.kind == "hub" and find_snapshot(name, config.model.revision) is None:
                 return False
-        return all(is_whole(split_folder(config, split)) for split in SPLITS if getattr(config.data, split))
+        return all(is_whole(split_folder(config, split, part)) for split in SPLITS for part in sets_of(config, split))
     except (RequestError, MachineError, OSError):
         return False
 
@@ -227,11 +228,21 @@ def _tokenizer_identity(config: RunConfig) -> Any:
     return ["files", {file.name: digest_file(file) for file in files}]
 
 
-def _labels_identity(config: RunConfig) -> str | None:
-    """Where the numbers of labels come from: the training split, unless the configuration names them."""
+def _labels_identity(config: RunConfig, split: SplitName) -> Any:
+    """Where the numbers of labels come from: the training split, unless the configuration names them.
+
+    Of a mixture it is all sets' rows, which therefore shape each set.
+    """
     if not hasattr(config.task, "labels") or config.task.labels is not None:
         return None
-    return split_folder(config, "train").name
+    if config.data.mixture is None:
+        return None if split == "train" else split_folder(config, "train").name
+    digest = _remembering(cache_root(config))
+    sets = [part.data for part in sets_of(config).values()]
+    return [
+        [fingerprint(data.train or [], data.revision, digest), data.format, data.columns, data.template]
+        for data in sets
+    ]
 
 
 def _only_gguf(files: list[Path], name: str, key: str) -> Path:

@@ -8,10 +8,12 @@
 | `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"source": str, "target": str, "references": [str]}` | source_target |
+| `{"context": str, "question": str, "answers": {"text": [str], "answer_start": [int or null]}, "id": str}` | squad |
+| `{"prompt", "chosen", "rejected"}`, each text or each a list of messages, `"tools"` | pairs |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools`, `context`, `text_pair`, `references` and `label_text` may be missing; the first `context` messages carry no
-loss.
+`tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` may be missing; the first `context`
+messages carry no loss.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from typing import Any
 
 from ..errors import Problem, RequestError
 from ..schema import RunConfig
+from .answers import ANSWERS, answers_of
+from .fill import fill
 from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
+from .pairs import pair_of
 
 IGNORED_LABEL = -100
 
@@ -94,10 +99,14 @@ def normalise_for(config: RunConfig, row: Mapping[str, Any], place: str) -> tupl
 
     Raises:
         RequestError: the row is not of the configured format, or not for the task.
+        RowFault: the row lacks what `data.template` names.
     """
     data = config.data
-    name = (detect(row, data.columns, config.task.name) if data.format == "auto" else data.format) or "auto"
-    canonical = normalise(row, name, data.columns, place)
+    columns = {} if data.template else data.columns
+    if data.template:
+        row = fill(data.template, data.columns, row)
+    name = (detect(row, columns, config.task.name) if data.format == "auto" else data.format) or "auto"
+    canonical = normalise(row, name, columns, place)
     check_task(name, config.task.name, place)
     return name, canonical
 
@@ -199,6 +208,10 @@ def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
     return canonical
 
 
+def _pairs(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_tools(pair_of(row), row)
+
+
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     ids, labels = row["input_ids"], row["labels"]
     for name, values in (("input_ids", ids), ("labels", labels)):
@@ -235,6 +248,12 @@ def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
     if len(words) != len(tags):
         raise RowShape(f"{len(words)} tokens but {len(tags)} tags", "write a tag for each word")
     return {"tokens": words, "tags": tags}
+
+
+def _squad(row: Mapping[str, Any]) -> dict[str, Any]:
+    canonical = {name: _string(row, name) for name in ("context", "question")}
+    given = {"id": str(row["id"])} if row.get("id") is not None else {}
+    return {**canonical, **given, "answers": answers_of(row)}
 
 
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -277,6 +296,10 @@ FORMATS: dict[str, Format] = {
         ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
     ),
     "tagged": Format(("tokens", "|".join(TAGS)), (), _tagged, ("token_classification",)),
+    "squad": Format(
+        ("context", "question", "|".join(ANSWERS)), ("id", "answer_start"), _squad, ("question_answering",)
+    ),
     "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
+    "pairs": Format(("chosen", "rejected"), ("prompt", "tools"), _pairs, ("preference", "reward")),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 from ..errors import RequestError
 from ..schema import RunConfig
 from ..state import Facts
+from .chosen import choose
 from .faults import RowFault
 from .formats import normalise_for
 from .rows import read_rows
+from .sets import sets_of
 
 Labels = Callable[[Mapping[str, Any]], Iterable[tuple[int | str, str | None]]]  # of a row: values, and their names
 
@@ -23,7 +26,7 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
     """The names in the order of their numbers, how often each is met in data.train, and the number of its rows.
 
     Names are those of `task.labels`, or of the data: numbers in their order (named by `label_text` where every number
-    has one), text in alphabetical order.
+    has one), text in alphabetical order. The training rows of a mixture are those of all its sets.
 
     Args:
         config: of the run.
@@ -32,22 +35,30 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
     Raises:
         RequestError: there are fewer than two labels, or the data mixes numbers and text.
     """
+    seen: set[int | str] = set()  # of all rows, so that labels have one number in every fold and subset
     counts: Counter[int | str] = Counter()
     names: dict[int | str, set[str]] = {}
     rows = 0
-    for place, row in read_rows(config.data.train, revision=config.data.revision):
-        rows += 1
-        for value, name in labels_of(normalise_for(config, row, place)[1]):
-            counts[value] += 1
-            if name is not None:
-                names.setdefault(value, set()).add(name)
+    for alone in sets_of(config).values():
+        chosen = choose(alone, "train")
+        taken = None if chosen is None else set(chosen.rows.tolist())
+        for at, (place, row) in enumerate(read_rows(alone.data.train or [], revision=alone.data.revision)):
+            is_taken = taken is None or at in taken
+            rows += is_taken
+            with contextlib.suppress(RowFault):  # counted where the row is tokenised
+                for value, name in labels_of(normalise_for(alone, row, place)[1]):
+                    seen.add(value)
+                    counts[value] += is_taken
+                    if name is not None:
+                        names.setdefault(value, set()).add(name)
     given: Sequence[str] | None = config.task.labels  # type: ignore[union-attr]
-    found = tuple(given) if given is not None else _ordered(counts, names)
+    where = "data.train" if config.data.mixture is None else "data.mixture"
+    found = tuple(given) if given is not None else _ordered(seen, names, where)
     if len(found) < 2:
         rule = (
             f"{len(found)} label{'s' * (len(found) != 1)} in all ({', '.join(found) or 'none'}): nothing to tell apart"
         )
-        raise RequestError.of("data.train", rule, "see data.columns: which column has the label?")
+        raise RequestError.of(where, rule, "see data.columns: which column has the label?")
     tallies = [0] * len(found)
     for value, count in counts.items():
         number = find_number(value, found)
@@ -89,12 +100,12 @@ def number_of(value: Any, labels: Sequence[str]) -> int:
     return number
 
 
-def _ordered(counts: Mapping[int | str, int], names: Mapping[int | str, set[str]]) -> tuple[str, ...]:
+def _ordered(counts: Iterable[int | str], names: Mapping[int | str, set[str]], where: str) -> tuple[str, ...]:
     kinds = {type(value) for value in counts}
     if kinds == {int, str}:
         examples = ", ".join(repr(next(value for value in counts if type(value) is kind)) for kind in (int, str))
         rule = f"some labels are numbers and some are text (such as {examples})"
-        raise RequestError.of("data.train", rule, "write all of them alike")
+        raise RequestError.of(where, rule, "write all of them alike")
     ordered = sorted(counts, key=lambda value: (value != OUTSIDE, value))
     if kinds == {int} and ordered == list(range(len(ordered))):
         texts = [names.get(value, set()) for value in ordered]

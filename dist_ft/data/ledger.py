@@ -25,6 +25,8 @@ class Ledger:
     rows_read = rows_kept + all dropped; tokens = tokens_in_samples + tokens_left_over.
     """
 
+    chosen: str = ""  # why only some rows of the source were read, see chosen.py
+    rows_of_source: int = 0  # then
     rows_read: int = 0
     rows_kept: int = 0
     dropped: dict[str, Tally] = field(default_factory=dict)  # by cause

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -49,39 +49,43 @@ class Loader:
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of `step` (from 1); on every rank the same number, some without targets."""
-        chosen = self.order.step(step)
-        draws = dict(zip(chosen.tolist(), self.order.draws(step).tolist(), strict=True))
-        dealt = deal(chosen, self.lengths, self.world, self.per_device)[self.rank]
-        return [_batch(self.table, self.samples, self.collate, micro, self.lengths, draws) for micro in dealt]
+        chosen, draws = self.order.step(step), self.order.draws(step)
+        dealt = deal(np.arange(len(chosen)), self.lengths[chosen], self.world, self.per_device)[self.rank]
+        pairs = [[(int(chosen[place]), int(draws[place])) for place in micro] for micro in dealt]
+        return [_batch(self.table, self.samples, self.collate, micro, self.lengths) for micro in pairs]
 
 
 def evaluation_batches(
-    table: TokenTable, samples: Samples, collate: Collate, *, rank: int, world: int, per_device: int
+    table: TokenTable,
+    samples: Samples,
+    collate: Collate,
+    *,
+    rank: int,
+    world: int,
+    per_device: int,
+    among: range | None = None,
 ) -> Iterator[Batch]:
-    """Micro-batches that hold every sample once over all ranks, on each rank the same number of them.
+    """Micro-batches that hold every sample (`among` those) once over all ranks, on each rank the same number of them.
 
     The longest samples come first: samples of like length together need little padding, and memory runs out at once
     or not at all.
     """
     lengths = samples.lengths
-    ordered = np.argsort(-lengths, kind="stable")
+    chosen = np.asarray(among if among is not None else range(len(lengths)), dtype=np.int64)
+    ordered = chosen[np.argsort(-lengths[chosen], kind="stable")]
     for first in range(0, len(ordered), world * per_device):
         (micro,) = deal(ordered[first : first + world * per_device], lengths, world, per_device)[rank]
-        yield _batch(table, samples, collate, micro, lengths)
+        yield _batch(table, samples, collate, [(index, 0) for index in micro], lengths)
 
 
 def _batch(
-    table: TokenTable,
-    samples: Samples,
-    collate: Collate,
-    micro: Sequence[int],
-    lengths: np.ndarray,
-    draws: Mapping[int, int] | None = None,
+    table: TokenTable, samples: Samples, collate: Collate, micro: Sequence[tuple[int, int]], lengths: np.ndarray
 ) -> Batch:
-    """Collate; a rank without samples takes the shortest one without its targets, to join in collectives."""
-    chosen = micro or [int(np.argmin(lengths))]
-    found = [[table.example(*segment) for segment in samples[sample]] for sample in chosen]
-    batch = collate(
-        [Sample(segments, index, (draws or {}).get(index, 0)) for segments, index in zip(found, chosen, strict=True)]
-    )
+    """Collate samples, each with how often it was seen before.
+
+    A rank without samples takes the shortest one without its targets, to join in collectives.
+    """
+    chosen = micro or [(int(np.argmin(lengths)), 0)]
+    found = [Sample([table.example(*segment) for segment in samples[i]], i, draw) for i, draw in chosen]
+    batch = collate(found)
     return batch if micro else batch.without_targets()

@@ -33,46 +33,55 @@ class Order:
         shuffle: a new permutation each epoch; else the order in which they are.
         global_batch_size: samples of a step.
         samples_total: where the stream ends, see `total_steps`.
+        sets: of which the samples are; see interleave.py for several.
     """
 
-    def __init__(self, samples: int, seed: int, shuffle: bool, global_batch_size: int, samples_total: int) -> None:
+    def __init__(
+        self, samples: int, seed: int, shuffle: bool, global_batch_size: int, samples_total: int, *, sets: int = 1
+    ) -> None:
         assert samples > 0, "there is nothing to order"
         self.samples = samples
         self.seed = seed
         self.shuffle = shuffle
         self.global_batch_size = global_batch_size
         self.samples_total = samples_total
+        self._permutation = lru_cache(maxsize=2 * sets)(permutation)  # a batch may take from two epochs of a set
+
+    def positions(self, step: int) -> np.ndarray:
+        """[up to global_batch_size] int64: where in the stream the samples of `step` stand, which counts from 1."""
+        first = (step - 1) * self.global_batch_size
+        return np.arange(first, min(first + self.global_batch_size, self.samples_total), dtype=np.int64)
 
     def step(self, step: int) -> np.ndarray:
-        """[up to global_batch_size] int64: the samples of `step`, which counts from 1."""
-        first = (step - 1) * self.global_batch_size
-        positions = np.arange(first, min(first + self.global_batch_size, self.samples_total), dtype=np.int64)
-        epochs, places = np.divmod(positions, self.samples)
+        """[up to global_batch_size] int64: the samples of `step`."""
+        return self.walk(self.samples, self.positions(step))
+
+    def draws(self, step: int) -> np.ndarray:
+        """[as many] int64: how often each of them was seen before, which is what depends on chance anew."""
+        return self.positions(step) // self.samples
+
+    def walk(self, samples: int, positions: np.ndarray, number: int = 0) -> np.ndarray:
+        """[n] int64: what stands at `positions` of the endless stream of a set's samples; `number` is the set's."""
+        epochs, places = np.divmod(positions, samples)
         if not self.shuffle:
             return places
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            chosen[here] = permutation(self.samples, self.seed, epoch)[places[here]]
+            chosen[here] = self._permutation(samples, self.seed, epoch, number)[places[here]]
         return chosen
-
-    def draws(self, step: int) -> np.ndarray:
-        """[as many] int64: how often each of them was seen before, which is what depends on chance anew."""
-        first = (step - 1) * self.global_batch_size
-        return np.arange(first, min(first + self.global_batch_size, self.samples_total), dtype=np.int64) // self.samples
 
     def epoch_at(self, step: int) -> float:
         """Epochs that are done after `step`."""
         return min(step * self.global_batch_size, self.samples_total) / self.samples
 
 
-@lru_cache(maxsize=2)  # a batch may take from two epochs
-def permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    """[samples] int64: a permutation keyed by (seed, epoch).
+def permutation(samples: int, seed: int, epoch: int, number: int = 0) -> np.ndarray:
+    """[samples] int64: a permutation keyed by (seed, epoch, number of the set).
 
     Sorted random words of Philox, the stream of which NumPy guarantees, unlike its own `permutation`.
     """
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    key = np.array([seed % 2**64, number << 40 | epoch], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(samples), kind="stable")
 
 

@@ -14,20 +14,20 @@ from typing import Any, TextIO
 
 from ..errors import RequestError
 from ..schema import RunConfig
-from ..state import Example, Facts, Task
-from .cache import SplitName, require_room
+from ..state import ORIGIN, Example, Facts, Task
+from .cache import require_room
+from .chosen import choose, read_split
 from .faults import EMPTY_TEXT, RowFault
 from .formats import normalise_for
 from .ledger import TOO_LONG, Ledger, too_long
 from .pack import Samples, cut_blocks, in_groups, pack_best_fit, pack_in_order
-from .rows import read_rows
 from .sources import HubSet, resolve
+from .splits import SplitName
 from .table import TableWriter, TokenTable
 
 LEDGER = "ledger.json"
 ROWS = "rows.jsonl"  # what metrics need of each row as it was, see state.Layout.kept
 
-ORIGIN = "origin"  # row column: which line of ROWS the sequence was made from
 TEXT_TASKS = ("causal_lm", "masked_lm")  # of these, rows without text are left out
 
 _REPORT_EVERY_S = 5.0
@@ -46,7 +46,7 @@ def build_split(
         RequestError: rows that are wrong, by cause and with places; or none is left.
         MachineError: there is no room for the table.
     """
-    require_room(folder, _needed_bytes(getattr(config.data, split)))
+    require_room(folder, _needed_bytes(config.data.sources(split) or []))
     ledger, layout = Ledger(), task.layout
     with TableWriter(folder, layout.columns, layout.row_columns) as writer:
         kept = (folder / ROWS).open("w", encoding="utf-8") if layout.kept and split != "train" else None
@@ -121,7 +121,7 @@ def limit_length(
 
 def _write_rows(
     config: RunConfig,
-    split: str,
+    split: SplitName,
     task: Task,
     encoder: Encoder,
     writer: TableWriter,
@@ -131,7 +131,10 @@ def _write_rows(
 ) -> None:
     drops = getattr(config.task, "unsupervised", "error") == "drop"
     told = time.monotonic()
-    for place, row in read_rows(getattr(config.data, split), revision=config.data.revision):
+    chosen = choose(config, split)
+    if chosen is not None:
+        ledger.chosen, ledger.rows_of_source = chosen.told, chosen.of
+    for place, row in read_split(config, split, chosen):
         ledger.rows_read += 1
         try:
             name, canonical, sequences = encode_row(config, task, encoder, row, place)

@@ -147,6 +147,12 @@ class TokenTable:
         columns = {name: np.concatenate([np.asarray(row[name], dtype=np.int32) for row in rows]) for name in rows[0]}
         return cls(columns, np.cumsum([0, *lengths], dtype=np.int64))
 
+    def with_row_values(self, name: str, values: np.ndarray) -> TokenTable:
+        """The same table with a further row column of one value, of any kind, a row: `values` [rows]."""
+        assert len(values) == len(self)
+        added = {name: (values, np.arange(len(self) + 1, dtype=np.int64))}
+        return TokenTable(self.columns, self.offsets, {**self.row_columns, **added})
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -29,7 +29,8 @@ class ThroughPeft:
 TASK_TYPES = {  # by the ending of the model's class; peft gives each a wrapper of its own
     "ForSequenceClassification": peft.TaskType.SEQ_CLS,
     "ForTokenClassification": peft.TaskType.TOKEN_CLS,
-    "ForQuestionAnswering": peft.TaskType.QUESTION_ANS,
+    # peft 0.21's wrapper for QUESTION_ANS takes token_type_ids and does not hand them on; this one hands on everything.
+    "ForQuestionAnswering": peft.TaskType.FEATURE_EXTRACTION,
     "ForConditionalGeneration": peft.TaskType.SEQ_2_SEQ_LM,
     "EncoderDecoderModel": peft.TaskType.SEQ_2_SEQ_LM,
     "ForMaskedLM": peft.TaskType.FEATURE_EXTRACTION,

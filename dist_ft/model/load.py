@@ -90,10 +90,40 @@ def auto_class(architecture: Architecture) -> Any:
     return getattr(transformers, architecture.auto_class)
 
 
+def open_pretrained(config: ModelConfig, folder: str, architecture: Architecture, /, **options: Any) -> Any:
+    """What transformers' `from_pretrained` gives, also where its classes call a base by two names.
+
+    Weights are saved again under the names of the class that they were loaded into.
+    """
+    renamed = rename_base(config, folder, architecture)
+    found = auto_class(architecture).from_pretrained(folder, **options, **({"key_mapping": renamed} if renamed else {}))
+    if renamed:
+        (found[0] if isinstance(found, tuple) else found)._weight_conversions = None  # else saving renames them back
+    return found
+
+
+def rename_base(config: ModelConfig, folder: str, architecture: Architecture) -> dict[str, str]:
+    """The `key_mapping` of `from_pretrained` that a new head needs over a folder of another class; mostly none.
+
+    Decoders of transformers call their base `model`, and `transformer` in their form for questions (5.23): without
+    this that form begins with random weights over a folder of a language model.
+    """
+    if not architecture.new_head:
+        return {}
+    own = load_config(config, folder).architectures or ("",)
+    before = getattr(getattr(transformers, own[0], None), "base_model_prefix", "")
+    after = _model_class(config, folder, architecture).base_model_prefix
+    if not before or before == after or own[0].endswith("Model"):
+        return {}
+    return {rf"^{before}\.": f"{after}."}
+
+
 def _read(config: ModelConfig, folder: str, architecture: Architecture, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        model, report = auto_class(architecture).from_pretrained(
+        model, report = open_pretrained(
+            config,
             folder,
+            architecture,
             revision=config.revision,
             use_safetensors=True,
             output_loading_info=True,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Routing:
         self.seen: dict[int, Any] | None = None  # the layers' outputs while a forward is watched
         self.shares: Tensor | None = None  # f of the global batch: [layers, experts]
         self.tokens = 0.0  # N of the global batch
-        self.supervised = 0.0
+        self.weight = 0.0  # what the engine divides the global batch's loss by
         self.alone = True  # one micro-batch a rank and step
         self.clear()
         for i, mixture in enumerate(self.mixtures):
@@ -86,8 +86,8 @@ class Routing:
     def survey(self, micros: list[Batch], engine: Engine, loss: LossFn, beat: Beat) -> list[Batch]:
         """Get ready for a step of these micro-batches; gives them back. Every rank takes part."""
         self.clear()
-        sums = torch.tensor([[m.tokens, m.supervised] for m in micros], dtype=torch.float64).sum(dim=0)
-        self.tokens, self.supervised = comm.total(sums).tolist()
+        sums = torch.tensor([[m.tokens, m.loss_weight] for m in micros], dtype=torch.float64).sum(dim=0)
+        self.tokens, self.weight = comm.total(sums).tolist()
         self.shares, self.alone = None, len(micros) == 1
         if self.aux_loss_coef and not self.alone:
             counts = torch.zeros_like(self.counts)
@@ -107,7 +107,7 @@ class Routing:
         """`loss` of the micro-batch, whose gradient is also that of the routers' losses.
 
         Its value stays the task's, so that curves with and without balancing can be compared; the routers' losses
-        are metrics of their own. The engine divides by the supervised tokens, hence their number as a factor.
+        are metrics of their own. The engine divides by the weight of the global batch, hence that as a factor.
         """
         result, outputs = self._watch(model, batch, loss)
         counts = self._counts(outputs)
@@ -117,8 +117,8 @@ class Routing:
         extra = self._extra(outputs)
         if not (self.aux_loss_coef or self.z_loss_coef):
             return result
-        extra = extra * self.supervised
-        return LossSum(result.loss + (extra - extra.detach()), result.weight, result.counts)
+        extra = extra * self.weight
+        return replace(result, loss=result.loss + (extra - extra.detach()))
 
     def describe(self) -> str:
         """What is watched, and the losses' coefficients."""

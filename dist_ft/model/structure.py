@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import RequestError
+
 
 class Packed(NamedTuple):
     """What a parameter of packed bits stands for; modules with such parameters have them by name in `packed`."""
@@ -53,8 +55,14 @@ def find_task_head(model: Any) -> list[str]:
     """Modules, by name, that stand outside a model's base: what a task puts on it. A pooler is among them.
 
     The pooler of a BERT is trained for its own pre-training task, and not at all in many folders.
+
+    Raises:
+        RequestError: the model does not tell its base from what stands on it.
     """
     prefix = model.base_model_prefix
+    if not hasattr(model, prefix):  # T5's form for questions
+        rule = f"{type(model).__name__} has no base model apart from its head"
+        raise RequestError.of("model.name_or_path", rule, "name an encoder, a decoder, or BART")
     heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
     poolers = [f"{prefix}.{name}" for name, _ in getattr(model, prefix).named_children() if name == "pooler"]
     return [*poolers, *heads]

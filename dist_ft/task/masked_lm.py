@@ -185,5 +185,5 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 def _loss(logits: Tensor, batch: Batch) -> LossSum:
     from torch.nn import functional
 
-    loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
-    return LossSum(loss, loss.new_tensor(float(batch.supervised)))
+    losses = functional.cross_entropy(logits, batch.targets, reduction="none")
+    return LossSum(losses.sum(), losses.new_tensor(float(batch.supervised)), losses=losses.detach())

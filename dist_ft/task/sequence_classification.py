@@ -168,6 +168,7 @@ class SequenceClassification:
         return logits.float()[batch.positions]
 
     def _loss(self, logits: Tensor, batch: Batch) -> LossSum:
+        import torch
         from torch.nn import functional
 
         weights = self.class_weights()
@@ -175,9 +176,11 @@ class SequenceClassification:
         if self.config.multi_label:
             smoothing = self.config.label_smoothing
             targets = batch.targets * (1 - smoothing) + smoothing / 2
-            loss = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="sum")
+            every = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+            losses, shares = every.sum(dim=1), torch.full_like(every[:, 0], every.shape[1])
         else:
-            loss = functional.cross_entropy(
-                logits, batch.targets, weights, reduction="sum", label_smoothing=self.config.label_smoothing
+            losses = functional.cross_entropy(
+                logits, batch.targets, weights, reduction="none", label_smoothing=self.config.label_smoothing
             )
-        return LossSum(loss, loss.new_tensor(batch.loss_weight))
+            shares = torch.ones_like(losses) if weights is None else weights[batch.targets]
+        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses.detach(), weights=shares)

@@ -189,5 +189,5 @@ class TokenClassification:
         from torch.nn import functional
 
         smoothing = self.config.label_smoothing
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=smoothing)
-        return LossSum(loss, loss.new_tensor(batch.loss_weight))
+        losses = functional.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
+        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses.detach())

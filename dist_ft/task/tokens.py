@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,16 @@ def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
         "exact_rows": ((hits == targets) & (targets > 0)).sum(),
         "rows": (targets > 0).sum(),
     }
-    return LossSum(result.loss, result.weight, counts)
+    return replace(result, counts=counts)
+
+
+def sum_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    """[documents] float64: the sum of each document's targets' log-probabilities.
+
+    In float64, as preference losses take differences of sums that are large beside them.
+    """
+    losses = functional.cross_entropy(_logits(model, batch).float(), batch.targets, reduction="none").double()
+    return -losses.new_zeros(len(batch.samples)).index_add(0, batch.documents, losses)
 
 
 def metrics_of(totals: LossSum, *, exact: bool) -> Metrics:
@@ -116,5 +126,6 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _loss(logits: Tensor, batch: Batch) -> LossSum:
-    loss = functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
-    return LossSum(loss, torch.tensor(float(batch.supervised), device=loss.device))
+    losses = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+    weight = torch.tensor(float(batch.supervised), device=losses.device)
+    return LossSum(losses.sum(), weight, losses=losses.detach())

@@ -69,6 +69,20 @@ def make_rows(path: Path, count: int = 37) -> list[dict[str, Any]]:
     return rows
 
 
+def make_questions(path: Path, count: int = 11) -> None:
+    """Contexts of one to four pieces; the answer, of one or two words, stands behind the word that is asked for."""
+    dice = random.Random(5)
+    rows = []
+    for _ in range(count):
+        words = dice.choices(WORDS[8:], k=dice.randint(4, 40))
+        cue, at = dice.choice(WORDS[:8]), dice.randrange(len(words) - 2)
+        answer = " ".join(words[at : at + dice.randint(1, 2)])
+        start = len(" ".join([*words[:at], cue, ""]))
+        context = " ".join([*words[:at], cue, *words[at:]])
+        rows.append({"question": cue, "context": context, "answers": {"text": [answer], "answer_start": [start]}})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def config_of(folder: Path, model: str, data: Path, engine: str, world: int, **changes: Any) -> dict[str, Any]:
     """A run over labelled rows; `changes` are whole groups."""
     given: dict[str, Any] = {

@@ -43,22 +43,38 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → class, whose 
 TEXTS = [f"w{i} w{i + 1} w{2 * i} w{i % 7}" for i in range(ROWS)]
 LABELLED = [{"text": text, "label": ("neg", "pos")[i % 2]} for i, text in enumerate(TEXTS)]
 CHAT = [{"messages": [{"role": role, "content": text * 8} for role in ("user", "assistant") * 2]} for text in TEXTS]
+PAIRS = [
+    {"chosen": row["messages"], "rejected": [*row["messages"][:3], {"role": "assistant", "content": "No."}]}
+    for row in CHAT
+]
+ASKED = [
+    {"context": " ".join([text] * 100), "question": "w1", "answers": {"text": [text[:5]], "answer_start": [0]}}
+    for text in TEXTS
+]
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {  # experiment → model, rows
     "sentiment_distilbert": ("distilbert", LABELLED),
     "sentiment_bert": ("bert", [{"sentence": row["text"], "label": row["label"]} for row in LABELLED]),
     "sentiment_gpt2": ("gpt2", LABELLED),
     "topics_bert_lora": ("bert", LABELLED),
     "ner_bert": ("bert", [{"tokens": text.split(), "ner_tags": ["O", "B-PER", "I-PER", "O"]} for text in TEXTS]),
+    "qa_distilbert": ("distilbert", ASKED),
     "wikitext_mlm": ("roberta", [{"text": text * 40} for text in TEXTS]),
     "wikitext_cpt": ("llama", [{"text": "Words about support. " * 400} for _ in TEXTS]),
     "summarize_t5": ("t5", [{"article": text, "highlights": text[:5]} for text in TEXTS]),
     "concepts_t5": ("t5", [{"concepts": text.split(), "target": text} for text in TEXTS]),
     "quotes_opt_int8": ("opt", [{"quote": text, "author": "w1", "tags": []} for text in TEXTS]),
     "dolly_lora": ("llama", [{"instruction": text, "context": "", "response": text} for text in TEXTS]),
+    "multitask_instructions": (
+        "llama",
+        [{"instruction": t, "context": "", "response": t, "question": t, "answer": t} for t in TEXTS],
+    ),
     "chat_lora": ("llama", CHAT),
     "quickstart": ("llama", CHAT),
+    "dpo_lora": ("llama", PAIRS),
+    "reward_modeling": ("llama", PAIRS),
     "zero3_full": ("llama", CHAT),
 }
+MIXTURES = {"multitask_instructions": ("dolly", "gsm8k")}  # the names of their sets
 
 
 def test_every_experiment_has_a_case() -> None:
@@ -79,12 +95,14 @@ def words_of(experiment: str, folder: Path, models: dict[str, str]) -> list[str]
     model, rows = CASES[experiment]
     data = folder / f"{experiment}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sources = [f"data.train={data}", f"data.validation={data}", "data.test=null"]
+    if experiment in MIXTURES:
+        keys = [f"{name}.{split}" for name in MIXTURES[experiment] for split in ("train", "validation")]
+        sources = [f"data.mixture.{key}={data}" for key in keys]
     words = [
         f"experiment={experiment}",
         f"model.name_or_path={models[model]}",
-        f"data.train={data}",
-        f"data.validation={data}",
-        "data.test=null",
+        *sources,
         f"data.cache_dir={folder}/cache",
         f"output_dir={folder}/{experiment}",
         "track=off",

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
-from tests.dist.heads import LABELS, SHAPES, config_of, make_model, make_rows
+from tests.dist.heads import LABELS, SHAPES, config_of, make_model, make_questions, make_rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -48,13 +49,20 @@ def grid() -> list[tuple[str, str, str, int]]:
     return found
 
 
-GRID = grid()
+QUESTIONS = {"name": "question_answering", "max_length": 24, "doc_stride": 6, "n_best": 3}
+ASKED = [
+    ("questions", method, engine, world)
+    for method in ("full", "lora")
+    for engine, world in (("ddp", 2), ("fsdp", 2), ("zero3", 2), ("ddp", 1))
+]
+GRID = [*grid(), *ASKED]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
     make_rows(path)
+    make_questions(path.with_name("questions.jsonl"))
     return path
 
 
@@ -73,7 +81,10 @@ def runs(shapes: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFa
             shape, method, engine, wanted = key
             if wanted == world:
                 folders[key] = top / f"{shape}-{method}-{engine}"
-                config = config_of(folders[key], shapes[shape], data, engine, world, method=METHODS[method])
+                asked = shape == "questions"
+                rows, model = (data.with_name("questions.jsonl"), "bert") if asked else (data, shape)
+                changes = {"method": METHODS[method], **({"task": QUESTIONS} if asked else {})}
+                config = config_of(folders[key], shapes[model], rows, engine, world, **changes)
                 cases.append({"config": config, "export": engine in ("ddp", "zero3")})
         spawn(world, "tests.dist.cases:run_cases", cases, timeout_s=800)
     return folders
@@ -88,7 +99,7 @@ def evaluations(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines if "eval/loss" in line]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "questions"])
 def test_one_curve_and_one_score_for_all_engines_and_sizes(shape: str, runs: dict[tuple, Path]) -> None:
     for method in METHODS:
         same = {key: run for key, run in runs.items() if key[:2] == (shape, method)}
@@ -112,6 +123,22 @@ def test_the_export_names_the_labels_and_gives_the_trained_head(
         assert [model.config.id2label[i] for i in range(3)] == LABELS
         settings = json.loads((runs[shape, "lora", "zero3", 2] / "model" / "adapter_config.json").read_text())
         assert settings["task_type"] == "SEQ_CLS" and settings["modules_to_save"]
+
+
+def test_the_export_of_questions_has_the_trained_head(runs: dict[tuple, Path], shapes: dict[str, str]) -> None:
+    """As transformers and peft open it: the very weights that the engines held at the end."""
+    for method, engine in (("full", "ddp"), ("full", "zero3"), ("lora", "ddp"), ("lora", "zero3")):
+        run_dir = runs["questions", method, engine, 2]
+        model = AutoModelForQuestionAnswering.from_pretrained(
+            shapes["bert"] if method == "lora" else run_dir / "model", num_labels=2
+        )
+        if method == "lora":
+            model = peft.PeftModel.from_pretrained(model, run_dir / "model")
+        found, held = model.state_dict(), torch.load(run_dir / "weights.pt", weights_only=True)
+        heads = [name for name in held if "qa_outputs" in name]
+        assert len(heads) == 2 and len(held) > 10
+        for name, tensor in held.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=f"{method} {engine} {name}")
 
 
 @pytest.mark.parametrize("shape", ["bert", "gpt2"])

@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dist_ft.card import load_lines, load_lines_as_trained, load_lines_bitsandbytes, render_card
+from dist_ft.data.opened import Split
 from dist_ft.method.lora import Lora
 from dist_ft.model.quantize import quantize
 from dist_ft.plan import Plan
@@ -48,7 +49,7 @@ def make_plan(method: dict[str, Any], quantization: str | None = None) -> Plan:
 
 
 def make_card(method: dict[str, Any], quantization: str | None = None, **options: Any) -> str:
-    split = SimpleNamespace(table="/somewhere/data/0123abcd", ledger=LEDGER)
+    split = Split("/somewhere/data/0123abcd", "/somewhere/data/0123abcd", LEDGER)
     prepared: Any = SimpleNamespace(model_dir="/somewhere/m", train=split, validation=None, test=None, facts=Facts())
     before, after = {"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.0}, {"step": 60, "eval/loss": 1.23456}
     return render_card(make_plan(method, quantization), prepared, before, after, **options)

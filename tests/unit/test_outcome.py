@@ -152,6 +152,23 @@ def test_evaluation_of_base_and_tuned_is_that_of_a_loop_by_hand(
     assert f"{written['export']['loss']:.4f}" in shown and f"{written['base']['loss']:.4f}" in shown
 
 
+def test_what_was_forgotten_is_that_of_a_loop_by_hand(
+    lora_run: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "The screen is black and the invoice is wrong. " * 40
+    (tmp_path / "general.txt").write_text(text)
+    evaluate.main([str(lora_run / "run.yaml"), f"general={tmp_path / 'general.txt'}"])
+    written = json.loads((lora_run / "eval-validation.json").read_text())["general"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    ids = torch.tensor(tokenizer(text.strip())["input_ids"] + [tokenizer.eos_token_id])
+    models = {"base": AutoModelForCausalLM.from_pretrained(tiny_llama), "export": by_hand(lora_run, tiny_llama)}
+    for which, model in models.items():
+        sums = [(float(model(b[None], labels=b[None]).loss) * (len(b) - 1), len(b) - 1) for b in ids.split(128)]
+        loss = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+        assert written[which]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert "nats a token" in capsys.readouterr().out
+
+
 def test_one_prompt_is_answered_as_transformers_does(
     lora_run: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,9 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_ft.data import cache
@@ -84,6 +86,34 @@ def test_rows_become_a_table_once(make_config: Any, tiny_tokenizer: Path) -> Non
     assert tokenizer.decode(supervised) == "Hold the button.<|im_end|>" * 2
     modified = Path(prepared.train.table).stat().st_mtime_ns
     assert prepare(config) == prepared and Path(prepared.train.table).stat().st_mtime_ns == modified
+
+
+def test_pairs_stay_together(make_config: Any) -> None:
+    """Overlong ones are dropped whole, equal and empty ones counted; the reference stands beside each sequence."""
+    pairs = [
+        {"prompt": CHAT[:1], "chosen": "No.", "rejected": "No. " * 90},
+        {"prompt": CHAT[:1], "chosen": "按住按钮。", "rejected": "اضغط"},
+        {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]},
+        {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": []},
+        {"prompt": CHAT[:1], "chosen": "Hold it.", "rejected": "Hold on."},
+    ]
+    task = {"name": "preference", "max_length": 64}
+    rules = [found.rule for found in caught_by(make_config(pairs, task=task))]
+    assert "1 row longer than task.max_length=64" in rules[0]
+    assert "chosen and rejected are the same" in rules[1] and "there is no assistant turn" in rules[1]
+    split = prepare(make_config(pairs, task={**task, "overlong": "drop", "unsupervised": "drop"})).train
+    assert [split.ledger[key] for key in ("rows_read", "rows_kept", "samples")] == [5, 2, 2]
+    assert [len(split.open_samples()[i]) for i in range(2)] == [2, 2] and len(split.open_table()) == 4
+    table = replace(split, reference=np.array([[-1.0, -2.0], [-3.0, -4.0]])).open_table()
+    assert [table.example(row)["reference"].tolist() for row in range(4)] == [[-1.0], [-2.0], [-3.0], [-4.0]]
+    cut = prepare(make_config(pairs[:1], task={**task, "overlong": "truncate"})).train
+    assert max(cut.open_table().lengths) == 64 and cut.ledger["truncated"]["rows"] == 1
+
+
+def caught_by(config: RunConfig) -> Any:
+    with pytest.raises(RequestError) as caught:
+        prepare(config)
+    return caught.value.problems
 
 
 def test_what_shapes_the_tokens_is_in_the_key_and_nothing_else(make_config: Any, tmp_path: Path) -> None:

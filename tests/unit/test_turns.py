@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from dist_ft.errors import RequestError
-from dist_ft.schema_task import CausalLMConfig, InstructionConfig
-from dist_ft.turns import Question, find_end_token, question_of
+from dist_ft.launch.compose import compose
+from dist_ft.schema_task import CausalLMConfig, InstructionConfig, PreferenceConfig
+from dist_ft.turns import Question, find_end_token, question_of, speaks_chat
 
 TASK = InstructionConfig(name="instruction")
 
@@ -43,6 +46,16 @@ def test_the_end_is_the_template_s_end_of_turn(tiny_tokenizer: Path) -> None:
     assert find_end_token(None, TASK) is None
 
 
+def test_pairs_of_messages_are_asked_in_chat_and_pairs_of_text_are_not(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    assert find_end_token(tokenizer, PreferenceConfig(name="preference")) == 2
+    rows = tmp_path / "rows.jsonl"
+    for prompt, wanted in (("p", False), ([{"role": "user", "content": "p"}], True)):
+        rows.write_text(json.dumps({"prompt": prompt, "chosen": "a", "rejected": "b"}), encoding="utf-8")
+        config: Any = compose(["task=preference", "data=jsonl", f"data.train={rows}"]).config
+        assert speaks_chat(config, tokenizer, ["pairs"]) is wanted
+
+
 def test_rows_as_questions() -> None:
     said = [
         {"role": "user", "content": "one"},
@@ -55,6 +68,9 @@ def test_rows_as_questions() -> None:
     open_ended = question_of({"messages": said[:1]}, "x")
     assert (open_ended.text, open_ended.answer) == ("one", None)
     assert question_of({"prompt": "p", "completion": "c"}, "x") == Question(None, "p", "c")
+    assert question_of({"prompt": "p", "chosen": "c", "rejected": "d"}, "x") == Question(None, "p", "c")
+    pair = question_of({"prompt": said[:3], "chosen": said[3:], "rejected": said[1:2]}, "x")
+    assert (list(pair.messages or []), pair.text, pair.answer) == (said[:3], "three", "four")
     assert question_of({"text": "a b c d"}, "x") == Question(None, "a b", "c d")
     with pytest.raises(RequestError, match="row of tokens"):
         question_of({"input_ids": [1], "labels": [1]}, "x")

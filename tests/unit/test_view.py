@@ -13,6 +13,7 @@ from rich.console import Console
 from dist_ft import view
 from dist_ft.plan import make_plan, write_plan
 from dist_ft.schema import RunConfig
+from dist_ft.state import Facts
 
 CHAT = [{"role": "user", "content": "Is [bold] it on?"}, {"role": "assistant", "content": "It is."}]
 
@@ -70,3 +71,7 @@ def test_a_split_that_is_not_set_is_refused(run_file: Path, capsys: pytest.Captu
 
 def test_tokens_without_a_tokenizer_are_numbers() -> None:
     assert view.render_tokens(None, [1, 2, 3], [-100, 2, 3], marked=True).plain == "1 [[2 3 ]]"
+
+
+def test_of_a_sequence_without_labels_the_length_is_told() -> None:
+    assert view.describe_sequence({"input_ids": [1, 2, 3]}, Facts()) == "3 tokens"

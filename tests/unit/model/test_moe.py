@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,28 @@ def test_gradients_of_the_balance_loss_are_those_of_the_whole_batch(padded: bool
     assert told["moe/aux_loss"] == pytest.approx(balance.item(), rel=1e-5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_balance_does_not_depend_on_what_the_task_weighs() -> None:
+    """The engine divides by the batch's weight, which of pairs, say, is not the number of targets."""
+    rows = [np.arange(1, 8), np.arange(20, 31)]
+    gradients = []
+    for weight in (None, 2.0):
+        model = build("olmoe")
+        routing = Routing(model, 0.7, 0.3, "train", per_layer=False)
+        segments = [[{"input_ids": row, "labels": row}] for row in rows]
+        micros = [replace(collate_padded(samples_of([segment])), weight=weight) for segment in segments]
+
+        def nothing(model: nn.Module, batch: Batch) -> LossSum:
+            found = sum_losses(model, batch)
+            return LossSum(found.loss * 0, torch.tensor(batch.loss_weight))
+
+        routing.survey(micros, Alone(model), nothing, lambda phase: None)  # type: ignore[arg-type]
+        for micro in micros:
+            (routing.loss(model, micro, nothing).loss / sum(m.loss_weight for m in micros)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any(gradient.any() for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients)
 
 
 def test_metrics_tell_dead_experts_and_load() -> None:

@@ -1,0 +1,144 @@
+"""k rows of each label, and folds: each row held out once, labels alike, the same for one seed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.model_selection import KFold, StratifiedKFold
+
+from dist_ft.data.cache import split_folder
+from dist_ft.data.chosen import choose, read_split
+from dist_ft.errors import RequestError
+from dist_ft.inspection import ledger_tables
+from dist_ft.prepare import prepare
+from dist_ft.schema import RunConfig
+
+LABELS = ["good", "bad", "good", "fair", "good", "bad", "fair", "good", "bad", "good", "fair", "good"] * 3
+ROWS: list[dict[str, Any]] = [{"text": f"text {n}", "label": label} for n, label in enumerate(LABELS)]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_llama: Path) -> Any:
+    def config_of(data: dict[str, Any], rows: list[dict[str, Any]] = ROWS, **changes: Any) -> RunConfig:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        content: dict[str, Any] = {
+            "run_name": "t",
+            "output_dir": str(tmp_path / "run"),
+            "model": {"name_or_path": str(tiny_llama)},
+            "task": {"name": "sequence_classification", "max_length": 32},
+            "data": {"train": str(path), "cache_dir": str(tmp_path / "cache"), **data},
+            "method": {"name": "full"},
+            "engine": {"name": "ddp"},
+            "optim": {},
+            "train": {"global_batch_size": 2, "per_device_train_batch_size": 2},
+            "track": {},
+            "launch": {"name": "local", "workers_per_node": 1},
+        }
+        for group, keys in changes.items():
+            content[group] = {**content[group], **keys}
+        return RunConfig.model_validate(content)
+
+    return config_of
+
+
+def numbers(config: RunConfig, split: Any) -> list[int]:
+    return [int(row["text"].split()[1]) for _, row in read_split(config, split)]
+
+
+def test_k_shot_takes_as_many_of_each_label_in_the_order_of_the_file(make: Any) -> None:
+    config = make({"k_shot": 4, "validation": "rows"})
+    taken = numbers(config, "train")
+    assert Counter(LABELS[n] for n in taken) == {"good": 4, "bad": 4, "fair": 4}
+    assert taken == sorted(taken)
+    assert numbers(make({"k_shot": 4, "subset_seed": 0}), "train") == taken  # train.seed is 0
+    others = {tuple(numbers(make({"k_shot": 4, "subset_seed": seed}), "train")) for seed in range(1, 6)}
+    assert len(others) == 5 and tuple(taken) not in others
+    assert numbers(make({"k_shot": 4}, train={"seed": 3}), "train") == numbers(
+        make({"k_shot": 4, "subset_seed": 3}), "train"
+    )
+    assert choose(config, "validation") is None and choose(make({}), "train") is None
+
+
+def test_more_shots_keep_those_of_fewer(make: Any) -> None:
+    """So that a learning curve over k grows by rows and does not begin anew."""
+    few, more = (set(numbers(make({"k_shot": k}), "train")) for k in (2, 5))
+    assert few < more
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds_hold_every_row_out_once_with_labels_alike(make: Any, folds: int) -> None:
+    held = []
+    for fold in range(folds):
+        config = make({"folds": folds, "fold": fold, "subset_seed": 7})
+        train, validation = numbers(config, "train"), numbers(config, "validation")
+        assert sorted(train + validation) == list(range(36))
+        counts = Counter(LABELS[n] for n in validation)
+        for label, whole in Counter(LABELS).items():
+            assert abs(counts[label] - whole / folds) < 1
+        oracle = list(StratifiedKFold(folds, shuffle=True, random_state=7).split(np.zeros(36), LABELS))[fold]
+        assert (train, validation) == (oracle[0].tolist(), oracle[1].tolist())
+        held += validation
+    assert sorted(held) == list(range(36))
+
+
+def test_folds_of_a_task_without_labels_are_plain_ones(make: Any) -> None:
+    rows = [{"text": f"text {n}"} for n in range(10)]
+    config = make({"folds": 3}, rows, task={"name": "masked_lm"})
+    oracle = next(iter(KFold(3, shuffle=True, random_state=0).split(np.zeros(10))))
+    assert numbers(config, "train") == oracle[0].tolist() and numbers(config, "validation") == oracle[1].tolist()
+
+
+def test_shots_are_drawn_from_what_a_fold_leaves(make: Any) -> None:
+    config = make({"folds": 3, "fold": 1, "k_shot": 2})
+    train, validation = numbers(config, "train"), numbers(config, "validation")
+    assert Counter(LABELS[n] for n in train) == {"good": 2, "bad": 2, "fair": 2}
+    assert not set(train) & set(validation)
+    assert validation == numbers(make({"folds": 3, "fold": 1}), "validation")
+
+
+def test_the_run_learns_from_what_was_taken_and_says_so(make: Any) -> None:
+    config = make({"k_shot": 2, "folds": 4})
+    prepared = prepare(config)
+    assert prepared.validation is not None
+    assert prepared.train.ledger["rows_read"] == 6 and prepared.validation.ledger["rows_read"] == 9
+    assert prepared.train.ledger["rows_of_source"] == 36
+    assert prepared.train.ledger["chosen"] == "are not of fold 0 of 4, 2 of each label; seed 0"
+    assert prepared.validation.ledger["chosen"] == "are fold 0 of 4; seed 0"
+    assert prepared.facts.labels == ("bad", "fair", "good") and prepared.facts.label_counts == (2, 2, 2)
+    assert prepared.facts.rows == 6
+    (table,) = ledger_tables(config, prepared.train, "train")
+    assert "36" in list(table.columns[1].cells)
+    folders = {
+        split_folder(make(data), "train")
+        for data in ({}, {"k_shot": 2}, {"k_shot": 3}, {"folds": 4}, {"folds": 4, "fold": 1}, {"folds": 5})
+    }
+    assert len(folders | {split_folder(make({"k_shot": 2, "subset_seed": 9}), "train")}) == 7
+    assert split_folder(make({"k_shot": 2, "subset_seed": 0}), "train") in folders
+
+
+def test_a_label_that_only_a_held_out_row_has_keeps_its_number(make: Any) -> None:
+    rows = [*ROWS, {"text": "text 36", "label": "odd"}]
+    with_it = next(f for f in range(3) if 36 in numbers(make({"folds": 3, "fold": f}, rows), "validation"))
+    facts = prepare(make({"folds": 3, "fold": with_it}, rows)).facts
+    assert facts.labels == ("bad", "fair", "good", "odd") and facts.label_counts[3] == 0
+
+
+def test_rows_without_a_label_are_no_shots(make: Any) -> None:
+    rows = [*ROWS, {"text": "text 36", "label": None}, {"text": "text 37", "label": -1}]
+    assert max(numbers(make({"k_shot": 6}, rows), "train")) < 36
+
+
+def test_too_few_rows_are_told(make: Any) -> None:
+    with pytest.raises(
+        RequestError, match=r"not every label has 10 rows to learn from: bad has 9, fair has 9"
+    ) as found:
+        numbers(make({"k_shot": 10}), "train")
+    assert "at most 9" in found.value.problems[0].way_out
+    with pytest.raises(RequestError, match="cannot be dealt in 40 folds"):
+        numbers(make({"folds": 40}), "validation")

@@ -1,0 +1,84 @@
+"""Templates make a row's columns into texts, and name what a row lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dist_ft.data.faults import RowFault
+from dist_ft.data.fill import fill, template_problems
+
+ROW = {
+    "en": "Good day",
+    "id": 7,
+    "translation": {"sv": "God dag", "n": 1.5},
+    "a.b": "dotted",
+    "tags": ["x"],
+    "no": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Translate: {en}", "Translate: Good day"),
+        ("{en} {{id}} is {id}", "Good day {id} is 7"),
+        ("{translation.sv}!", "God dag!"),
+        ("{a.b}", "dotted"),
+        ("{id}", 7),  # alone: the value as it is
+        ("{tags}", ["x"]),
+        ("{no}", None),
+        ("always", "always"),
+        ("", ""),
+    ],
+)
+def test_columns_are_put_in(text: str, expected: Any) -> None:
+    assert fill({"prompt": text}, {}, ROW) == {"prompt": expected}
+
+
+def test_only_what_is_named_is_left() -> None:
+    assert fill({"text": "{en}."}, {"label": "id"}, ROW) == {"text": "Good day.", "label": 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("Say {fr}", "no column fr, which the template names (it has en, id,"),
+        ("{fr}", "no column fr"),
+        ("{translation.fr}", "no column translation.fr"),
+        ("{en.sv}", "no column en.sv"),
+        ("Say {no}", "its no, which the template names, is null"),
+        ("Say {tags}", "its tags, which the template names, is a list"),
+    ],
+)
+def test_what_a_row_lacks_is_a_fault_that_counts(text: str, cause: str) -> None:
+    with pytest.raises(RowFault, match=cause.replace("(", r"\(")):
+        fill({"prompt": text}, {}, ROW)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("{en", "is no template"),
+        ("en}", "is no template"),
+        ("{}", "something else than a column's name"),
+        ("{en!r}", "something else than a column's name"),
+        ("{en:>9}", "something else than a column's name"),
+        ("always", "names no column"),
+    ],
+)
+def test_a_text_that_is_no_template_is_a_problem(text: str, rule: str) -> None:
+    (problem,) = template_problems({"prompt": text}, "data.template")
+    assert rule in problem.rule and problem.where == "data.template"
+
+
+def test_a_fixed_text_is_sound_beside_one_that_names_a_column() -> None:
+    assert list(template_problems({"prompt": "Go on:", "completion": "{en}"}, "k")) == []
+    assert list(template_problems({}, "k")) == []
+    assert fill({"prompt": "{__class__}"}, {}, {"__class__": "a column"}) == {"prompt": "a column"}
+
+
+def test_attributes_of_values_are_out_of_reach() -> None:
+    with pytest.raises(RowFault):
+        fill({"prompt": "{en.__class__}"}, {}, ROW)
