@@ -169,6 +169,12 @@ def test_virtual_tokens_and_encoder_decoders_do_not_go_together(method):
     assert found("task=seq2seq", "method=ia3") == {}
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning"])
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
+def test_virtual_tokens_may_stand_under_a_head_for_labels(task, method):
+    assert found(f"task={task}", f"method={method}") == {}
+
+
 def test_a_prefix_and_recomputation_do_not_go_together():
     assert list(found("method=prefix", "model.gradient_checkpointing=true")) == [
         "model.gradient_checkpointing (command line)"
