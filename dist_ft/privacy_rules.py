@@ -11,6 +11,15 @@ from .read_when import sources
 from .schema import RunConfig
 
 METHODS = ("full", "lora", "qlora")
+TASKS = (  # whose samples are one row each
+    "causal_lm",
+    "instruction",
+    "masked_lm",
+    "sequence_classification",
+    "token_classification",
+    "seq2seq",
+)
+SUBSETS = ("mixture", "k_shot", "folds")  # of data: a row's place depends on other rows
 MIXES_ROWS = "experts are balanced over all rows of a step, so that no row has a gradient of its own"
 
 
@@ -27,6 +36,13 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
     if config.method.name not in METHODS:
         rule = f"method={config.method.name} was not proven against gradients of single rows"
         yield Problem("method", rule, f"choose method={' or '.join(METHODS)}")
+    if config.task.name not in TASKS:
+        rule = f"of task={config.task.name} a row is not one sample with a gradient of its own"
+        yield Problem("task", rule, f"choose one of {', '.join(TASKS)}")
+    for key in SUBSETS:
+        if getattr(config.data, key, None) is not None:
+            rule = "which rows are sampled, and how often, would depend on other rows"
+            yield Problem(f"data.{key}", rule, "remove it, and give the rows as data.train")
     if config.task.packs:
         rule = "a packed sample holds parts of many rows, and a row may reach into several, so none has a bound"
         yield Problem("task.packing", rule, "set task.packing=false")
