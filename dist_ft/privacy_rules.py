@@ -46,13 +46,6 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
     if config.task.packs:
         rule = "a packed sample holds parts of many rows, and a row may reach into several, so none has a bound"
         yield Problem("task.packing", rule, "set task.packing=false")
-    if config.task.name in ("preference", "reward", "question_answering"):
-        rule = f"a row of task={config.task.name} is several sequences, and a bound for all of a row is not kept here"
-        yield Problem("task", rule, "choose a task whose rows are one sequence each")
-    for key in ("mixture", "k_shot", "folds"):
-        if getattr(config.data, key):
-            rule = "which rows are sampled would depend on other rows, which no epsilon accounts for"
-            yield Problem(f"data.{key}", rule, "give data.train rows that are chosen already")
     if getattr(config.task, "class_weights", None):
         rule = "weights let rows count by their class, which clipping undoes, and balanced ones are counted from rows"
         yield Problem("task.class_weights", rule, "remove it")
