@@ -18,10 +18,13 @@ from .state import CAUSAL_LM, Facts, Metrics
 
 
 def config_of(config: RunConfig, source: str) -> RunConfig:
-    """The run's model over plain text, in full blocks as in its training."""
+    """The run's model over plain text: in full blocks, or text by text where rows must be padded."""
     content = config.model_dump(mode="json")
     length = config.task.max_length
-    content["task"] = {"name": "causal_lm", "max_length": length, "packing": True}
+    padded = config.method.virtual_tokens or config.privacy.is_on
+    content["task"] = {"name": "causal_lm", "max_length": length, "packing": not padded}
+    if padded:
+        content["task"]["overlong"] = "truncate"
     content["data"] = {"train": source, "format": "text", "cache_dir": config.data.cache_dir}
     content["train"]["global_batch_size"] = content["train"]["per_device_train_batch_size"] = 1  # a short text will do
     return RunConfig.model_validate(content)

@@ -169,6 +169,16 @@ def test_what_was_forgotten_is_that_of_a_loop_by_hand(
     assert "nats a token" in capsys.readouterr().out
 
 
+def test_forgetting_behind_virtual_tokens_is_measured_over_padded_rows(
+    tiny_llama: Path, cache: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, {"name": "prompt", "num_virtual_tokens": 2}, cache)
+    (tmp_path / "general.txt").write_text("The screen is black.\n")
+    evaluate.main([str(run / "run.yaml"), f"general={tmp_path / 'general.txt'}"])
+    written = json.loads((run / "eval-validation.json").read_text())["general"]
+    assert written["base"]["loss"] != written["export"]["loss"]
+
+
 def test_one_prompt_is_answered_as_transformers_does(
     lora_run: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
