@@ -1,6 +1,7 @@
 """Loss and task score of a run's model on a split, beside the base's: the numbers that the run itself logs.
 
-`python -m dist_ft.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base] [general=TEXT]`
+`python -m dist_ft.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base] [general=TEXT]
+[lm_eval=TASK[,TASK]]`
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +31,7 @@ from .prepare import TASKS, Prepared, Split, prepare
 from .reference import REFERENCE_FILE, name_of, read_references, values_of, write_references
 from .schema import RunConfig, Strict
 from .state import LossFn, LossSum, Metrics, Prediction, Refers, Task
+from .strict import Count
 from .sums import Sums
 from .words import read_words, run_command, split_run
 
@@ -41,6 +43,11 @@ class EvaluateOptions(Strict):
     baseline: bool = Field(False, description="true evaluates the base model too")
     model: Literal["export", "base"] = Field("export", description="the run's export, or what it was trained from")
     general: str | None = Field(None, description="general text, to see how much of it was forgotten")
+    lm_eval: str | None = Field(None, description="tasks of lm-eval for base and tuned model: TASK[,TASK]")
+    lm_eval_path: str | None = Field(None, description="folder with task files of your own")
+    lm_eval_limit: Count | None = Field(None, description="only so many rows of each task")
+    lm_eval_num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="examples before each question")
+    lm_eval_chat: bool | None = Field(None, description="ask through the chat template; if not given, as the run did")
 
 
 @dataclass(frozen=True)
@@ -144,18 +151,39 @@ def render_table(found: Mapping[str, Metrics]) -> Table:
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate, print, and write eval-<split>.json into the run's folder."""
+    """Evaluate, print, and write eval-<split>.json and lm-eval.json into the run's folder."""
     run_file, words = split_run(arguments, "evaluate")
     options = read_words(EvaluateOptions, words)
     plan = read_plan(run_file)
     run_dir = find_trained_run(plan, run_file)
     if options.model == "export":
         find_export(run_dir)  # better said before data is prepared
+    lm_eval = find_lm_eval(plan.config, options)
     prepared = prepare(plan.config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
-    found = evaluate_run(plan.config, prepared, run_dir, options)
+    console = Console(highlight=False, soft_wrap=True)
+    result: dict[str, Any] = {}
+    if lm_eval is None or "split" in options.model_fields_set or plan.config.data.has(options.split):
+        result = show_split(plan.config, prepared, run_dir, options, console)
+    if options.general:
+        from .forgetting import measure_forgetting, render_forgetting
+
+        general, text = measure_forgetting(plan.config, run_dir, options.general)
+        title = f"\ngeneral: {text.ledger['supervised_tokens']:,} tokens of {options.general}"
+        console.print(title, *render_forgetting(general), sep="\n")
+        result["general"] = {which: dict(metrics) for which, metrics in general.items()}
+    if lm_eval is not None:
+        result["lm_eval"] = lm_eval(prepared, run_dir, console)
+    if result:
+        write_result(run_dir / f"eval-{options.split}.json", result)
+
+
+def show_split(
+    config: RunConfig, prepared: Prepared, run_dir: Path, options: EvaluateOptions, console: Console
+) -> dict[str, Any]:
+    """Evaluate on the split, print, write every row's prediction; what eval-<split>.json holds of it."""
+    found = evaluate_run(config, prepared, run_dir, options)
     ledger = find_split(prepared, options.split).ledger
     title = f"{options.split}: {ledger['samples']:,} samples, {ledger['supervised_tokens']:,} supervised tokens"
-    console = Console(highlight=False, soft_wrap=True)
     console.print(title, render_table({which: result.metrics for which, result in found.items()}), sep="\n")
     for which, result in found.items():
         if "per_class" in result.details:
@@ -165,14 +193,30 @@ def main(arguments: list[str]) -> None:
             path = run_dir / f"predictions-{options.split}{suffix}.jsonl"
             write_lines(path, result.predictions)
             console.print(f"every row's prediction: {path}")
-    general: Mapping[str, Metrics] = {}
-    if options.general:
-        from .forgetting import measure_forgetting, render_forgetting
+    details = {which: dict(result.details) for which, result in found.items() if result.details}
+    return {
+        "metrics": {which: dict(result.metrics) for which, result in found.items()},
+        "samples": ledger["samples"],
+        "supervised_tokens": ledger["supervised_tokens"],
+        **({"details": details} if details else {}),
+    }
 
-        general, text = measure_forgetting(plan.config, run_dir, options.general)
-        title = f"\ngeneral: {text.ledger['supervised_tokens']:,} tokens of {options.general}"
-        console.print(title, *render_forgetting(general), sep="\n")
-    write_result(run_dir / f"eval-{options.split}.json", found, ledger, general)
+
+def find_lm_eval(config: RunConfig, options: EvaluateOptions) -> Callable[[Prepared, Path, Console], Any] | None:
+    """What measures, shows and keeps the scores of lm-eval's tasks; None where none was asked for.
+
+    Raises:
+        RequestError: there is no such task, or not for this run.
+        MachineError: lm-eval is not installed.
+    """
+    if not any(key.startswith("lm_eval") for key in options.model_fields_set):
+        return None
+    from .abilities import find_abilities, show_abilities
+
+    abilities = find_abilities(config, options)
+    return lambda prepared, run_dir, console: show_abilities(
+        abilities, config, prepared, run_dir, options.model, console
+    )
 
 
 def class_table(details: Mapping[str, Any]) -> Table:
@@ -201,19 +245,8 @@ def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
     _replace(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
 
 
-def write_result(
-    path: Path, found: Mapping[str, Evaluation], ledger: Mapping[str, Any], general: Mapping[str, Metrics]
-) -> None:
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
     """The numbers as JSON, whole or not at all; a folder that is not there is made."""
-    content: dict[str, Any] = {
-        "metrics": {which: dict(result.metrics) for which, result in found.items()},
-        "samples": ledger["samples"],
-        "supervised_tokens": ledger["supervised_tokens"],
-    }
-    if details := {which: dict(result.details) for which, result in found.items() if result.details}:
-        content["details"] = details
-    if general:
-        content["general"] = {which: dict(metrics) for which, metrics in general.items()}
     _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
