@@ -33,8 +33,6 @@ from .turns import find_end_token, open_tokenizer, speaks_chat
 
 RANDOM_SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command, which its published numbers were drawn with
 BOOTSTRAP_DRAWS = 1000  # of standard errors that have no formula
-# What lm-eval warns of is told, but for what it says to a caller of its Python interface.
-TO_CALLERS = ("`pretrained` model kwarg", "already-initialized model")
 
 
 @dataclass(frozen=True)
@@ -103,15 +101,14 @@ def find_abilities(config: RunConfig, options: EvaluateOptions) -> Abilities:
         raise RequestError.of(where, rule, "remove it; it is for causal language models")
     if find_spec("lm_eval") is None:
         raise MachineError.of(where, "the package lm_eval is not installed", "pip install 'dist-ft[lm-eval]'")
-    if options.lm_eval_path is not None and not Path(options.lm_eval_path).is_dir():
-        raise RequestError.of(
-            f"lm_eval_path={options.lm_eval_path}", "is no folder", "name one with task files (.yaml)"
-        )
-    manager = _find_manager(names, options.lm_eval_path)
+    folder = options.lm_eval_path
+    if folder is not None and not Path(folder).is_dir():
+        raise RequestError.of(f"lm_eval_path={folder}", "is no folder", "name one with task files (.yaml)")
+    manager = _find_manager(names, folder)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         near = {near: None for name in unknown for near in difflib.get_close_matches(name, manager.all_tasks, n=3)}
         way_out = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its own"
-        way_out += "" if options.lm_eval_path else "; for your own set lm_eval_path=FOLDER"
+        way_out += "" if folder else "; for your own set lm_eval_path=FOLDER"
         raise RequestError.of(where, f"lm-eval knows no task {', '.join(unknown)}", way_out)
     found = Abilities(names, manager, options.lm_eval_limit, options.lm_eval_num_fewshot, options.lm_eval_chat)
     with _hushed(Counter()):
@@ -144,9 +141,8 @@ def measure_abilities(
     wanted = [which] if which == "base" or config.model.from_scratch else ["base", which]
     device, found, told = find_device(Place()), {}, Counter[str]()
     for name in wanted:
-        model, _ = open_model(name, config, prepared, run_dir, device)
-        with _hushed(told):
-            found[name] = _measure(abilities, config, model, tokenizer, chat=chat)
+        model, _ = open_model(name, config, prepared, run_dir, device, padded=True)
+        found[name] = _measure(abilities, config, model, tokenizer, told, chat=chat)
         del model  # one at a time
     how = {
         "lm_eval": importlib.metadata.version("lm_eval"),
@@ -212,7 +208,9 @@ def _find_manager(names: Sequence[str], folder: str | None) -> Any:
         return TaskManager(include_path=folder)
 
 
-def _measure(abilities: Abilities, config: RunConfig, model: nn.Module, tokenizer: Any, *, chat: bool) -> Outcome:
+def _measure(
+    abilities: Abilities, config: RunConfig, model: nn.Module, tokenizer: Any, told: Counter[str], *, chat: bool
+) -> Outcome:
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
@@ -220,21 +218,24 @@ def _measure(abilities: Abilities, config: RunConfig, model: nn.Module, tokenize
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.eos_token_id = sorted(ends) or None  # what ends an answer in training ends it here
     options = {"tokenizer": tokenizer, "batch_size": config.train.per_device_eval_batch_size}
-    harness = HFLM(pretrained=model, **options)
-    if config.method.virtual_tokens:  # these stand in front of the text; both models are shown as much of it
-        length = harness.max_length - int(config.method.num_virtual_tokens)
-        harness = HFLM(pretrained=model, max_length=length, **options)
+    with _hushed(Counter()):
+        harness = HFLM(pretrained=model, **options)
+        if config.method.virtual_tokens:  # these stand in front of the text; both models are shown as much of it
+            length = harness.max_length - getattr(config.method, "num_virtual_tokens", 0)
+            harness = HFLM(pretrained=model, max_length=length, **options)
+        tasks = abilities.load()
     random.seed(RANDOM_SEED)
     np.random.seed(OTHER_SEED)
     torch.manual_seed(OTHER_SEED)
-    result = evaluator.evaluate(
-        lm=harness,
-        task_dict=abilities.load(),
-        limit=abilities.limit,
-        bootstrap_iters=BOOTSTRAP_DRAWS,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-    )
+    with _hushed(told):
+        result = evaluator.evaluate(
+            lm=harness,
+            task_dict=tasks,
+            limit=abilities.limit,
+            bootstrap_iters=BOOTSTRAP_DRAWS,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
     samples = [_sample(task, sample) for task, rows in result.get("samples", {}).items() for sample in rows]
     return Outcome(
         {task: _scores(values) for task, values in {**result["results"], **result.get("groups", {})}.items()},
@@ -262,7 +263,11 @@ def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
 def _shown(scores: Mapping[str, float], name: str) -> str:
     metric, comma, kind = name.partition(",")
     error = scores.get(f"{metric}_stderr{comma}{kind}")
-    return f"{scores[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return _figure(scores[name]) + ("" if error is None else f" ± {_figure(error)}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 class _Tally(logging.Handler):
@@ -271,9 +276,7 @@ class _Tally(logging.Handler):
         self.told = told
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
-        if not any(words in text for words in TO_CALLERS):
-            self.told[text] += 1
+        self.told[" ".join(record.getMessage().split())] += 1
 
 
 @contextlib.contextmanager

@@ -92,11 +92,15 @@ def find_split(prepared: Prepared, name: Literal["train", "validation", "test"])
 
 
 def open_model(
-    which: str, config: RunConfig, prepared: Prepared, run_dir: Path, device: torch.device
+    which: str, config: RunConfig, prepared: Prepared, run_dir: Path, device: torch.device, *, padded: bool = False
 ) -> tuple[nn.Module, AttentionChoice]:
-    """`export` or `base`, ready to compute on `device` with the attention that the run's configuration gives there."""
+    """`export` or `base`, ready to compute on `device` with the attention that the run's configuration gives there.
+
+    `padded`: it is to heed a mask over padded rows, as others lay them out.
+    """
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, device, architecture)
+    attention = attention.padded() if padded else attention
     options = {"attn_implementation": attention.implementation}
     if which == "base":
         return open_base(config.model, prepared.model_dir, architecture, **options).to(device), attention
