@@ -218,11 +218,17 @@ def _data_rows(plan: Plan, prepared: Prepared) -> Iterator[tuple[str, ...]]:
             yield (
                 f"{name} ({part})" if part else name,
                 ", ".join(f"`{source}`" for source in ([sources] if isinstance(sources, str) else sources)),
-                f"{ledger['rows_kept']:,} of {ledger['rows_read']:,}",
+                _rows_told(ledger),
                 f"{ledger['tokens']:,}",
                 f"{ledger['supervised_tokens']:,}",
                 f"`{Path(own.table).name}`",
             )
+
+
+def _rows_told(ledger: Mapping[str, Any]) -> str:
+    added = ledger.get("augmented", 0)
+    kept = f"{ledger['rows_kept'] - added:,} of {ledger['rows_read']:,}"
+    return f"{kept} + {added:,} augmented" if added else kept
 
 
 def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[tuple[str, ...]]:

@@ -17,9 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .data.augment_rules import augment_problems, missing_package
 from .data.chosen import choice_problems
 from .data.rows import read_rows
-from .data.sets import set_problems
+from .data.sets import key_of, set_problems, sets_of
 from .data.sources import HubSet, resolve
 from .errors import DistFtError, Problem, RequestError
 from .plan import RUN_FILE, read_plan
@@ -72,6 +73,7 @@ def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ())
         *_reference_problems(config, origins),
         *set_problems(config),
         *choice_problems(config),
+        *augment_problems(config),
         *model_problems(config.model),
         *_data_problems(config),
         *_template_problems(config),
@@ -90,6 +92,10 @@ def _library_problems(config: RunConfig) -> Iterator[Problem]:
     if config.privacy.is_on and not getattr(config.launch, "setup", None) and find_spec("opacus") is None:
         rule = f"it needs the package opacus, which is not installed in {sys.executable}"
         yield Problem("privacy", rule, "pip install 'dist-ft[privacy]', or remove it")
+    for name, alone in sets_of(config).items():
+        if alone.data.augment is not None and not getattr(config.launch, "setup", None):
+            problem = missing_package(alone.data.augment.target, key_of(name, "augment"))
+            yield from [problem] if problem else []
     scheme = config.model.quantization or "none"
     if scheme != "none" and not getattr(config.launch, "setup", None) and find_spec("bitsandbytes") is None:
         rule = f"{scheme} needs the package bitsandbytes, which is not installed in {sys.executable}"

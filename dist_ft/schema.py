@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from .schema_augment import AugmentConfig
 from .schema_method import (
     AdapterConfig,
     BitfitConfig,
@@ -84,6 +85,7 @@ class DataSet(Strict):
     columns: dict[str, str] = Field(default_factory=dict, description="The format's name of a column → the data's.")
     template: dict[str, str] = Field(default_factory=dict, description="The format's column → a text with {COLUMN}.")
     revision: str | None = Field(None, description="Hub revision of the data.")
+    augment: AugmentConfig | None = Field(None, description="Changed copies of its training rows.")
 
 
 class DataConfig(Strict):
@@ -113,6 +115,7 @@ class DataConfig(Strict):
     subset_seed: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Of k_shot and folds; train.seed if not given."
     )
+    augment: AugmentConfig | None = Field(None, description="Changed copies of training rows, made by a library.")
     shuffle: bool = Field(True, description="A new order each epoch from train.seed; false keeps the file order.")
     cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .data.chosen import read_split
+from .data.augment import Augmenter
+from .data.chosen import read_numbered
 from .data.faults import RowFault
 from .data.formats import IGNORED_LABEL
 from .data.sets import ALONE, key_of, sets_of
@@ -53,9 +54,12 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
     for set_name, alone in sets.items():
         if set_name != ALONE:
             console.print(Text(f"── {set_name} ──\n", style="bold"))
-        for place, row in islice(read_split(alone, split), rows):
+        augmenter, numbered = Augmenter.of(alone, split), read_numbered(alone, split)
+        for number, place, row in islice(numbered, rows):
             try:
-                name, _, sequences = encode_row(alone, task, encoder, row, place)
+                name, canonical, sequences = encode_row(alone, task, encoder, row, place)
+                copies = augmenter.copies(canonical, number, place) if augmenter else ()
+                sequences = [*sequences, *(made for copy in copies if copy for made in task.encode(copy, encoder()))]
             except RowFault as fault:
                 console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
                 continue
@@ -132,6 +136,10 @@ def ledger_table(split: Split, title: str) -> Table:
     table.add_row("rows read", f"{ledger['rows_read']:,}", ", ".join(ledger["formats"]))
     for cause, tally in ledger["dropped"].items():
         table.add_row("  dropped", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
+    if any(ledger.get(key) for key in ("augmented", "unchanged", "copies_left_out")):
+        table.add_row("rows augmented", f"{ledger['augmented']:,}", f"{ledger['unchanged']:,} came out unchanged")
+    for cause, tally in ledger.get("copies_left_out", {}).items():
+        table.add_row("  copies left out", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
     table.add_row("rows kept", f"{ledger['rows_kept']:,}", "")
     if ledger["truncated"]["rows"]:
         cut = f"{ledger['truncated']['tokens']:,} tokens; first at {', '.join(ledger['truncated']['places'])}"

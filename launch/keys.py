@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import Problem
 from ..schema import DataSet, RunConfig
+from ..schema_augment import AugmentConfig
 
 Tree = dict[str, Any]
 MIXTURE = "data.mixture"
@@ -66,10 +67,11 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
     """What is wrong with a key that the chosen schema does not know, and where it may belong."""
-    if key.startswith(f"{MIXTURE}."):
-        known = [f"{key.rpartition('.')[0]}.{name}" for name in DataSet.model_fields]
-        close = nearest(key, known)
-        way_out = f"did you mean {close}?" if close else f"known are {', '.join(DataSet.model_fields)}"
+    above = key.rpartition(".")[0]
+    record = AugmentConfig if above.startswith("data.") and above.endswith(".augment") else DataSet
+    if key.startswith(f"{MIXTURE}.") or record is AugmentConfig:
+        close = nearest(key, [f"{above}.{name}" for name in record.model_fields])
+        way_out = f"did you mean {close}?" if close else f"known are {', '.join(record.model_fields)}"
         return Problem(where, "unknown key", way_out)
     section, _, rest = key.partition(".")
     head = rest.partition(".")[0]
@@ -158,6 +160,8 @@ def _field_of(loc: tuple[int | str, ...]) -> str:
     if len(records) > 1 and rest and any(rest[0] in names(record) for record in records):
         rest = rest[1:]
     depth = 3 if f"{section}.{rest[0] if rest else ''}" == MIXTURE else 1  # a set of a mixture has keys of its own
+    if section == "data" and rest[depth - 1 : depth] == ["augment"]:  # and so has what augments it
+        depth += 1
     return ".".join([section, *rest[:depth]]) if records else section
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ..errors import MachineError, RequestError
 from ..schema import RunConfig
+from .augment_rules import augment_identity
 from .chosen import identity
 from .sets import ALONE, sets_of
 from .sources import PACKAGE, digest_file, find_package, fingerprint
@@ -101,6 +102,7 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
         "format": data.format,
         "columns": data.columns,
         **({"template": data.template} if data.template else {}),
+        **({"augment": augment} if (augment := augment_identity(alone, split)) else {}),
         **({"chosen": chosen} if (chosen := identity(alone, split)) else {}),
         "task": {**task, "chat_template": read_template(config.task)},
         # of the same rows a training split is another: it finds the labels, and keeps nothing for metrics

@@ -39,13 +39,21 @@ def read_split(alone: RunConfig, split: SplitName, chosen: Chosen | None = None)
     Raises:
         RequestError: rows cannot be read, or not be chosen as wished.
     """
+    return ((place, row) for _, place, row in read_numbered(alone, split, chosen))
+
+
+def read_numbered(
+    alone: RunConfig, split: SplitName, chosen: Chosen | None = None
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The same as `(number, place, row)`, by the row's number among all of its source."""
     rows = read_rows(alone.data.sources(split) or [], revision=alone.data.revision)
     chosen = chosen or choose(alone, split)
     if chosen is None:
-        return rows
+        return ((number, place, row) for number, (place, row) in enumerate(rows))
     wanted = np.zeros(chosen.of, dtype=bool)
     wanted[chosen.rows] = True
-    return (pair for pair, is_wanted in zip(rows, wanted.tolist(), strict=True) if is_wanted)
+    pairs = zip(rows, wanted.tolist(), strict=True)
+    return ((number, place, row) for number, ((place, row), is_wanted) in enumerate(pairs) if is_wanted)
 
 
 def choose(alone: RunConfig, split: SplitName) -> Chosen | None:

@@ -73,6 +73,8 @@ def join_ledgers(ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     found = dict(every[0])
     for key in ("rows_read", "rows_kept", "tokens", "samples", "tokens_in_samples", "tokens_left_over"):
         found[key] = sum(ledger[key] for ledger in every)
+    for key in ("augmented", "unchanged"):
+        found[key] = sum(ledger.get(key, 0) for ledger in every)
     found["supervised_tokens"] = sum(ledger["supervised_tokens"] for ledger in every)
     found["max_token_id"] = max(ledger["max_token_id"] for ledger in every)
     longest = max(every, key=lambda ledger: ledger["longest"])
@@ -81,14 +83,15 @@ def join_ledgers(ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         values = [ledger[key] if key == "formats" else [ledger[key]] for ledger in every]
         found[key] = list(dict.fromkeys(value for several in values for value in several))
     found["layout"] = "; ".join(found["layout"])
-    dropped: dict[str, dict[str, Any]] = {}
-    for cause, tally in (pair for ledger in every for pair in ledger["dropped"].items()):
-        _add(dropped.setdefault(cause, {"rows": 0, "places": []}), tally)
+    causes: dict[str, dict[str, Any]] = {"dropped": {}, "copies_left_out": {}}
+    for key, found_causes in causes.items():
+        for cause, tally in (pair for ledger in every for pair in ledger.get(key, {}).items()):
+            _add(found_causes.setdefault(cause, {"rows": 0, "places": []}), tally)
     truncated: dict[str, Any] = {"rows": 0, "places": [], "tokens": 0}
     for ledger in every:
         _add(truncated, ledger["truncated"])
         truncated["tokens"] += ledger["truncated"]["tokens"]
-    return {**found, "dropped": dropped, "truncated": truncated}
+    return {**found, **causes, "truncated": truncated}
 
 
 def _add(total: dict[str, Any], tally: Mapping[str, Any]) -> None:

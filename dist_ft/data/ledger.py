@@ -22,13 +22,16 @@ def too_long(key: str) -> str:
 class Ledger:
     """Counts of one split.
 
-    rows_read = rows_kept + all dropped; tokens = tokens_in_samples + tokens_left_over.
+    rows_read + augmented = rows_kept + all dropped; tokens = tokens_in_samples + tokens_left_over.
     """
 
     chosen: str = ""  # why only some rows of the source were read, see chosen.py
     rows_of_source: int = 0  # then
     rows_read: int = 0
     rows_kept: int = 0
+    augmented: int = 0  # copies that data.augment has added to the rows read
+    unchanged: int = 0  # copies that came out as their row or an earlier copy, and were not added
+    copies_left_out: dict[str, Tally] = field(default_factory=dict)  # by cause
     dropped: dict[str, Tally] = field(default_factory=dict)  # by cause
     refused: dict[str, Tally] = field(default_factory=dict)  # by cause: these make the split an error
     truncated: Tally = field(default_factory=lambda: Tally(""))
@@ -48,6 +51,10 @@ class Ledger:
     def drop(self, cause: str, place: str) -> None:
         """Count a row that is left out as the configuration wishes."""
         self.dropped.setdefault(cause, Tally("")).add(place)
+
+    def leave_out(self, fault: RowFault, place: str) -> None:
+        """Count a changed copy from which nothing is learned; its row stays."""
+        self.copies_left_out.setdefault(fault.cause, Tally("")).add(place)
 
     def refuse(self, fault: RowFault, place: str) -> bool:
         """Count a row that is an error; True when there are so many that reading on is of no use."""
@@ -82,7 +89,7 @@ class Ledger:
     def to_json(self) -> dict[str, Any]:
         """For the file beside the table."""
         content = asdict(self)
-        for key in ("dropped", "refused"):
+        for key in ("dropped", "refused", "copies_left_out"):
             content[key] = {
                 cause: {"rows": tally["rows"], "places": tally["places"]} for cause, tally in content[key].items()
             }

@@ -15,8 +15,9 @@ from typing import Any, TextIO
 from ..errors import RequestError
 from ..schema import RunConfig
 from ..state import ORIGIN, Example, Facts, Task
+from .augment import Augmenter
 from .cache import require_room
-from .chosen import choose, read_split
+from .chosen import choose, read_numbered
 from .faults import EMPTY_TEXT, RowFault
 from .formats import normalise_for
 from .ledger import TOO_LONG, Ledger, too_long
@@ -46,7 +47,8 @@ def build_split(
         RequestError: rows that are wrong, by cause and with places; or none is left.
         MachineError: there is no room for the table.
     """
-    require_room(folder, _needed_bytes(config.data.sources(split) or []))
+    copies = config.data.augment.copies if config.data.augment and split == "train" else 0
+    require_room(folder, _needed_bytes(config.data.sources(split) or []) * (1 + copies))
     ledger, layout = Ledger(), task.layout
     with TableWriter(folder, layout.columns, layout.row_columns) as writer:
         kept = (folder / ROWS).open("w", encoding="utf-8") if layout.kept and split != "train" else None
@@ -134,7 +136,8 @@ def _write_rows(
     chosen = choose(config, split)
     if chosen is not None:
         ledger.chosen, ledger.rows_of_source = chosen.told, chosen.of
-    for place, row in read_split(config, split, chosen):
+    augmenter = Augmenter.of(config, split)
+    for number, place, row in read_numbered(config, split, chosen):
         ledger.rows_read += 1
         try:
             name, canonical, sequences = encode_row(config, task, encoder, row, place)
@@ -154,9 +157,40 @@ def _write_rows(
             if kept is not None:
                 fields = {key: canonical[key] for key in task.layout.kept if key in canonical}
                 kept.write(json.dumps(fields, ensure_ascii=False) + "\n")
+            if augmenter is not None:
+                for copy in augmenter.copies(canonical, number, place):
+                    _write_copy(copy, f"{place} (changed copy)", config, task, encoder, writer, ledger)
         if time.monotonic() - told > _REPORT_EVERY_S:
             told = time.monotonic()
             say(f"data.{split}: {ledger.rows_read} rows read, {writer.tokens} tokens")
+    if augmenter is not None and ledger.rows_kept:
+        augmenter.require_columns()
+
+
+def _write_copy(
+    copy: Mapping[str, Any] | None,
+    place: str,
+    config: RunConfig,
+    task: Task,
+    encoder: Encoder,
+    writer: TableWriter,
+    ledger: Ledger,
+) -> None:
+    """Write what data.augment made of a row; what cannot be learned from is left out, for its row is there."""
+    if copy is None:
+        ledger.unchanged += 1
+        return
+    overlong = "truncate" if getattr(config.task, "overlong", "error") == "truncate" else "error"
+    try:
+        sequences = task.encode(copy, encoder())
+        shorten = functools.partial(task.truncate, copy, encoder())
+        limited = limit_length(sequences, task, overlong, place, ledger, shorten)
+    except RowFault as fault:
+        ledger.leave_out(fault, place)
+        return
+    assert limited is not None, "nothing is dropped here"
+    ledger.augmented += 1
+    _write(limited, task, writer, ledger)
 
 
 def _write(sequences: Sequence[Example], task: Task, writer: TableWriter, ledger: Ledger) -> None:
