@@ -68,10 +68,11 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
     """What is wrong with a key that the chosen schema does not know, and where it may belong."""
     above = key.rpartition(".")[0]
-    record = AugmentConfig if above.startswith("data.") and above.endswith(".augment") else DataSet
-    if key.startswith(f"{MIXTURE}.") or record is AugmentConfig:
-        close = nearest(key, [f"{above}.{name}" for name in record.model_fields])
-        way_out = f"did you mean {close}?" if close else f"known are {', '.join(record.model_fields)}"
+    of_augment = above.startswith("data.") and above.endswith(".augment")
+    if of_augment or key.startswith(f"{MIXTURE}."):
+        here = list((AugmentConfig if of_augment else DataSet).model_fields)
+        close = nearest(key, [f"{above}.{name}" for name in here])
+        way_out = f"did you mean {close}?" if close else f"known are {', '.join(here)}"
         return Problem(where, "unknown key", way_out)
     section, _, rest = key.partition(".")
     head = rest.partition(".")[0]

@@ -112,9 +112,7 @@ class Augmenter:
             self._unproven -= 1
             if self._call(text, draw, place) != found:
                 rule = f"{self.augment.target} gives other texts for the same row and seed ({place})"
-                way_out = (
-                    "name what draws from Python's random, numpy.random or torch, and from no generator of its own"
-                )
+                way_out = "name what draws from Python's random, numpy.random or torch, not from a generator of its own"
                 raise RequestError.of(f"{self.key}.target", rule, way_out)
         return next((other for other in found if other != text), text)
 
@@ -135,33 +133,25 @@ class Augmenter:
 def open_hook(augment: AugmentConfig, key: str = "data.augment") -> Hook:
     """What turns a text into a text or a list of them.
 
-    A class is called with the options, and its object's `augment`, or the object itself, is what is called; a function
-    is called with the text and the options.
+    A class is called with the options, and of its object `augment`, or the object itself, with the text. A function, or
+    an object that is there already, is called with the text and the options.
 
     Raises:
         RequestError: there is no such name, it takes other options, or cannot be called.
         MachineError: a package is not installed.
     """
-    found = _find(augment.target, key)
-    if not inspect.isclass(found) and not callable(getattr(found, "augment", None)):
-        if callable(found):
-            return functools.partial(found, **augment.options)
-        rule = f"{augment.target} is a {type(found).__name__}, which cannot be called"
-        raise RequestError.of(f"{key}.target", rule, "name a class or a function")
+    found, options = _find(augment.target, key), augment.options
     if inspect.isclass(found):
         try:
-            found = found(**augment.options)
+            found, options = found(**options), {}
         except Exception as error:  # whatever a library raises
             rule = f"{augment.target} cannot be made with these options ({_told(error)})"
             raise RequestError.of(f"{key}.options", rule, "see the library's documentation") from error
-    elif augment.options:
-        rule = f"nothing reads them: {augment.target} is made already"
-        raise RequestError.of(f"{key}.options", rule, "remove them, or name its class")
     hook: Any = getattr(found, "augment", found)
     if not callable(hook):
-        rule = f"objects of {augment.target} have no `augment` and cannot be called"
+        rule = f"{augment.target} has no `augment`, and cannot be called"
         raise RequestError.of(f"{key}.target", rule, "name a class or a function that changes text")
-    return hook
+    return functools.partial(hook, **options)
 
 
 def _find(target: str, key: str) -> Any:

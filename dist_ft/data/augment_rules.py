@@ -36,6 +36,9 @@ _REASONS = {
 }
 
 
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
 def augment_problems(config: RunConfig) -> Iterator[Problem]:
     """Columns that must not change or do not exist, and runs in which copies would be wrong."""
     if config.data.mixture is not None and config.data.augment is not None:
@@ -93,11 +96,12 @@ def _code_of(target: str) -> Any:
     package, spec = target.partition(".")[0], locate(target)
     if spec is None:
         return None
-    for name in (package, *importlib.metadata.packages_distributions().get(package, [])):
-        try:
-            return [name, importlib.metadata.version(name)]
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    if _INSTALLED & {folder.name for folder in Path(spec.origin or "").parents}:
+        for name in (package, *importlib.metadata.packages_distributions().get(package, [])):
+            try:
+                return [name, importlib.metadata.version(name)]
+            except importlib.metadata.PackageNotFoundError:
+                continue
     folders = list(spec.submodule_search_locations or ())
     files = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
     files = files or [Path(spec.origin or "")]
