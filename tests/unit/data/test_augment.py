@@ -147,6 +147,7 @@ def test_a_library_adds_changed_rows_with_their_labels_to_the_training_split_onl
     assert prepared.validation is not None and prepared.validation.ledger["augmented"] == 0
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_rows(make: Any, tmp_path: Path, root: Path) -> None:
     pytest.importorskip("nlpaug")
     config = make(KEYBOARD)
