@@ -6,8 +6,9 @@ dim; elsewhere supervised ones stand in [[ ]].
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby, islice
 from typing import Any, get_args
@@ -21,7 +22,7 @@ from .data.chosen import read_numbered
 from .data.faults import RowFault
 from .data.formats import IGNORED_LABEL
 from .data.sets import ALONE, key_of, sets_of
-from .data.split import encode_row
+from .data.split import Encoder, encode_row
 from .data.splits import SplitName
 from .data.template import ChatTokenizer, load_tokenizer
 from .errors import DistFtError, RequestError
@@ -29,7 +30,7 @@ from .plan import read_plan
 from .prepare import TASKS, Split, find_facts, prepare, prepare_model
 from .proportions import mixture_table
 from .schema import RunConfig
-from .state import Example, Facts
+from .state import Example, Facts, Row, Task
 
 SUPERVISED, CONTEXT, NOTE = "bold green", "dim", "italic yellow"
 
@@ -58,18 +59,26 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
         for number, place, row in islice(numbered, rows):
             try:
                 name, canonical, sequences = encode_row(alone, task, encoder, row, place)
-                copies = augmenter.copies(canonical, number, place) if augmenter else ()
-                sequences = [*sequences, *(made for copy in copies if copy for made in task.encode(copy, encoder()))]
             except RowFault as fault:
                 console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
                 continue
             tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
-            for sequence in sequences:
-                title = f"── {place} ({name}): {describe_sequence(sequence, facts)}"
+            copies = augmenter.copies(canonical, number, place) if augmenter else iter(())
+            changed = [sequence for copy in copies for sequence in _encode_copy(task, copy, encoder)]
+            for at, sequence in enumerate([*sequences, *changed]):
+                kind = name if at < len(sequences) else "changed copy"
+                title = f"── {place} ({kind}): {describe_sequence(sequence, facts)}"
                 console.print(Text(title, style="bold"))
                 ids = list(sequence["input_ids"])
                 labels = list(sequence.get("labels", mark_answer(sequence)))
                 console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
+
+
+def _encode_copy(task: Task, copy: Row | None, encoder: Encoder) -> Sequence[Example]:
+    """Of what data.augment made of a row; nothing of a copy that is left out."""
+    with contextlib.suppress(RowFault):
+        return task.encode(copy, encoder()) if copy is not None else ()
+    return ()
 
 
 def describe_sequence(sequence: Example, facts: Facts) -> str:
