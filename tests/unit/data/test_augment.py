@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from dist_ft import view
 from dist_ft.card import render_card
 from dist_ft.checks import check, check_machine
 from dist_ft.data.augment import Augmenter
-from dist_ft.data.augment_rules import augment_problems
+from dist_ft.data.augment_rules import augment_identity, augment_problems
 from dist_ft.data.cache import is_prepared, split_folder
 from dist_ft.data.chosen import choose
 from dist_ft.errors import DistFtError, MachineError, RequestError
@@ -145,6 +146,8 @@ def test_a_library_adds_changed_rows_with_their_labels_to_the_training_split_onl
             at += 1
     assert at == len(found)
     assert prepared.validation is not None and prepared.validation.ledger["augmented"] == 0
+    identity = augment_identity(config, "train")
+    assert identity is not None and identity["code"] == ["nlpaug", importlib.metadata.version("nlpaug")]
 
 
 @pytest.mark.slow
