@@ -157,6 +157,8 @@ def main(arguments: list[str]) -> None:
     title = f"{options.split}: {ledger['samples']:,} samples, {ledger['supervised_tokens']:,} supervised tokens"
     console = Console(highlight=False, soft_wrap=True)
     console.print(title, render_table({which: result.metrics for which, result in found.items()}), sep="\n")
+    for line in prepared.describe_shared(options.split):
+        console.print(line)
     for which, result in found.items():
         if "per_class" in result.details:
             console.print(f"\n{which}:", class_table(result.details), sep="\n")

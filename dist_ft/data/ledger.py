@@ -29,6 +29,7 @@ class Ledger:
     rows_of_source: int = 0  # then
     rows_read: int = 0
     rows_kept: int = 0
+    repeated: int = 0  # of them, those that have the tokens of an earlier one
     dropped: dict[str, Tally] = field(default_factory=dict)  # by cause
     refused: dict[str, Tally] = field(default_factory=dict)  # by cause: these make the split an error
     truncated: Tally = field(default_factory=lambda: Tally(""))
