@@ -139,7 +139,7 @@ def build(
     for routing in routings:  # one for a mixture of experts, none for a dense model
         watched = watch(routing, watched, engine, beat)
     if place.is_main:
-        notes = _notes(plan, prepared.train, routings, privacy, steps)
+        notes = _notes(plan, prepared, routings, privacy, steps)
         print(describe(plan, attention, device, progress, steps, notes), file=terminal, flush=True)
     tracker, tracker_id = build_tracker(plan, place, progress, steps, terminal)
     return Run(
@@ -205,10 +205,12 @@ def _find_form(
     return architecture, attention, build_task(config, prepared.facts, padding_free=attention.padding_free)
 
 
-def _notes(plan: Plan, train: Split, routings: Sequence[Routing], privacy: Privacy | None, steps: int) -> Sequence[str]:
+def _notes(
+    plan: Plan, prepared: Prepared, routings: Sequence[Routing], privacy: Privacy | None, steps: int
+) -> Sequence[str]:
     """What only some runs have to say of themselves."""
-    mixed = [*(routing.describe() for routing in routings), *describe_mixture(plan.config, train)]
-    return [*mixed, privacy.describe(steps)] if privacy else mixed
+    found = [*(routing.describe() for routing in routings), *describe_mixture(plan.config, prepared.train)]
+    return [*found, *prepared.describe_shared(), *([privacy.describe(steps)] if privacy else [])]
 
 
 def _find_privacy(config: RunConfig, order: Order, steps: int) -> Privacy | None:

@@ -189,6 +189,8 @@ def show_split(
     ledger = find_split(prepared, options.split).ledger
     title = f"{options.split}: {ledger['samples']:,} samples, {ledger['supervised_tokens']:,} supervised tokens"
     console.print(title, render_table({which: result.metrics for which, result in found.items()}), sep="\n")
+    for line in prepared.describe_shared(options.split):
+        console.print(line)
     for which, result in found.items():
         if "per_class" in result.details:
             console.print(f"\n{which}:", class_table(result.details), sep="\n")

@@ -152,6 +152,8 @@ def main(arguments: list[str]) -> None:
     for shown in (*tables, *ledgers):
         console.print(shown)
         console.print()
+    for line in prepared.describe_shared():
+        console.print(line, soft_wrap=True)
 
 
 def _component_of_modules(model: nn.Module) -> dict[str, str]:

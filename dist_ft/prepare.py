@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from .data.cache import (
 )
 from .data.labels import find_labels
 from .data.opened import Split
+from .data.repeats import describe_shared
 from .data.sets import ALONE, name_in_mixture, sets_of
 from .data.split import LEDGER, Say, build_split
 from .data.splits import SPLITS, SplitName
@@ -85,6 +86,14 @@ class Prepared:
         kept = Facts.of(self.train.ledger["facts"])
         start = _decoder_start(Path(self.model_dir))
         return replace(kept, decoder_start_id=start, tokenizer_dir=self.tokenizer_dir, **asdict(self.new_tokens))
+
+    def describe_shared(self, *names: SplitName) -> Iterator[str]:
+        """A line for each split, of `names` or of all, whose scores tell little as its rows stand in data.train too."""
+        training = self.train.digests()
+        for name in names or SPLITS[1:]:
+            split: Split | None = getattr(self, name)
+            if split is not None and (line := describe_shared(name, split.digests(), training)):
+                yield line
 
 
 def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:

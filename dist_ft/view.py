@@ -150,6 +150,8 @@ def ledger_table(split: Split, title: str) -> Table:
     for cause, tally in ledger.get("copies_left_out", {}).items():
         table.add_row("  copies left out", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
     table.add_row("rows kept", f"{ledger['rows_kept']:,}", "")
+    if ledger["repeated"]:
+        table.add_row("  repeated", f"{ledger['repeated']:,}", "have the same tokens as an earlier row")
     if ledger["truncated"]["rows"]:
         cut = f"{ledger['truncated']['tokens']:,} tokens; first at {', '.join(ledger['truncated']['places'])}"
         table.add_row("  truncated", f"{ledger['truncated']['rows']:,}", cut)

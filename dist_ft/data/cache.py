@@ -26,7 +26,7 @@ from .sources import PACKAGE, digest_file, find_package, fingerprint
 from .splits import SPLITS, SplitName
 from .template_file import read_template
 
-CODE_VERSION = 2  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
+CODE_VERSION = 3  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
 
 _MANIFEST = "manifest.json"
 _REMEMBERED_BYTES = 64 << 20

@@ -71,7 +71,7 @@ def join_ledgers(ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """One ledger of all sets: sums, and the longest row of all; causes are counted over the sets."""
     every = list(ledgers.values())
     found = dict(every[0])
-    for key in ("rows_read", "rows_kept", "tokens", "samples", "tokens_in_samples", "tokens_left_over"):
+    for key in ("rows_read", "rows_kept", "repeated", "tokens", "samples", "tokens_in_samples", "tokens_left_over"):
         found[key] = sum(ledger[key] for ledger in every)
     for key in ("augmented", "unchanged"):
         found[key] = sum(ledger.get(key, 0) for ledger in every)

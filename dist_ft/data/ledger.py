@@ -29,6 +29,7 @@ class Ledger:
     rows_of_source: int = 0  # then
     rows_read: int = 0
     rows_kept: int = 0
+    repeated: int = 0  # of them, those that have the tokens of an earlier one
     augmented: int = 0  # copies that data.augment has added to the rows read
     unchanged: int = 0  # copies that came out as their row or an earlier copy, and were not added
     copies_left_out: dict[str, Tally] = field(default_factory=dict)  # by cause

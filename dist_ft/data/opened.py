@@ -14,6 +14,7 @@ import numpy as np
 from ..state import REFERENCE, Row, Sample
 from .joined import JoinedSamples, JoinedTable, join_ledgers
 from .pack import Samples
+from .repeats import DIGESTS
 from .split import ROWS
 from .table import TokenTable
 
@@ -71,6 +72,13 @@ class Split:
         return (
             [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
         )
+
+    def digests(self) -> np.ndarray:
+        """[rows kept] uint64, equal where rows have the same tokens; see repeats.py."""
+        if self.parts:
+            return np.concatenate([part.digests() for part in self.parts.values()])
+        found: np.ndarray = np.load(Path(self.table) / DIGESTS)
+        return found
 
     def _referring(self) -> list[Split]:
         """The sets, each with its part of the reference."""

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from ..errors import RequestError
 from ..schema import RunConfig
 from ..state import ORIGIN, Example, Facts, Task
@@ -22,6 +24,7 @@ from .faults import EMPTY_TEXT, RowFault
 from .formats import normalise_for
 from .ledger import TOO_LONG, Ledger, too_long
 from .pack import Samples, cut_blocks, in_groups, pack_best_fit, pack_in_order
+from .repeats import DIGESTS, count_repeats, digest_rows
 from .sources import HubSet, resolve
 from .splits import SplitName
 from .table import TableWriter, TokenTable
@@ -61,6 +64,9 @@ def build_split(
         rule = f"no row is left of {ledger.rows_read} ({causes})"
         raise RequestError.of(f"data.{split}", rule, "see task.overlong, task.unsupervised, and the data")
     table = TokenTable.open(folder)
+    digests = digest_rows(table, layout)
+    np.save(folder / DIGESTS, digests)
+    ledger.repeated = count_repeats(digests)
     ledger.layout, samples = _plan(config, split, task, table, ledger)
     targets = task.count_targets(table, samples)
     samples = samples.select(targets > 0)  # the last block may hold a single token
