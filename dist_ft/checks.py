@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .data.augment_rules import augment_problems, missing_package
+from .data.augment_rules import augment_problems, missing_nlpaug
 from .data.chosen import choice_problems
 from .data.rows import read_rows
 from .data.sets import key_of, set_problems, sets_of
@@ -94,7 +94,7 @@ def _library_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem("privacy", rule, "pip install 'dist-ft[privacy]', or remove it")
     for name, alone in sets_of(config).items():
         if alone.data.augment is not None and not getattr(config.launch, "setup", None):
-            problem = missing_package(alone.data.augment.target, key_of(name, "augment"))
+            problem = missing_nlpaug(key_of(name, "augment"))
             yield from [problem] if problem else []
     scheme = config.model.quantization or "none"
     if scheme != "none" and not getattr(config.launch, "setup", None) and find_spec("bitsandbytes") is None:

@@ -115,7 +115,7 @@ class DataConfig(Strict):
     subset_seed: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Of k_shot and folds; train.seed if not given."
     )
-    augment: AugmentConfig | None = Field(None, description="Changed copies of training rows, made by a library.")
+    augment: AugmentConfig | None = Field(None, description="Changed copies of training rows.")
     shuffle: bool = Field(True, description="A new order each epoch from train.seed; false keeps the file order.")
     cache_dir: str | None = Field(None, description="Prepared data and models; ~/.cache/dist_ft if not given.")
 

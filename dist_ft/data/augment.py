@@ -1,34 +1,33 @@
-"""Changed copies of training rows by a library that the configuration names, the same whenever they are made.
+"""Changed copies of training rows by nlpaug (Ma 2019), the same whenever they are made.
 
-A copy depends on the run's seed, the row's number in its source and the copy's number alone: Python's, numpy's and
-torch's generators are set before each call and put back behind it.
+A copy depends on the run's seed, the row's number in its source and the copy's number alone: Python's and numpy's
+generators, from which nlpaug draws, are set before each call and put back behind it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import functools
 import importlib
-import inspect
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import MachineError, RequestError
 from ..schema import RunConfig
 from ..schema_augment import AugmentConfig
-from .augment_rules import missing_package
+from .augment_rules import missing_nlpaug
 from .splits import SplitName
 
-PROVEN_CALLS = 3  # that are made twice, to see whether a hook draws from what can be set
-
-Hook = Callable[[str], Any]
+MODULES = {  # of nlpaug.augmenter
+    "KeyboardAug": "char",
+    "OcrAug": "char",
+    "RandomCharAug": "char",
+    "RandomWordAug": "word",
+    "SpellingAug": "word",
+    "SplitAug": "word",
+}
 
 
 class Augmenter:
@@ -40,15 +39,14 @@ class Augmenter:
         key: of the configuration, for errors.
 
     Raises:
-        RequestError: the target names nothing, or cannot be made with its options.
-        MachineError: its package is not installed.
+        RequestError: the augmenter cannot be made with its options.
+        MachineError: nlpaug is not installed.
     """
 
     def __init__(self, augment: AugmentConfig, seed: int, key: str = "data.augment") -> None:
         self.augment, self.seed, self.key = augment, seed, key
         with _drawing_from((seed,)):
-            self._hook = open_hook(augment, key)
-        self._unproven = PROVEN_CALLS
+            self._augment = open_augmenter(augment, key)
         self._met: set[str] = set()
 
     @classmethod
@@ -66,7 +64,7 @@ class Augmenter:
             place: of the row, for errors.
 
         Raises:
-            RequestError: the hook fails, gives what is no text, or is not the same for the same seed.
+            RequestError: nlpaug fails.
         """
         seen: list[Mapping[str, Any]] = [row]
         for copy in range(self.augment.copies):
@@ -107,80 +105,31 @@ class Augmenter:
     def _text(self, text: str, draw: tuple[int, ...], place: str) -> str:
         if not text.strip():
             return text
-        found = self._call(text, draw, place)
-        if self._unproven:
-            self._unproven -= 1
-            if self._call(text, draw, place) != found:
-                rule = f"{self.augment.target} gives other texts for the same row and seed ({place})"
-                way_out = "name what draws from Python's random, numpy.random or torch, not from a generator of its own"
-                raise RequestError.of(f"{self.key}.target", rule, way_out)
-        return next((other for other in found if other != text), text)
-
-    def _call(self, text: str, draw: tuple[int, ...], place: str) -> Sequence[str]:
         try:
             with _drawing_from(draw):
-                found = self._hook(text)
-        except Exception as error:  # whatever a library raises
-            rule = f"{self.augment.target} fails at {place} ({_told(error)})"
-            raise RequestError.of(self.key, rule, "mend it, or correct its options") from error
-        texts = [found] if isinstance(found, str) else found
-        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            rule = f"{self.augment.target} gives {found!r:.60} at {place}, neither a text nor a list of texts"
-            raise RequestError.of(f"{self.key}.target", rule, "name what turns a text into texts")
-        return texts
+                found = self._augment(text)
+        except Exception as error:  # whatever the library raises
+            rule = f"{self.augment.name} fails at {place} ({_told(error)})"
+            raise RequestError.of(self.key, rule, "correct its options") from error
+        return next((other for other in found if other != text), text)
 
 
-def open_hook(augment: AugmentConfig, key: str = "data.augment") -> Hook:
-    """What turns a text into a text or a list of them.
-
-    A class is called with the options, and of its object `augment`, or the object itself, with the text. A function, or
-    an object that is there already, is called with the text and the options.
+def open_augmenter(augment: AugmentConfig, key: str = "data.augment") -> Callable[[str], Sequence[str]]:
+    """What turns a text into changed ones.
 
     Raises:
-        RequestError: there is no such name, it takes other options, or cannot be called.
-        MachineError: a package is not installed.
+        RequestError: the augmenter does not take its options.
+        MachineError: nlpaug is not installed.
     """
-    found, options = _find(augment.target, key), augment.options
-    if inspect.isclass(found):
-        try:
-            found, options = found(**options), {}
-        except Exception as error:  # whatever a library raises
-            rule = f"{augment.target} cannot be made with these options ({_told(error)})"
-            raise RequestError.of(f"{key}.options", rule, "see the library's documentation") from error
-    hook: Any = getattr(found, "augment", found)
-    if not callable(hook):
-        rule = f"{augment.target} has no `augment`, and cannot be called"
-        raise RequestError.of(f"{key}.target", rule, "name a class or a function that changes text")
-    return functools.partial(hook, **options)
-
-
-def _find(target: str, key: str) -> Any:
-    """What the dotted name stands for, imported from the working directory or Python's path."""
-    if problem := missing_package(target, key):
+    if problem := missing_nlpaug(key):
         raise MachineError(problem)
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    parts = target.split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:length])
-        try:
-            found: Any = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-                continue  # a part of the name is no module, but may be a class
-            way_out = f"pip install {error.name}"
-            raise MachineError.of(f"{key}.target", f"{name} needs the package {error.name}", way_out) from error
-        except Exception as error:  # whatever a module does when it is imported
-            rule = f"{name} cannot be imported ({_told(error)})"
-            raise RequestError.of(f"{key}.target", rule, "mend or update it") from error
-        for at in range(length, len(parts)):
-            if not hasattr(found, parts[at]):
-                near = difflib.get_close_matches(parts[at], dir(found), n=1)
-                way_out = f"did you mean {'.'.join([*parts[:at], near[0]])}?" if near else "correct the name"
-                raise RequestError.of(f"{key}.target", f"{'.'.join(parts[:at])} has no {parts[at]}", way_out)
-            found = getattr(found, parts[at])
-        return found
-    raise RequestError.of(f"{key}.target", f"there is no module {'.'.join(parts[:-1])}", "correct the name")
+    kind = getattr(importlib.import_module(f"nlpaug.augmenter.{MODULES[augment.name]}"), augment.name)
+    try:
+        augmenter: Callable[[str], Sequence[str]] = kind(**augment.options).augment
+    except Exception as error:  # whatever the library raises
+        rule = f"{augment.name} cannot be made with these options ({_told(error)})"
+        raise RequestError.of(f"{key}.options", rule, "see nlpaug's documentation") from error
+    return augmenter
 
 
 @contextlib.contextmanager
@@ -188,16 +137,13 @@ def _drawing_from(draw: tuple[int, ...]) -> Iterator[None]:
     """Generators that everybody shares begin at `draw`, and go on behind it as if nothing had been."""
     seed = int(np.random.SeedSequence(draw).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _told(error: BaseException) -> str:

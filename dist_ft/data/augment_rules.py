@@ -1,13 +1,11 @@
-"""What `data.augment` may name, and what its rows depend on. Nothing is imported that it names: the launcher asks."""
+"""What `data.augment` may change, and what its rows depend on; nlpaug is not imported, as the launcher asks."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import sys
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 from ..errors import Problem
@@ -34,9 +32,6 @@ _REASONS = {
     "label": "labels are what is learned",
     "input_ids": "token ids are no text",
 }
-
-
-_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def augment_problems(config: RunConfig) -> Iterator[Problem]:
@@ -66,46 +61,17 @@ def augment_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def augment_identity(alone: RunConfig, split: SplitName) -> dict[str, Any] | None:
-    """What the copies of a split's rows depend on beside them; None where there are none.
-
-    The library's version is in it, or the text of a module of one's own.
-    """
+    """What the copies of a split's rows depend on beside them; None where there are none."""
     augment = alone.data.augment
     if augment is None or split != "train":
         return None
-    return {**augment.model_dump(mode="json"), "seed": alone.train.seed, "code": _code_of(augment.target)}
+    version = importlib.metadata.version("nlpaug") if find_spec("nlpaug") else None
+    return {**augment.model_dump(mode="json"), "seed": alone.train.seed, "nlpaug": version}
 
 
-def locate(target: str) -> ModuleSpec | None:
-    """Where the top package of a dotted name is: in the working directory or on Python's path; None if nowhere."""
-    return PathFinder.find_spec(target.partition(".")[0], [str(Path.cwd()), *sys.path])
-
-
-def missing_package(target: str, key: str) -> Problem | None:
-    """What is wrong where the top package of `target` is not there."""
-    if locate(target) is not None:
+def missing_nlpaug(key: str) -> Problem | None:
+    """What is wrong where nlpaug is not installed."""
+    if find_spec("nlpaug") is not None:
         return None
-    package = target.partition(".")[0]
-    rule = f"{target} needs the package {package}, which is not installed in {sys.executable}"
-    way_out = f"pip install {package}; a module of your own must be in the working directory or on PYTHONPATH"
-    return Problem(f"{key}.target", rule, way_out)
-
-
-def _code_of(target: str) -> Any:
-    """A distribution's name and version, or a digest of a package that belongs to none; None where it is missing."""
-    package, spec = target.partition(".")[0], locate(target)
-    if spec is None:
-        return None
-    if _INSTALLED & {folder.name for folder in Path(spec.origin or "").parents}:
-        for name in (package, *importlib.metadata.packages_distributions().get(package, [])):
-            try:
-                return [name, importlib.metadata.version(name)]
-            except importlib.metadata.PackageNotFoundError:
-                continue
-    folders = list(spec.submodule_search_locations or ())
-    files = sorted(file for folder in folders for file in Path(folder).rglob("*.py"))
-    files = files or [Path(spec.origin or "")]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    return ["source", digest.hexdigest()]
+    rule = f"it needs the package nlpaug, which is not installed in {sys.executable}"
+    return Problem(key, rule, "pip install 'dist-ft[augment]', or remove it")

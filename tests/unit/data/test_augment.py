@@ -1,4 +1,4 @@
-"""Changed copies of training rows: by a real library and by functions of one's own, the same whenever they are made."""
+"""Changed copies of training rows: by nlpaug, and by stand-ins whose changes are known."""
 
 from __future__ import annotations
 
@@ -8,87 +8,55 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
-import torch
+from nlpaug.augmenter.char import KeyboardAug
 from transformers import AutoTokenizer
 
 from dist_ft import view
 from dist_ft.card import render_card
 from dist_ft.checks import check, check_machine
-from dist_ft.data.augment import Augmenter
+from dist_ft.data import augment as augmenting
+from dist_ft.data import augment_rules
+from dist_ft.data.augment import MODULES, Augmenter, open_augmenter
 from dist_ft.data.augment_rules import augment_identity, augment_problems
 from dist_ft.data.cache import is_prepared, split_folder
 from dist_ft.data.chosen import choose
-from dist_ft.errors import DistFtError, MachineError, RequestError
+from dist_ft.errors import MachineError, RequestError
 from dist_ft.inspection import ledger_tables
 from dist_ft.launch.compose import compose
 from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import prepare
 from dist_ft.schema import RunConfig
+from dist_ft.schema_augment import AugmentConfig
 
-KEYBOARD = {"target": "nlpaug.augmenter.char.KeyboardAug", "options": {"aug_char_p": 0.2}, "columns": ["text"]}
+KEYBOARD = {"name": "KeyboardAug", "options": {"aug_char_p": 0.2}, "columns": ["text"]}
 TEXTS = ["The invoice is wrong", "my screen stays black", "where is the parcel", "cancel this subscription please"]
 ROWS: list[dict[str, Any]] = [{"text": f"{TEXTS[n % 4]} {n}", "label": ["no", "yes"][n % 2]} for n in range(12)]
-OWN = """
-import random
-from random import Random
-
-import numpy
-import torch
-
-GENERATOR = Random(0)
-
-def loud(text, mark="!"):
-    return text.upper() + mark
-
-def same(text):
-    return text
-
-def several(text):
-    return [text, text + " a", text + " b"]
-
-def drawn(text):
-    return f"{text} {random.random()} {numpy.random.rand()} {torch.rand(1).item()}"
-
-def own_generator(text):
-    return f"{text} {GENERATOR.random()}"
-
-def letter(word):
-    return word[::-1]
-
-def longer(word):
-    return word + " more"
-
-def number(text):
-    return 3
-
-def broken(text):
-    raise KeyError("no such word")
-
-def nothing(text):
-    return " "
-
-class Object:
-    def __init__(self, mark="?"):
-        self.mark = mark
-
-    def __call__(self, text):
-        return text + self.mark
-
-made = Object()
-VALUE = 3
-"""
+OWN: dict[str, Callable[[str], Sequence[str]]] = {  # in place of nlpaug's, by the option `own`
+    "loud": lambda text: [text.upper() + "!"],
+    "long": lambda text: [text + " word" * 400],
+    "same": lambda text: [text],
+    "several": lambda text: [text, text + " a", text + " b"],
+    "drawn": lambda text: [f"{text} {random.random()} {np.random.rand()}"],
+    "letter": lambda word: [word[::-1]],
+    "longer": lambda word: [word + " more"],
+    "nothing": lambda text: [" "],
+    "broken": lambda text: [{}[text]],
+}
 
 
 @pytest.fixture
 def make(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    (tmp_path / "my_hooks.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_hooks", raising=False)
+    monkeypatch.setattr(
+        augmenting,
+        "open_augmenter",
+        lambda augment, key: OWN[augment.options["own"]] if "own" in augment.options else open_augmenter(augment, key),
+    )
 
     def config_of(augment: Any, rows: Any = ROWS, data: Any = None, task: Any = None, **changes: Any) -> RunConfig:
         for name in ("rows", "validation"):
@@ -117,7 +85,7 @@ def make(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def own(name: str, *columns: str, **more: Any) -> dict[str, Any]:
-    return {"target": f"my_hooks.{name}", "columns": list(columns or ["text"]), **more}
+    return {"name": "KeyboardAug", "options": {"own": name}, "columns": list(columns or ["text"]), **more}
 
 
 def decoded(split: Any, tiny_llama: Path) -> list[tuple[str, list[int]]]:
@@ -127,7 +95,6 @@ def decoded(split: Any, tiny_llama: Path) -> list[tuple[str, list[int]]]:
 
 
 def test_a_library_adds_changed_rows_with_their_labels_to_the_training_split_only(make: Any, tiny_llama: Path) -> None:
-    pytest.importorskip("nlpaug")
     config = make(KEYBOARD)
     prepared = prepare(config)
     found, plain = decoded(prepared.train, tiny_llama), decoded(prepared.validation, tiny_llama)
@@ -147,12 +114,32 @@ def test_a_library_adds_changed_rows_with_their_labels_to_the_training_split_onl
     assert at == len(found)
     assert prepared.validation is not None and prepared.validation.ledger["augmented"] == 0
     identity = augment_identity(config, "train")
-    assert identity is not None and identity["code"] == ["nlpaug", importlib.metadata.version("nlpaug")]
+    assert identity is not None and identity["nlpaug"] == importlib.metadata.version("nlpaug")
+
+
+def test_the_copies_are_nlpaugs_own_from_a_seed_of_the_row(make: Any) -> None:
+    """The same text from nlpaug by hand, with the generators set as documented."""
+    (copy,) = Augmenter(make(KEYBOARD).data.augment, seed=3).copies({"text": TEXTS[0]}, 5, "here")
+    seed = int(np.random.SeedSequence((3, 5, 0, 0)).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    assert copy == {"text": KeyboardAug(aug_char_p=0.2).augment(TEXTS[0])[0]} != {"text": TEXTS[0]}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_augmenter_changes_texts(name: str, make: Any) -> None:
+    augmenter = Augmenter(make({"name": name, "columns": ["text"]}).data.augment, seed=0)
+    texts = TEXTS * 3
+    copies = [copy for n, text in enumerate(texts) for copy in augmenter.copies({"text": text}, n, "here")]
+    assert sum(copy is not None for copy in copies) > len(texts) / 2
+
+
+def test_every_augmenter_of_the_schema_is_in_the_table() -> None:
+    assert set(MODULES) == set(get_args(AugmentConfig.model_fields["name"].annotation))
 
 
 @pytest.mark.slow
 def test_another_process_makes_the_same_rows(make: Any, tmp_path: Path, root: Path) -> None:
-    pytest.importorskip("nlpaug")
     config = make(KEYBOARD)
     first = Path(prepare(config).train.table)
     plan = make_plan(
@@ -183,15 +170,13 @@ def test_a_row_has_the_same_copy_in_a_subset_and_held_out_rows_have_none(make: A
 def test_copies_differ_and_generators_go_on_as_if_nothing_had_been(make: Any, tiny_llama: Path) -> None:
     random.seed(5)
     np.random.seed(5)
-    torch.manual_seed(5)
-    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    expected = random.random(), np.random.rand()
     random.seed(5)
     np.random.seed(5)
-    torch.manual_seed(5)
     augmenter = Augmenter(make(own("drawn", copies=3)).data.augment, seed=0)
     copies = [augmenter.copies({"text": "a"}, number, "here") for number in (0, 0, 1)]
     texts = [[copy["text"] for copy in made if copy] for made in copies]
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    assert (random.random(), np.random.rand()) == expected
     assert texts[0] == texts[1] and len({*texts[0], *texts[2]}) == 6
     other = Augmenter(make(own("drawn")).data.augment, seed=1).copies({"text": "a"}, 0, "here")
     assert next(other)["text"] not in texts[0]
@@ -201,15 +186,6 @@ def test_what_came_out_unchanged_or_twice_is_counted_and_not_added(make: Any) ->
     assert prepare(make(own("same", copies=2))).train.ledger["unchanged"] == 24
     ledger = prepare(make(own("several", copies=2))).train.ledger
     assert (ledger["augmented"], ledger["unchanged"], ledger["rows_kept"]) == (12, 12, 24)
-
-
-def test_functions_classes_and_objects_are_called_alike(make: Any) -> None:
-    def first(augment: dict[str, Any]) -> str:
-        return next(Augmenter(make(augment).data.augment, 0).copies({"text": "ab"}, 0, "here"))["text"]
-
-    assert first(own("loud")) == "AB!" and first(own("loud", options={"mark": "."})) == "AB."
-    assert first(own("Object")) == "ab?" and first(own("Object", options={"mark": "."})) == "ab."
-    assert first(own("made")) == "ab?" and first(own("several")) == "ab a"
 
 
 def test_words_are_changed_one_by_one_so_that_tags_stay_where_they_are(make: Any, tiny_llama: Path) -> None:
@@ -236,7 +212,7 @@ def test_a_copy_that_cannot_be_learned_from_is_left_out_and_told(make: Any, caps
     assert ledger["rows_kept"] == ledger["rows_read"] == 12 and ledger["augmented"] == 0
     (tally,) = ledger["copies_left_out"].values()
     assert tally["rows"] == 12
-    long = make({**own("loud"), "options": {"mark": " word" * 400}})
+    long = make(own("long"))
     (cause,) = prepare(long).train.ledger["copies_left_out"]
     assert "longer than task.max_length" in cause
 
@@ -260,46 +236,38 @@ def test_each_set_of_a_mixture_has_its_own_and_counts_are_told(
     assert "THE INVOICE IS WRONG 0!" in capsys.readouterr().out.replace("▁", " ")
 
 
-def test_what_copies_depend_on_is_in_the_name_of_what_is_prepared(make: Any, tmp_path: Path) -> None:
+def test_what_copies_depend_on_is_in_the_name_of_what_is_prepared(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make(own("loud"))
     prepare(base)
     others = [
         make(None),
+        make({**own("loud"), "name": "OcrAug"}),
         make(own("drawn")),
-        make(own("loud", options={"mark": "."})),
         make(own("loud", copies=2)),
         make(own("loud"), train={"seed": 1}),
     ]
     names = {split_folder(config, "train") for config in (base, *others)}
     assert len(names) == 6
     assert split_folder(make(own("loud"), launch={"workers_per_node": 4}), "train") == split_folder(base, "train")
-    assert is_prepared(base)
-    (tmp_path / "my_hooks.py").write_text(OWN + "\n# changed")
-    assert not is_prepared(base)
     lines = {"name": "causal_lm"}
     validation = split_folder(make(None, task=lines), "validation")
     assert split_folder(make(own("loud"), task=lines), "validation") == validation
+    assert is_prepared(base)
+    monkeypatch.setattr(augment_rules.importlib.metadata, "version", lambda name: "0.0")
+    assert not is_prepared(base)
 
 
 @pytest.mark.parametrize(
-    ("augment", "kind", "said"),
+    ("augment", "said"),
     [
-        (own("lound"), RequestError, "did you mean my_hooks.loud"),
-        (own("loud", options={"mrak": "."}), RequestError, "fails at"),
-        (own("Object", options={"mrak": "."}), RequestError, "cannot be made with these options"),
-        (own("VALUE"), RequestError, "cannot be called"),
-        (own("number"), RequestError, "neither a text nor a list"),
-        (own("broken"), RequestError, "KeyError"),
-        (own("own_generator"), RequestError, "not from a generator of its own"),
-        (own("loud", "text_pair"), RequestError, "no row has text_pair"),
-        ({"target": "my_hoks.loud", "columns": ["text"]}, MachineError, "pip install my_hoks"),
-        ({"target": "json.nowhere.loud", "columns": ["text"]}, RequestError, "json has no nowhere"),
+        ({**KEYBOARD, "options": {"aug_chra_p": 0.2}}, "cannot be made with these options"),
+        (own("broken"), "fails at"),
+        (own("loud", "text_pair"), "no row has text_pair"),
     ],
 )
-def test_what_is_wrong_is_named(make: Any, augment: dict[str, Any], kind: type[DistFtError], said: str) -> None:
-    with pytest.raises(kind) as caught:
+def test_what_is_wrong_is_named(make: Any, augment: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
         prepare(make(augment))
-    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -320,18 +288,28 @@ def test_what_must_not_change_is_refused_before_data_is_read(make: Any, augment:
     assert problems[0] in check(make(augment, **changes))
 
 
-def test_what_is_missing_is_told_at_launch_and_keys_are_known(make: Any, tmp_path: Path) -> None:
-    problems = check_machine(make({"target": "nosuchlib.Aug", "columns": ["text"]}))
-    assert [problem.where for problem in problems] == ["data.augment.target"]
-    assert check_machine(make(own("loud"))) == []
+def test_what_is_missing_is_told_at_launch(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_machine(make(KEYBOARD)) == []
+    monkeypatch.setattr(augment_rules, "find_spec", lambda name: None)
+    (problem,) = check_machine(make(KEYBOARD))
+    assert problem.where == "data.augment" and "dist-ft[augment]" in problem.way_out
+    with pytest.raises(MachineError, match="nlpaug"):
+        prepare(make(KEYBOARD))
+
+
+def test_keys_are_known_and_a_mixture_has_its_own(make: Any, tmp_path: Path) -> None:
+    make(None)
     words = ["data=jsonl", f"data.train={tmp_path}/rows.jsonl", "task=sequence_classification"]
-    augmented = [*words, "data.augment.target=my_hooks.loud", "data.augment.columns=[text]"]
-    composed = compose(augmented)
-    assert composed.config.data.augment == make(own("loud")).data.augment
-    with pytest.raises(RequestError, match=r"did you mean data\.augment\.options\?"):
-        compose([*augmented, "data.augment.optoins={a: 1}"])
-    with pytest.raises(RequestError, match=r"data\.augment\.copies \(command line\): 0 is wrong"):
-        compose([*augmented, "data.augment.copies=0"])
+    augmented = [*words, "data.augment.name=KeyboardAug", "data.augment.columns=[text]"]
+    composed = compose([*augmented, "data.augment.options={aug_char_p: 0.2}"])
+    assert composed.config.data.augment == make(KEYBOARD).data.augment
+    for wrong, said in (
+        ("data.augment.optoins={a: 1}", r"did you mean data\.augment\.options\?"),
+        ("data.augment.copies=0", r"data\.augment\.copies \(command line\): 0 is wrong"),
+        ("data.augment.name=os.system", r"data\.augment\.name"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            compose([*augmented[: -1 if "name=" in wrong else None], "data.augment.columns=[text]", wrong])
     beside = ["data=mixture", f"data.mixture.a.train={tmp_path}/rows.jsonl", *augmented[2:]]
     composed = compose(beside)
     assert "data.mixture.NAME.augment" in str(check(composed.config, composed.origins))
