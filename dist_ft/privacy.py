@@ -7,8 +7,10 @@ neighbours where one has a row more. engine/private.py carries it out.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -60,16 +62,21 @@ class Privacy:
 
     def draw_noise(self, step: int, like: list[Tensor]) -> list[Tensor]:
         """Noise for a step, of deviation `noise_multiplier * max_grad_norm`: a function of (seed, step)."""
+        return list(self.stream_noise(step, (t.shape for t in like), like[0].device))
+
+    def stream_noise(self, step: int, shapes: Iterable[torch.Size], device: torch.device) -> Iterator[Tensor]:
+        """The same, one tensor at a time: each is whole, and depends on the shapes before it."""
         scale = self.noise_multiplier * self.max_grad_norm
         words = random_words("noise", self.seed, step)
-        if like[0].device.type == "cuda":  # its generator takes a key of 64 bits; the CPU's only 32
-            generator = torch.Generator(like[0].device).manual_seed(int(words.random_raw() >> np.uint64(1)))
-            return [torch.randn(t.shape, device=t.device, generator=generator).mul_(scale) for t in like]
-        source = np.random.Generator(words)
-        return [
-            torch.from_numpy(source.standard_normal(tuple(t.shape), dtype=np.float32)).to(t.device).mul_(scale)
-            for t in like
-        ]
+        if device.type == "cuda":  # its generator takes a key of 64 bits; the CPU's only 32
+            generator = torch.Generator(device).manual_seed(int(words.random_raw() >> np.uint64(1)))
+            for shape in shapes:
+                yield torch.randn(shape, device=device, generator=generator).mul_(scale)
+        else:
+            source = np.random.Generator(words)
+            for shape in shapes:
+                noise = source.standard_normal(tuple(shape), dtype=np.float32)
+                yield torch.from_numpy(np.asarray(noise)).to(device).mul_(scale)
 
     def describe(self, steps: int) -> str:
         """The promise, in a line."""
@@ -142,6 +149,46 @@ def attach_hooks(model: nn.Module) -> Any:
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
     return GradSampleHooks(model, loss_reduction="sum")
+
+
+def attach_streaming_hooks(model: nn.Module, take: Callable[[Any], None], fail: Callable[[str], None]) -> Any:
+    """Opacus's hooks, which hand on each parameter as soon as its `grad_sample` [rows, …] is there.
+
+    They never raise inside a forward or a backward: other ranks would wait for this one's collectives.
+
+    Args:
+        model: whole, before it is sharded.
+        take: called in a backward with a parameter whose `grad_sample` is set; it must clear it.
+        fail: called with the reason where the hooks cannot do a module.
+
+    Raises:
+        NotImplementedError: Opacus knows that it cannot do this model.
+    """
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
+    from opacus.utils.module_utils import trainable_parameters
+
+    class StreamingHooks(GradSampleHooks):
+        def capture_activations_hook(self, module: nn.Module, *given: Any) -> None:
+            with guarded(module):
+                super().capture_activations_hook(module, *given)
+
+        def capture_backprops_hook(self, module: nn.Module, *given: Any, **options: Any) -> None:
+            with guarded(module):
+                super().capture_backprops_hook(module, *given, **options)
+                for _, parameter in trainable_parameters(module):
+                    if getattr(parameter, "grad_sample", None) is not None:
+                        take(parameter)
+
+    @contextlib.contextmanager
+    def guarded(module: nn.Module) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever a module does that the hooks do not foresee
+            fail(f"{type(module).__name__}: {type(error).__name__}: {error}".splitlines()[0])
+
+    return StreamingHooks(model, loss_reduction="sum")
 
 
 def _find_noise(target: float, delta: float, rate: float, steps: int) -> float:

@@ -10,6 +10,7 @@ from .pretrained import is_known_dense
 from .read_when import sources
 from .schema import RunConfig
 
+ENGINES = ("ddp", "fsdp")
 METHODS = ("full", "lora", "qlora")
 TASKS = (  # whose samples are one row each
     "causal_lm",
@@ -30,9 +31,9 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
     if config.privacy.target_epsilon is not None and config.privacy.noise_multiplier is not None:
         rule = "privacy.target_epsilon is set too, and one of them decides"
         yield Problem("privacy.noise_multiplier", rule, "remove one of the two")
-    if config.engine.name != "ddp":
+    if config.engine.name not in ENGINES:
         rule = f"engine={config.engine.name} adds up gradients before each row's could be clipped"
-        yield Problem("engine", rule, "choose engine=ddp")
+        yield Problem("engine", rule, f"choose engine={' or '.join(ENGINES)}")
     if config.method.name not in METHODS:
         rule = f"method={config.method.name} was not proven against gradients of single rows"
         yield Problem("method", rule, f"choose method={' or '.join(METHODS)}")
