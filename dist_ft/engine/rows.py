@@ -103,7 +103,7 @@ def remove_hooks(model: nn.Module, hooks: Any) -> None:
 
 
 def is_proven_again(step: int) -> bool:
-    """Whether a step (1, 2, 4, 8 …) proves hooks anew: gradients that were zero, as LoRA's at its start, proved nothing."""
+    """Whether a step (1, 2, 4, 8 …) proves hooks anew: gradients that were zero, as LoRA's once are, prove nothing."""
     return step & (step - 1) == 0
 
 

@@ -1,10 +1,9 @@
-"""Private training under FSDP2 against plain loops over single rows; several ranks are in tests/dist/test_privacy.py."""
+"""Private training under FSDP2 against plain loops over single rows; tests/dist has several ranks."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
