@@ -36,8 +36,8 @@ from .rows import (
 class Private(Ddp):
     """Ddp whose step is the mechanism of `privacy`; a row's gradient is that of the mean loss of its targets.
 
-    Rows' gradients come from Opacus's hooks, once these have proved right for the model: for every parameter as many
-    as rows, and their sum what autograd gives. Else (relative positions, recomputed blocks) rows go one by one.
+    Rows' gradients come from Opacus's hooks, once these have proved right for the model: for every parameter what a
+    backward of each row alone gives. Else (relative positions, recomputed blocks) rows go one by one.
     """
 
     def __init__(self, privacy: Privacy, **options: Any) -> None:
@@ -119,8 +119,11 @@ class Private(Ddp):
         try:
             with self.precision():
                 result = loss(self.module, micro)
-            result.loss.backward()
-            fault = self._find_fault()
+            assert result.losses is not None and result.documents is None, (
+                "the task tells no loss of each row's targets"
+            )
+            result.losses.sum().backward(retain_graph=not self.proven)
+            fault = self._find_fault(result.losses, micro.documents)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever a model does that the hooks do not foresee; row by row, it shows itself
@@ -144,20 +147,35 @@ class Private(Ddp):
         for i, gradient in taken:
             self.sums[i].add_(torch.tensordot(factors, gradient, dims=1))
 
-    def _find_fault(self) -> str | None:
-        """Why what the hooks left is not the rows' gradients; sums are compared once."""
-        total = math.sqrt(sum(float(p.grad.square().sum()) for _, p in self.trained if p.grad is not None))
+    def _find_fault(self, losses: Tensor, documents: Tensor) -> str | None:
+        """Why what the hooks left is not the rows' gradients; these are compared with autograd's where not proven."""
         for name, parameter in self.trained:
             gradients: Any = parameter.grad_sample  # type: ignore[attr-defined]
             if gradients is None and parameter.grad is None:
                 continue
             if not isinstance(gradients, Tensor) or gradients.shape != (self.rows, *parameter.shape):
                 return f"{name} is not used once a row"
-            if not self.proven:
-                assert parameter.grad is not None
-                miss = float((gradients.float().sum(dim=0) - parameter.grad.float()).norm())
-                if not miss <= TOLERANCE[self.dtype] * (float(parameter.grad.norm()) + 1e-3 * total):
-                    return f"{name}'s gradients of rows do not add up to its gradient"
+        if self.proven:
+            return None
+        self.hooks.disable_hooks()
+        faults = (self._find_fault_of_row(losses[documents == row].sum(), row) for row in range(self.rows))
+        fault = next((found for found in faults if found), None)
+        self.hooks.enable_hooks()
+        return fault
+
+    def _find_fault_of_row(self, loss: Tensor, row: int) -> str | None:
+        """The same of one row, by a backward of its own."""
+        parameters = [parameter for _, parameter in self.trained]
+        true = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        total = math.sqrt(sum(float(g.square().sum()) for g in true if g is not None))
+        for (name, parameter), gradient in zip(self.trained, true, strict=True):
+            found: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            if found is None:
+                continue
+            norm = 0.0 if gradient is None else float(gradient.norm())
+            miss = float((found[row] if gradient is None else found[row].float() - gradient.float()).norm())
+            if not miss <= TOLERANCE[self.dtype] * (norm + 1e-3 * total):
+                return f"{name}'s gradient of a row is not what its own backward gives"
         return None
 
     def _give_up_hooks(self, reason: str) -> None:

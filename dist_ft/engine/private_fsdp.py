@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..errors import TrainingError
 from ..privacy import Privacy, attach_streaming_hooks
 from ..schema import FsdpConfig
 from ..state import Batch, LossFn, LossSum, StepStats
@@ -128,13 +129,23 @@ class PrivateFsdp(Fsdp):
         return LossSum(losses.detach().sum(), weights.sum())
 
     def _find_losses(self, micro: Batch, loss: LossFn, *, by_hooks: bool) -> Tensor:
-        """The forward: [n] the loss of each target, whose document is its row."""
+        """The forward: [n] the loss of each target, whose document is its row.
+
+        Raises:
+            TrainingError: the model cannot be called under hooks. To go on without them would need every rank.
+        """
         self.norms.fault = None
         if by_hooks:
             self.rows = len(micro.samples)
             self.hooks.enable_hooks()
-        with self.precision():
-            result = loss(self.module, micro)
+        try:
+            with self.precision():
+                result = loss(self.module, micro)
+        except RuntimeError as error:
+            if not by_hooks or self.proven or isinstance(error, torch.OutOfMemoryError):
+                raise
+            rule = f"Opacus's hooks may not go with this model: {error}".splitlines()[0]
+            raise TrainingError.of("privacy.grad_sample_mode", rule, "set it to loop") from error
         self.rows = 0
         assert result.losses is not None and result.documents is None, "the task tells no loss of each row's targets"
         return result.losses

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from opacus.accountants import RDPAccountant
+from opacus.grad_sample import GradSampleHooks
+from torch import nn
 
+from dist_ft.comm import Place
 from dist_ft.testing.spawn import spawn
-from tests.dist.cases import metrics_of
+from tests.dist.cases import metrics_of, run_case
 from tests.dist.conftest import config_of
 from tests.dist.heads import config_of as heads_config_of
 from tests.dist.heads import make_model, make_rows
+from tests.unit.test_private_fsdp import turn_rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -37,9 +42,7 @@ class Cases:
         make_rows(self.labelled)
         self.bert = make_model("bert", folder / "bert")
 
-    def case(
-        self, kind: str, engine: str, world: int, at: str | None = None, stop: int | None = None
-    ) -> dict[str, Any]:
+    def case(self, kind: str, engine: str, world: int, *, at: str = "", stop: int | None = None) -> dict[str, Any]:
         shape, method = kind.split("-")
         folder = self.folder / (at or f"{kind}-{engine}-{world}")
         if shape == "llama":
@@ -54,8 +57,23 @@ class Cases:
         config["train"] |= {"max_steps": STEPS, "global_batch_size": batch, "per_device_train_batch_size": micro}
         return {"config": config, **({"stop_after": stop} if stop else {})}
 
-    def run(self, world: int, *cases: dict[str, Any]) -> None:
-        spawn(world, "tests.dist.cases:run_cases", list(cases), timeout_s=200)
+    def run(self, world: int, *cases: dict[str, Any]) -> list[bool]:
+        """Train; whether rows went one by one on rank 0, by case."""
+        results = spawn(world, "tests.dist.test_privacy:run_and_look", list(cases), timeout_s=250)
+        return [bool(looped) for looped in results[0]]
+
+
+def run_and_look(place: Place, cases: list[dict[str, Any]]) -> list[bool]:
+    """Each case in turn, with hooks that mistake one row for another on the rank that it names."""
+    found = []
+    for case in cases:
+        with warnings.catch_warnings(record=True) as seen, pytest.MonkeyPatch.context() as patch:
+            warnings.simplefilter("always")
+            if case.get("wrong_on") == place.rank:
+                patch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, turn_rows)
+            run_case(place, case)
+        found.append(any("one by one" in str(warning.message) for warning in seen))
+    return found
 
 
 def test_any_engine_world_and_micro_batch_and_a_stop_give_the_same_private_run(
@@ -76,7 +94,9 @@ def test_any_engine_world_and_micro_batch_and_a_stop_give_the_same_private_run(
         for first, second in (ENGINES, ENGINES[::-1])
         for engine, stop in ((first, STOP), (second, None))
     ]
-    cases.run(2, *both, *halves, *crossed)
+    wrong = [{**cases.case("llama-full", engine, 2, at=f"wrong-{engine}"), "wrong_on": 1} for engine in ENGINES]
+    looped = cases.run(2, *both, *halves, *crossed, *wrong)
+    assert looped == [False] * (len(looped) - 1) + [True], "FSDP2's ranks give up together, DDP's each for itself"
     for kind in kinds:
         for engine in ENGINES:
             assert_alike(tmp_path / f"{kind}-ddp-1", tmp_path / f"{kind}-{engine}-1", rel=1e-5)
@@ -85,6 +105,7 @@ def test_any_engine_world_and_micro_batch_and_a_stop_give_the_same_private_run(
                 assert_alike(tmp_path / f"{kind}-{engine}-2", tmp_path / f"{kind}-{engine}-stopped", rel=0)
     for first in ENGINES:
         assert_alike(tmp_path / "llama-full-ddp-1", tmp_path / f"from-{first}", rel=1e-5)
+        assert_alike(tmp_path / "llama-full-ddp-1", tmp_path / f"wrong-{first}", rel=1e-5)
     targets = [m["train/supervised_tokens"] for m in metrics_of(tmp_path / "rare-full-fsdp-2")]
     assert 0 in targets and max(targets) > 0, "some steps have no rows"
     accountant = RDPAccountant()
