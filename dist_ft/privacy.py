@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,15 @@ class Privacy:
             f"{self.sample_rate:.4g}, their gradients clipped at {self.max_grad_norm:g}"
         )
 
+    def tell(self, steps: int) -> Iterator[tuple[str, str]]:
+        """The promise after so many steps, as rows of a table."""
+        yield "epsilon", f"{self.epsilon(steps):.4g} after {steps:,} steps"
+        yield "delta", f"{self.delta:.4g}"
+        yield "noise multiplier", f"{self.noise_multiplier:.4f}"
+        yield "norm to which each row's gradient is clipped", f"{self.max_grad_norm:g}"
+        yield "rows expected in a step", f"{self.expected_rows:g}, each with probability {self.sample_rate:.4g}"
+        yield "accountant", "Rényi differential privacy over Poisson sampling (Opacus's RDPAccountant)"
+
     @cached_property
     def _orders(self) -> list[float]:
         from opacus.accountants import RDPAccountant
@@ -100,6 +109,12 @@ class Privacy:
 
 
 def build_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
+    """`find_privacy` alike on every rank: hosts may differ in the last bit, and weights of ranks would drift apart."""
+    found = find_privacy(config, order, steps)
+    return replace(found, noise_multiplier=comm.from_main(found.noise_multiplier))
+
+
+def find_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
     """The mechanism of a run of so many steps, with the noise that its target epsilon needs.
 
     Raises:
@@ -112,8 +127,7 @@ def build_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Pri
     noise = config.noise_multiplier
     if noise is None:
         assert config.target_epsilon is not None
-        # Hosts may differ in the last bit, and weights of ranks would then drift apart.
-        noise = comm.from_main(_find_noise(config.target_epsilon, delta, order.rate, steps))
+        noise = _find_noise(config.target_epsilon, delta, order.rate, steps)
     return Privacy(
         noise_multiplier=noise,
         sample_rate=order.rate,
