@@ -64,6 +64,13 @@ def fixes_length(config: RunConfig, key: str) -> bool:
     return config.privacy.target_epsilon is not None and key in ("max_steps", "num_train_epochs")
 
 
+def takes_rows_together(config: RunConfig) -> bool:
+    """Whether hooks are tried, which give the gradients of all rows of a micro-batch at once."""
+    # LLM.int8 looks for outlying columns in all rows of a micro-batch, so that a row changes its neighbours' gradients.
+    is_apart = config.model.quantization != "int8" and not config.model.gradient_checkpointing
+    return config.privacy.grad_sample_mode == "auto" and is_apart
+
+
 def _selection_problems(config: RunConfig) -> Iterator[Problem]:
     """Choosing a step by rows that are to be kept private spends what nothing accounts for."""
     train = config.train

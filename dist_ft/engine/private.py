@@ -83,7 +83,7 @@ class Private(Ddp):
     def step(self, learning_rate: float) -> StepStats:
         """Sum over ranks, add noise, divide by the expected number of rows, update."""
         step = self._updates() + 1
-        noise = self.privacy.draw_noise(step, self.sums)
+        noise = self.privacy.stream_noise(step, (total.shape for total in self.sums), self.device)
         for (_, parameter), total, drawn in zip(self.trained, self.sums, noise, strict=True):
             parameter.grad = (comm.total(total) + drawn).div_(self.privacy.expected_rows).to(parameter.dtype)
             total.zero_()
@@ -141,11 +141,11 @@ class Private(Ddp):
         return None
 
     def _add_clipped(self, weights: Tensor) -> None:
-        taken = [(i, p.grad_sample.float()) for i, (_, p) in enumerate(self.trained) if p.grad_sample is not None]  # type: ignore[attr-defined]
-        squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for _, gradient in taken])
+        taken = [(i, p.grad_sample) for i, (_, p) in enumerate(self.trained) if p.grad_sample is not None]  # type: ignore[attr-defined]
+        squares = torch.stack([gradient.float().flatten(1).square().sum(dim=1) for _, gradient in taken])
         factors = clip_factors(squares.double().sum(dim=0).sqrt(), weights, self.privacy.max_grad_norm)
         for i, gradient in taken:
-            self.sums[i].add_(torch.tensordot(factors, gradient, dims=1))
+            self.sums[i].add_(torch.tensordot(factors, gradient.float(), dims=1))
 
     def _find_fault(self, losses: Tensor, documents: Tensor) -> str | None:
         """Why what the hooks left is not the rows' gradients; these are compared with autograd's where not proven."""

@@ -17,10 +17,13 @@ from opacus.grad_sample.linear import compute_linear_grad_sample
 from torch import nn
 
 from dist_ft.comm import Place
+from dist_ft.engine.norms import RowNorms
+from dist_ft.engine.private import Private
 from dist_ft.engine.private_fsdp import PrivateFsdp
 from dist_ft.errors import TrainingError
+from dist_ft.memory import estimate_rows
 from dist_ft.privacy import Privacy
-from dist_ft.schema import FsdpConfig
+from dist_ft.schema import DdpConfig, FsdpConfig
 from tests.unit.test_privacy import CPU, MODELS, batches, clipped_sum, make_model, make_privacy, make_task
 from tests.unit.test_privacy import make_engine as make_ddp
 
@@ -165,3 +168,27 @@ def test_a_model_that_cannot_run_under_hooks_says_what_to_set() -> None:
     model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output.mul_(1.0))
     with pytest.raises(TrainingError, match="grad_sample_mode"):
         feed(make_engine(model, make_privacy()), "causal", 4)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_memory_for_gradients_of_rows_is_what_is_held(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that hooks leave, and DDP's sums; what is held for a moment only to be added up is not counted."""
+    held, take, add = [0], RowNorms.take_samples, Private._add_clipped
+
+    def take_samples(norms: RowNorms, parameter: Any) -> None:
+        held.append(parameter.grad_sample.nbytes)
+        take(norms, parameter)
+
+    def add_clipped(engine: Private, weights: torch.Tensor) -> None:
+        held.append(sum(parameter.grad_sample.nbytes for _, parameter in engine.trained))  # type: ignore[attr-defined]
+        add(engine, weights)
+
+    monkeypatch.setattr(RowNorms, "take_samples", take_samples)
+    monkeypatch.setattr(Private, "_add_clipped", add_clipped)
+    for make, config in ((make_engine, FsdpConfig(name="fsdp")), (make_ddp, DdpConfig(name="ddp"))):
+        del held[1:]
+        engine: Any = make(make_model("llama"), make_privacy(hooks=rows > 0))
+        engine.forward_backward(next(batches("causal", 4)), make_task("causal")[1], torch.tensor(1.0), last=True)
+        learn = [parameter.numel() for _, parameter in engine.trained]
+        sums = sum(total.nbytes for total in getattr(engine, "sums", []))
+        assert estimate_rows(config, rows, sum(learn), max(learn)).device == max(held) + sums
