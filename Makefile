@@ -25,7 +25,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help setup dev train test check bench gpu faults wheel clean
+.PHONY: help setup dev train test check lint bench gpu faults wheel clean
 
 help: ## list these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -41,12 +41,14 @@ train: setup ## set up, run the main job, and show three prompts answered by the
 test: dev ## the whole test suite
 	@$(PYTEST) $(TESTS)
 
-check: dev ## lint, types, import rules, fast tests
+check: lint ## lint, types, import rules, fast tests
+	@$(PYTEST) tests/unit -m "not slow and not gpu"
+
+lint: dev ## lint, types, import rules
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
-	@$(PYTEST) tests/unit -m "not slow and not gpu"
 
 faults: dev ## tests that kill workers and launchers
 	@$(PYTEST) $(TESTS) -m faults

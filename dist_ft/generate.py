@@ -1,42 +1,48 @@
 """Answers of a run's model, of its base, or of both side by side: one prompt, several, or a chat.
 
+What models say that write no text of their own (labels, tags, spans) is in predict.py.
+
 `python -m dist_ft.generate RUN_YAML [prompt="…"] [prompts=FILE|validation:3] [model=export|base|both]
 [max_new_tokens=128] [temperature=0] [chat=true]`. Without a prompt it reads them from standard input, and remembers.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 from transformers import AutoTokenizer
 
 from .comm import Place, find_device
-from .errors import RequestError
+from .data.splits import SPLITS, SplitName
+from .errors import Problem, RequestError
 from .evaluate import open_model
 from .exported import find_export, find_trained_run
 from .plan import read_plan
+from .predict import PREDICTORS, open_predictors
+from .predictor import Asked, Predictor
 from .prepare import Prepared, prepare
 from .schema import RunConfig, Strict
 from .turns import Question, find_end_token, open_tokenizer, read_questions, speaks_chat
 from .words import read_words, run_command, split_run
 
-SPLITS = ("train", "validation", "test")
-ANSWERING = ("causal_lm", "instruction", "preference")
+Kind = TypeVar("Kind", Question, Asked)
 
 
 class GenerateOptions(Strict):
     """What `dist-ft generate` takes."""
 
-    prompt: str | None = Field(None, description="one prompt; none begins a chat")
+    prompt: str | None = Field(
+        None, description="text, or a JSON object of what the task asks with; none begins a chat"
+    )
     prompts: str | None = Field(None, description="a file with a prompt a line, or SPLIT:N for rows of the run's data")
     model: Literal["export", "base", "both"] = Field("export", description="whose answers")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="most tokens of an answer")
@@ -95,7 +101,7 @@ class Speaker:
         return text.strip()
 
 
-def show_answers(question: Question, answers: Sequence[tuple[str, str]], console: Console) -> None:
+def show_answers(question: Question | Asked, answers: Sequence[tuple[str, str]], console: Console) -> None:
     """The prompt, and each answer behind its name; all wrapped to the console's width."""
     named = [("prompt", question.text), *answers]
     if question.answer is not None:
@@ -122,11 +128,9 @@ def chat_loop(speakers: Sequence[Speaker], *, chat: bool, console: Console) -> N
     histories: dict[str, list[dict[str, Any]]] = {speaker.name: [] for speaker in speakers}
     if sys.stdin.isatty():
         console.print("`exit` ends, `clear` forgets", style="dim")
-    while (line := _read_line()) not in (None, "exit", "quit"):
-        assert line is not None
+    for line in read_lines():
         if line == "clear":
             histories = {name: [] for name in histories}
-        if line in ("", "clear"):
             continue
         for speaker in speakers:
             history = histories[speaker.name]
@@ -137,8 +141,22 @@ def chat_loop(speakers: Sequence[Speaker], *, chat: bool, console: Console) -> N
             console.print(Text(f"{speaker.name}: ", style="bold") + Text(text, style=STYLES.get(speaker.name, "")))
 
 
-def find_questions(options: GenerateOptions, config: RunConfig, *, chat: bool) -> list[Question]:
-    """The prompts that the options name; none where a chat is wanted.
+def read_lines() -> Iterator[str]:
+    """Lines of standard input that are not blank, until `exit` or its end."""
+    while (line := _read_line()) not in (None, "exit", "quit"):
+        if line:
+            yield line
+
+
+def find_questions(
+    options: GenerateOptions, of_text: Callable[[str], Kind], of_split: Callable[[SplitName, int], Iterable[Kind]]
+) -> list[Kind]:
+    """The prompts that the options name; none where they are to come from standard input.
+
+    Args:
+        options: of the command.
+        of_text: makes a question of a prompt.
+        of_split: reads the first rows of a split as questions.
 
     Raises:
         RequestError: both kinds are given, or the file or split is not there.
@@ -146,7 +164,7 @@ def find_questions(options: GenerateOptions, config: RunConfig, *, chat: bool) -
     if options.prompt is not None and options.prompts is not None:
         raise RequestError.of("prompts", "is given beside prompt", "give one of them")
     if options.prompt is not None:
-        return [Question.of_text(options.prompt, chat=chat)]
+        return [of_text(options.prompt)]
     if options.prompts is None:
         return []
     split, _, count = options.prompts.partition(":")
@@ -155,13 +173,13 @@ def find_questions(options: GenerateOptions, config: RunConfig, *, chat: bool) -
             raise RequestError.of(
                 f"prompts={options.prompts}", f"{count!r} is no number of rows", "such as validation:3"
             )
-        return list(read_questions(config, split, int(count or 3)))  # type: ignore[arg-type]
+        return list(of_split(split, int(count or 3)))
     try:
         lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         way_out = "name a text file with a prompt a line, or a split as validation:3"
         raise RequestError.of(f"prompts={options.prompts}", f"cannot be read ({error})", way_out) from error
-    return [Question.of_text(line, chat=chat) for line in lines if line.strip()]
+    return [of_text(line) for line in lines if line.strip()]
 
 
 def main(arguments: list[str]) -> None:
@@ -170,9 +188,6 @@ def main(arguments: list[str]) -> None:
     options = read_words(GenerateOptions, words)
     plan = read_plan(run_file)
     config, run_dir = plan.config, find_trained_run(plan, run_file)
-    if config.task.name not in ANSWERING:
-        way_out = "dist-ft eval run=… writes what the model says of every row"
-        raise RequestError.of("run", f"task={config.task.name} gives no text", way_out)
     wanted = ["base", "export"] if options.model == "both" else [options.model]
     folder = find_export(run_dir) if "export" in wanted else None
     prepared = prepare(config)
@@ -180,22 +195,53 @@ def main(arguments: list[str]) -> None:
     chat = speaks_chat(config, tokenizer, prepared.train.ledger["formats"]) if options.chat is None else options.chat
     if chat and not tokenizer.chat_template:
         raise RequestError.of("chat=true", "the tokenizer has no chat template", "set chat=false")
-    questions = find_questions(options, config, chat=chat)
-    device = find_device(Place())
-    end = find_end_token(tokenizer, config.task)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    speakers = []
-    for which in wanted:
-        model: nn.Module = open_model(which, config, prepared, run_dir, device)[0]
-        name = "tuned" if which == "export" else which
-        speakers.append(Speaker(name, model, tokenizer, end, options))
+    if config.task.name in PREDICTORS:
+        check_options(options, config.task.name)
+        most = options.max_new_tokens if "max_new_tokens" in options.model_fields_set else None
+        models = {NAMES[which]: which for which in wanted}
+        predictors = open_predictors(models, config, prepared, run_dir, tokenizer, chat=chat, max_new_tokens=most)
+        first = predictors[0]
+        asked = find_questions(options, first.ask, functools.partial(first.read, config))
+        for row in asked or map(first.ask, read_lines()):
+            show_one(row, predictors, console, alone=options.prompts is None)
+        return
+    device, end = find_device(Place()), find_end_token(tokenizer, config.task)
+    of_text = functools.partial(Question.of_text, chat=chat)
+    questions = find_questions(options, of_text, functools.partial(read_questions, config))
+    speakers = [
+        Speaker(NAMES[which], open_model(which, config, prepared, run_dir, device)[0], tokenizer, end, options)
+        for which in wanted
+    ]
     if not questions:
         chat_loop(speakers, chat=chat, console=console)
-    elif options.prompt is not None and len(speakers) == 1:
-        print(speakers[0].answer(questions[0]))
+    for question in questions:
+        show_one(question, speakers, console, alone=options.prompts is None)
+
+
+def show_one(question: Any, speakers: Sequence[Speaker | Predictor], console: Console, *, alone: bool) -> None:
+    """What each says of a question: nothing else where both are `alone`, else beside their names."""
+    answers = [(speaker.name, speaker.answer(question)) for speaker in speakers]
+    if alone and len(answers) == 1:
+        print(answers[0][1])
     else:
-        for question in questions:
-            show_answers(question, [(speaker.name, speaker.answer(question)) for speaker in speakers], console)
+        show_answers(question, answers, console)
+
+
+def check_options(options: GenerateOptions, task: str) -> None:
+    """See that the options mean something to a task whose models write no text of their own.
+
+    Raises:
+        RequestError: some do not.
+    """
+    meaningless = {"temperature", "seed", "max_new_tokens", "chat"} - MEANINGFUL.get(task, set())
+    rule, way_out = f"means nothing to task={task}, which predicts as in evaluations", "remove it"
+    if problems := [Problem(key, rule, way_out) for key in sorted(meaningless & options.model_fields_set)]:
+        raise RequestError(*problems)
+
+
+MEANINGFUL = {"seq2seq": {"max_new_tokens"}, "reward": {"chat"}}
+NAMES = {"base": "base", "export": "tuned"}
 
 
 def open_tokenizer_of(folder: Path | None, config: RunConfig, prepared: Prepared) -> Any:

@@ -218,14 +218,17 @@ class Method(Protocol):
 
 
 class Task(Protocol):
-    """What is learned."""
+    """What is learned. A task inherits from it what most have: no labels, and nothing to tell beyond metrics."""
 
     uses_facts: ClassVar[bool]  # whether it needs more of the data than its rows
 
     @staticmethod
     def architecture(config: Any, facts: Facts) -> Architecture: ...
     @staticmethod
-    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]: ...
+    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
+        """Labels that a row gives, and the name of each that is a number, where the row has it."""
+        return ()
+
     @property
     def layout(self) -> Layout: ...
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]: ...
@@ -235,7 +238,9 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> LossSum: ...
     def score(self, model: nn.Module, batch: Batch) -> LossSum: ...
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics: ...
-    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]: ...
+    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
+        """Tables beyond the metrics."""
+        return {}
 
 
 @runtime_checkable

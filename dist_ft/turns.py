@@ -19,7 +19,7 @@ from .schema import RunConfig, TaskConfig
 
 Message = dict[str, Any]
 
-CONVERSING = ("instruction", "preference")  # tasks whose rows may be conversations
+CONVERSING = ("instruction", "preference", "reward")  # tasks whose rows may be conversations
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,28 @@ def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[
     Raises:
         RequestError: the run has no such split, or a row is wrong or made of tokens.
     """
+    for place, row in read_canonical(config, split, count):
+        yield question_of(row, place)
+
+
+def read_canonical(config: RunConfig, split: SplitName, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and canonical shape (data/formats.py) of the first `count` rows of a split, of a mixture those of each set.
+
+    Raises:
+        RequestError: the run has no such split, or a row is wrong.
+    """
     sets = sets_of(config, split)
     if not sets:
         raise RequestError.of(f"data.{split}", "is not set in this run", "name another split, or a file of prompts")
     for alone in sets.values():
-        yield from islice(_questions_of(alone, read_split(alone, split)), count)
+        yield from islice(_canonical(alone, read_split(alone, split)), count)
 
 
-def _questions_of(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[Question]:
-    """Rows as questions; those that lack what the set's template names are passed over."""
+def _canonical(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a set; those that lack what its template names are passed over."""
     for place, raw in rows:
         with contextlib.suppress(RowFault):
-            yield question_of(normalise_for(alone, raw, place)[1], place)
+            yield place, normalise_for(alone, raw, place)[1]
 
 
 def question_of(row: dict[str, Any], place: str) -> Question:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,7 @@ from ..schema import Zero3Config, Zero12Config  # noqa: E402
 from ..state import Batch, LossFn, LossSum, ModelFactory, NamedState, OptimFactory, StepStats  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET_ELEMENTS = 100_000_000
+BUCKET_ELEMENTS = 100_000_000  # of gradients that are sent at once, at most
 
 
 class Zero:
@@ -62,7 +63,9 @@ class Zero:
         self.place = place
         self.dtype = dtype
         self.stage = int(config.name[-1])
-        self.json = derive_json(config, dtype, max_grad_norm, micro_batch_size, accumulation_steps)
+        self.derive_json = functools.partial(
+            derive_json, config, dtype, max_grad_norm, micro_batch_size, accumulation_steps
+        )
 
     def setup(self, build_model: ModelFactory, build_optim: OptimFactory) -> None:
         """Build the model (rank 0 with weights); DeepSpeed sends the others theirs while it partitions."""
@@ -79,11 +82,12 @@ class Zero:
             set_z3_leaf_module(mixture.module, True)
         # Before parameters are taken apart, because weight decay goes by their dimensions.
         optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        settings = self.derive_json(sum(p.numel() for p in model.parameters() if p.requires_grad))
         if self.stage == 3:  # one tensor after another; `initialize` alone would send every rank the whole model first
-            deepspeed.zero.Init(module=model, config_dict_or_path=self.json)
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
             for buffer in model.buffers():  # which `initialize` now leaves to us
                 buffer.data = buffer.data.to(self.device)
-        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: nn.Module = self.engine.module
         self.engine.train()
         self.mesh = init_device_mesh(self.device.type, (self.place.world_size,))
@@ -211,14 +215,16 @@ def derive_json(
     max_grad_norm: float,
     micro_batch_size: int,
     accumulation_steps: int,
+    trained: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration (deepspeed.ai/docs/config-json) for this run."""
+    """DeepSpeed's configuration (deepspeed.ai/docs/config-json) for this run, in which `trained` elements learn."""
+    bucket = min(BUCKET_ELEMENTS, trained)  # it is allocated whole, also for a small adapter
     zero: dict[str, Any] = {
         "stage": int(config.name[-1]),
         "contiguous_gradients": True,
         "overlap_comm": torch.cuda.is_available(),
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if config.offload in ("optimizer", "params"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..data.faults import RowFault
 from ..data.formats import IGNORED_LABEL
 from ..data.pack import count_shifted
 from ..schema_task import CausalLMConfig, InstructionConfig
-from ..state import CAUSAL_LM, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+from ..state import CAUSAL_LM, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
 
-class LanguageModelTask(ABC):
+class LanguageModelTask(Task):
     """A task over next-token prediction.
 
     torch is imported by the workers that need it, not where data is prepared.
@@ -41,11 +41,6 @@ class LanguageModelTask(ABC):
     def architecture(config: Any, facts: Facts) -> Architecture:
         """A causal language model with the head that it has."""
         return CAUSAL_LM
-
-    @staticmethod
-    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """None: tokens are what is predicted."""
-        return ()
 
     @property
     def layout(self) -> Layout:
@@ -109,10 +104,6 @@ class LanguageModelTask(ABC):
         from . import tokens
 
         return tokens.metrics_of(totals, exact=self.answers)
-
-    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Nothing beyond the metrics."""
-        return {}
 
 
 def is_supervised(example: Example) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from ..data.faults import EMPTY_TEXT, RowFault
 from ..errors import RequestError
 from ..schema_task import MaskedLMConfig
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 from .masks import draw_masks, share_of
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WORDS = "word_ids"  # which word of its row a token belongs to; -1 of special tokens
 
 
-class MaskedLM:
+class MaskedLM(Task):
     """The task `masked_lm`.
 
     Packed, documents are cut one after another into blocks with the tokenizer's special tokens at both ends. Attention
@@ -46,11 +46,6 @@ class MaskedLM:
     def architecture(config: MaskedLMConfig, facts: Facts) -> Architecture:
         """A head over the vocabulary, the model's own unless it is to begin anew."""
         return Architecture("AutoModelForMaskedLM", new_head=config.new_head)
-
-    @staticmethod
-    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """None: tokens are what is predicted."""
-        return ()
 
     @property
     def layout(self) -> Layout:
@@ -121,10 +116,6 @@ class MaskedLM:
         from .tokens import metrics_of
 
         return metrics_of(totals, exact=False)
-
-    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def _encode(self, row: Row, tokenizer: Any, **options: Any) -> Sequence[Example]:
         if self.facts.mask_id is None:

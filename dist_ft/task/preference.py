@@ -13,14 +13,27 @@ and e = label_smoothing, the losses of a pair are, as in TRL:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..data.formats import IGNORED_LABEL
 from ..data.pack import count_shifted
 from ..schema_task import PreferenceConfig
-from ..state import CAUSAL_LM, REFERENCE, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+from ..state import (
+    CAUSAL_LM,
+    REFERENCE,
+    Architecture,
+    Batch,
+    Example,
+    Facts,
+    Layout,
+    LossSum,
+    Metrics,
+    Row,
+    Sample,
+    Task,
+)
 from .language_model import check_supervised
 from .pairs import cut_pair, encode_pair
 
@@ -38,7 +51,7 @@ MEANS = (  # over pairs, under TRL's names
 )
 
 
-class Preference:
+class Preference(Task):
     """The task `preference`: a sample is two sequences, the prompt with its chosen and with its rejected answer.
 
     Args:
@@ -57,11 +70,6 @@ class Preference:
     def architecture(config: Any, facts: Facts) -> Architecture:
         """A causal language model with the head that it has."""
         return CAUSAL_LM
-
-    @staticmethod
-    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """None: answers are what is compared."""
-        return ()
 
     @property
     def layout(self) -> Layout:
@@ -130,10 +138,6 @@ class Preference:
         """loss and MEANS; before the first step every reward is 0, and no pair's answers are apart."""
         pairs = float(totals.weight)
         return {"loss": float(totals.loss) / pairs} | {name: float(totals.counts[name]) / pairs for name in MEANS}
-
-    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:
         """[pairs, 2] float64: of the chosen and of the rejected answer."""

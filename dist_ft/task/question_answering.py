@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,7 @@ import numpy as np
 from ..data.faults import RowFault
 from ..errors import RequestError
 from ..schema_task import QuestionAnsweringConfig
-from ..state import ORIGIN, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Prediction, Row, Sample
+from ..state import ORIGIN, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Prediction, Row, Sample, Task
 from .answer_spans import Span, answer_rows, cut_pieces, find_answer, find_tokens, rank_spans
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class PieceBatch(Batch):
     origins: tuple[int, ...] = ()  # which of the split's rows each piece is of
 
 
-class QuestionAnswering:
+class QuestionAnswering(Task):
     """The task `question_answering`: each piece of a row is a sample of its own, and metrics join a row's pieces.
 
     A piece is the whole question and as much of the context as fits. Where it does not hold the answer, the null place
@@ -54,11 +54,6 @@ class QuestionAnswering:
     def architecture(config: QuestionAnsweringConfig, facts: Facts) -> Architecture:
         """A head with two outputs a token, for the first and the last one; a base may have had other labels."""
         return Architecture("AutoModelForQuestionAnswering", {"num_labels": 2}, new_head=True)
-
-    @staticmethod
-    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """None: places are what is predicted."""
-        return ()
 
     @property
     def layout(self) -> Layout:
@@ -149,10 +144,6 @@ class QuestionAnswering:
         from .answer_scores import measure
 
         return {"loss": float(totals.loss) / float(totals.weight)} | measure(self.by_row(totals, rows))
-
-    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Nothing further."""
-        return {}
 
     def by_row(self, totals: LossSum, rows: Sequence[Row]) -> Sequence[Prediction]:
         """One answer a row, from those of all its pieces."""

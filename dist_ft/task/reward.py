@@ -7,7 +7,7 @@ section 2), as in TRL.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.faults import RowFault
 from ..schema_task import RewardConfig
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 from .pairs import EQUAL, cut_pair, encode_pair
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MEANS = ("accuracy", "margin", "mean_reward")  # TRL's names
 
 
-class Reward:
+class Reward(Task):
     """The task `reward`: a sample is two sequences, the prompt with its chosen and with its rejected answer.
 
     The head is transformers' for one label: it reads an encoder's first token, or a decoder's last one that is no
@@ -47,11 +47,6 @@ class Reward:
         """A head with one output."""
         overrides = {"num_labels": 1, "pad_token_id": facts.pad_id}
         return Architecture("AutoModelForSequenceClassification", overrides, new_head=True)
-
-    @staticmethod
-    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """None: answers are what is compared."""
-        return ()
 
     @property
     def layout(self) -> Layout:
@@ -119,10 +114,6 @@ class Reward:
         """loss, accuracy (the chosen answer has the higher score), margin, mean_reward."""
         pairs = float(totals.weight)
         return {"loss": float(totals.loss) / pairs} | {name: float(totals.counts[name]) / pairs for name in MEANS}
-
-    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Nothing beyond the metrics."""
-        return {}
 
     def _marks_pairs(self, row: Row, tokenizer: Any) -> bool:
         return isinstance(row["prompt"], str) and (self.facts.has_token_types or tokenizer.eos_id is None)

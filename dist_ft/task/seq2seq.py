@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,13 +12,13 @@ import numpy as np
 from ..data.added_tokens import add_tokens
 from ..data.faults import EMPTY_TEXT, RowFault
 from ..schema_task import Seq2SeqConfig
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Seq2Seq:
+class Seq2Seq(Task):
     """The task `seq2seq`: a row is two sequences of the table, its source and its target.
 
     Args:
@@ -37,11 +37,6 @@ class Seq2Seq:
     def architecture(config: Seq2SeqConfig, facts: Facts) -> Architecture:
         """An encoder-decoder with the head that it has."""
         return Architecture("AutoModelForSeq2SeqLM", {})
-
-    @staticmethod
-    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """None: tokens are what is predicted."""
-        return ()
 
     @property
     def layout(self) -> Layout:
@@ -116,10 +111,6 @@ class Seq2Seq:
         kept = [rows[prediction["origin"]] for prediction in totals.predictions]
         references = [row.get("references") or [_texts(row)[1]] for row in kept]
         return found | measure([p["prediction"] for p in totals.predictions], references, self.config.metrics)
-
-    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Nothing further."""
-        return {}
 
     @cached_property
     def tokenizer(self) -> Any:

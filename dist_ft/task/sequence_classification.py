@@ -10,7 +10,7 @@ import numpy as np
 from ..data.faults import EMPTY_TEXT, RowFault
 from ..data.labels import head_settings, number_of
 from ..schema_task import SequenceClassificationConfig
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LABEL = "label"
 
 
-class SequenceClassification:
+class SequenceClassification(Task):
     """The task `sequence_classification`.
 
     The head is that of transformers: it reads an encoder's first token, or a decoder's last one that is no padding.

@@ -14,7 +14,7 @@ from ..data.labels import NO_LABEL, OUTSIDE, head_settings, number_of
 from ..data.pack import count_labels
 from ..errors import RequestError
 from ..schema_task import TokenClassificationConfig
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,7 @@ class TaggedBatch(Batch):
     words: tuple[int, ...] = ()  # [n]: which of its document's words each target is of
 
 
-class TokenClassification:
+class TokenClassification(Task):
     """The task `token_classification`.
 
     Words that have no token, because they were cut off or a tokenizer knows nothing in them, are neither learned nor

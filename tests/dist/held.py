@@ -34,14 +34,7 @@ def hold_all(place: Place, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def hold(place: Place, case: dict[str, Any]) -> dict[str, Any]:
-    """Build and, if `case["train"]`, train as `case["config"]` says; bytes of this rank on the way.
-
-    `bucket` is the number of elements of DeepSpeed's buckets, which by default are larger than a small model.
-    """
-    if case.get("bucket"):
-        from dist_ft.engine import deepspeed as zero
-
-        zero.BUCKET_ELEMENTS = case["bucket"]
+    """Build and, if `case["train"]`, train as `case["config"]` says; bytes of this rank on the way."""
     config = RunConfig.model_validate(case["config"])
     plan = make_plan(config, nodes=1, workers_per_node=place.world_size, origins={})
     if place.is_main:
