@@ -21,9 +21,13 @@ from tests.dist.heads import config_of as heads_config_of
 from tests.dist.heads import make_model, make_rows
 from tests.unit.test_private_fsdp import turn_rows
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
-METHODS: dict[str, dict[str, Any]] = {"full": {"name": "full"}, "lora": {"name": "lora", "r": 4}}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "lora": {"name": "lora", "r": 4},
+    "qlora": {"name": "qlora", "r": 4},
+}
 PRIVACY = {"noise_multiplier": 0.7, "max_grad_norm": 0.3, "delta": 1e-3, "noise_seed": 7}
 ENGINES = ("ddp", "fsdp")
 STEPS, STOP = 5, 3
@@ -48,6 +52,7 @@ class Cases:
         if shape == "llama":
             config = config_of(folder, self.model, self.rows, engine, world, 2, False, METHODS[method])
             del config["data"]["shuffle"], config["optim"]["max_grad_norm"]
+            config["model"]["quantization"] = "nf4" if method == "qlora" else "none"
         else:
             config = heads_config_of(folder, self.bert, self.labelled, engine, world, method=METHODS[method])
             config["task"].pop("class_weights")
@@ -59,7 +64,7 @@ class Cases:
 
     def run(self, world: int, *cases: dict[str, Any]) -> list[bool]:
         """Train; whether rows went one by one on rank 0, by case."""
-        results = spawn(world, "tests.dist.test_privacy:run_and_look", list(cases), timeout_s=250)
+        results = spawn(world, "tests.dist.test_privacy:run_and_look", list(cases), timeout_s=280)
         return [bool(looped) for looped in results[0]]
 
 
@@ -79,7 +84,7 @@ def run_and_look(place: Place, cases: list[dict[str, Any]]) -> list[bool]:
 def test_any_engine_world_and_micro_batch_and_a_stop_give_the_same_private_run(
     model: str, rows: tuple[str, list[dict]], tmp_path: Path
 ) -> None:
-    cases, kinds = Cases(model, rows[0], tmp_path), ["llama-full", "llama-lora", "rare-full"]
+    cases, kinds = Cases(model, rows[0], tmp_path), ["llama-full", "llama-lora", "rare-full", "llama-qlora"]
     resumed = kinds[:2]
     cases.run(1, *(cases.case(kind, engine, 1) for kind in kinds for engine in ENGINES))
     both = [cases.case(kind, engine, 2) for kind in kinds for engine in ENGINES]
