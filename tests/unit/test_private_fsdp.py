@@ -71,6 +71,8 @@ def test_clipped_sums_are_those_of_a_plain_loop_over_single_rows(name: str, meth
         feed(engine, task, per_device)
         for (parameter, _), got, want in zip(engine.trained, sums_of(engine), expected, strict=True):
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-6), (parameter, per_device)
+        assert {parameter.grad for parameter in engine.norms.names} == {None}, "no whole gradient is kept"
+        assert set(engine.norms.names.values()) == {name for name, _ in engine.trained}
         engine.optimizer.zero_grad(set_to_none=True)
     assert engine.proven == (mode == "hooks" and (method == "lora" or MODELS[name][3]))
 
