@@ -39,7 +39,7 @@ from .parts import split_batches, split_losses, split_scores
 from .plan import Plan
 from .prepare import Prepared, Split
 from .privacy import Privacy, build_privacy, settle_seed
-from .privacy_rules import MIXES_ROWS
+from .privacy_rules import MIXES_ROWS, takes_rows_together
 from .probe import take_probe
 from .proportions import describe_mixture, quotas_of
 from .reference import refer_to_start
@@ -217,9 +217,7 @@ def _find_privacy(config: RunConfig, order: Order, steps: int) -> Privacy | None
     """The mechanism of a private run, None for another."""
     if not isinstance(order, PoissonOrder):
         return None
-    privacy = build_privacy(config.privacy, order, steps)
-    # LLM.int8 looks for outlying columns in all rows of a micro-batch, so that a row changes its neighbours' gradients.
-    return replace(privacy, hooks=privacy.hooks and config.model.quantization != "int8")
+    return replace(build_privacy(config.privacy, order, steps), hooks=takes_rows_together(config))
 
 
 def _check_apart(routings: Sequence[Routing], privacy: Privacy | None) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from .checkpoint import CHECKPOINTS
+from .data.order import PoissonOrder, total_steps
 from .data.sets import sets_of
 from .exported import name_base
 from .families import architecture_of
@@ -18,10 +20,11 @@ from .model.load import rename_base
 from .plan import Plan
 from .prepare import Prepared, Split
 from .pretrained import is_hub_id
+from .privacy import find_privacy
 from .proportions import describe_mixture
 from .schema import ModelConfig
 from .state import CAUSAL_LM, Architecture
-from .track.jsonl import METRICS_FILE, read_evaluations
+from .track.jsonl import METRICS_FILE, read_evaluations, read_metrics
 
 LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
 PIPELINES = {  # the hub's names of tasks
@@ -36,6 +39,11 @@ PIPELINES = {  # the hub's names of tasks
     "reward": "text-classification",
 }
 SPLITS = ("train", "validation", "test")
+PROMISE = (
+    "The weights are differentially private in the rows of the training split (DP-SGD with AdamW's update): with one\n"
+    "row more or less they would have come out alike, up to epsilon and delta. Exact numbers on this card, such as\n"
+    "those of rows and tokens, are not covered."
+)
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")
 
 
@@ -52,9 +60,11 @@ def card_of_run(
         checkpoint: which one the weights are from; None means the end of training.
     """
     before, after = read_evaluations(run_dir / METRICS_FILE)
+    steps = max((line["step"] for line in read_metrics(run_dir / METRICS_FILE)), default=None)
     if checkpoint:
         after = {}  # the last evaluation is of other weights
-    return render_card(plan, prepared, before, after, merged=merged, checkpoint=checkpoint)
+        steps = int((run_dir / CHECKPOINTS / checkpoint).resolve().name.removeprefix("step-"))
+    return render_card(plan, prepared, before, after, merged=merged, checkpoint=checkpoint, taken=steps)
 
 
 def render_card(
@@ -65,8 +75,19 @@ def render_card(
     *,
     merged: bool = False,
     checkpoint: str | None = None,
+    taken: int | None = None,
 ) -> str:
-    """Markdown with the front matter that the hub reads; `before` and `after` have `step` and `eval/…`."""
+    """Markdown with the front matter that the hub reads.
+
+    Args:
+        plan: of the run.
+        prepared: its data.
+        before: the first evaluation, `step` and `eval/…`; empty where there is none.
+        after: the last one.
+        merged: whether an adapter has been put into its base.
+        checkpoint: which one the weights are from; None means the end of training.
+        taken: steps that the weights have seen; all that are planned if not given.
+    """
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
     architecture = architecture_of(config, prepared.facts)
@@ -95,6 +116,8 @@ def render_card(
     if rows := list(_metric_rows(before, after)):
         steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
         sections.append("## Evaluation\n\n" + _table(("validation", *steps), rows))
+    if config.privacy.is_on:
+        sections.append(f"## Privacy\n\n{PROMISE}\n\n" + _table(("", ""), list(_privacy_rows(plan, prepared, taken))))
     sections += [
         "## Training\n\n" + _table(("setting", "value"), _setting_rows(plan)),
         "## Versions\n\n" + _table(("", ""), _version_rows(plan)),
@@ -235,6 +258,13 @@ def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Ite
     for name in dict.fromkeys([*before, *after]):
         if name != "step":
             yield name, *(f"{m[name]:.4f}" if m.get(name) is not None else "" for m in (before, after))
+
+
+def _privacy_rows(plan: Plan, prepared: Prepared, taken: int | None) -> Iterator[tuple[str, ...]]:
+    train, samples = plan.config.train, len(prepared.train.open_samples())
+    steps, seen = total_steps(samples, train.global_batch_size, train.max_steps, train.num_train_epochs)
+    order = PoissonOrder(samples, 0, train.global_batch_size, seen)  # no seed: nothing is drawn
+    yield from find_privacy(plan.config.privacy, order, steps).tell(steps if taken is None else taken)
 
 
 def _setting_rows(plan: Plan) -> Iterator[tuple[str, ...]]:

@@ -98,6 +98,10 @@ def build_engine(plan: Plan, place: Place, device: torch.device, privacy: Privac
         "dtype": getattr(torch, config.model.dtype),
         "max_grad_norm": config.optim.max_grad_norm,
     }
+    if privacy is not None and config.engine.name == "fsdp":
+        from .engine.private_fsdp import PrivateFsdp
+
+        return PrivateFsdp(privacy, config.engine, **options)
     if privacy is not None:
         from .engine.private import Private
 

@@ -20,11 +20,12 @@ from rich.table import Table
 from torch import nn
 
 from .families import architecture_of, build_method, model_factory
-from .memory import Sizes, estimate_memory
+from .memory import Sizes, estimate_memory, estimate_rows
 from .model.load import attention_of
 from .model.structure import find_blocks, find_packed, find_routers
 from .plan import Plan, read_plan
 from .prepare import prepare
+from .privacy_rules import takes_rows_together
 from .schema import RunConfig
 from .state import Facts
 from .view import ledger_tables
@@ -127,6 +128,10 @@ def render(plan: Plan, model: nn.Module) -> Iterator[Table]:
 
     engine = plan.config.engine
     parts = estimate_memory(engine, plan.world_size, measure_sizes(model, plan.config))
+    if plan.config.privacy.is_on:
+        learn = [p.numel() for p in model.parameters() if p.requires_grad]
+        rows = plan.config.train.per_device_train_batch_size if takes_rows_together(plan.config) else 0
+        parts.append(estimate_rows(engine, rows, sum(learn), max(learn)))
     table = _table(f"memory of a rank ({engine.name}, {plan.world_size} workers), estimated", "device", "host", "")
     for part in parts:
         table.add_row(

@@ -48,6 +48,21 @@ def estimate_memory(engine: EngineConfig, world_size: int, sizes: Sizes) -> list
     return _zero(int(engine.name[-1]), engine.offload, world_size, sizes)
 
 
+def estimate_rows(engine: EngineConfig, rows: int, trained: int, largest: int) -> Part:
+    """What a private run holds besides, in which each row of a micro-batch has a gradient.
+
+    Args:
+        engine: ddp holds rows' gradients of all weights and their clipped sum, fsdp of one weight at a time.
+        rows: of a micro-batch, 0 where they go one by one.
+        trained: number of weights that learn.
+        largest: and of those in the largest parameter.
+    """
+    if engine.name == "ddp":
+        why = f"float32, {rows} rows and the clipped sum" if rows else "float32, the clipped sum"
+        return Part("gradients of rows", MASTER_BYTES * trained * (rows + 1), why=why)
+    return Part("gradients of rows", MASTER_BYTES * largest * rows, why="float32, of the largest weight, then let go")
+
+
 def _fsdp(offloads: bool, world_size: int, sizes: Sizes) -> list[Part]:
     shard = f"a {world_size}th" if world_size > 1 else "whole"
 

@@ -35,9 +35,10 @@ def split_losses(task: Task, train: Split) -> Task:
         numbers = _numbers(batch, sizes).to(documents.device)[documents]
         weights = torch.ones_like(result.losses) if result.weights is None else result.weights
         counts = dict(result.counts)
+        losses = result.losses.detach().double()
         for number, name in enumerate(sizes):
             here = numbers == number
-            counts[f"loss{OF}{name}"] = result.losses[here].double().sum()
+            counts[f"loss{OF}{name}"] = losses[here].sum()
             counts[f"weight{OF}{name}"] = weights[here].double().sum()
         return replace(result, counts=counts)
 

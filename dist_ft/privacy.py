@@ -7,9 +7,11 @@ neighbours where one has a row more. engine/private.py carries it out.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -60,16 +62,21 @@ class Privacy:
 
     def draw_noise(self, step: int, like: list[Tensor]) -> list[Tensor]:
         """Noise for a step, of deviation `noise_multiplier * max_grad_norm`: a function of (seed, step)."""
+        return list(self.stream_noise(step, (t.shape for t in like), like[0].device))
+
+    def stream_noise(self, step: int, shapes: Iterable[torch.Size], device: torch.device) -> Iterator[Tensor]:
+        """The same, one tensor at a time: each is whole, and depends on the shapes before it."""
         scale = self.noise_multiplier * self.max_grad_norm
         words = random_words("noise", self.seed, step)
-        if like[0].device.type == "cuda":  # its generator takes a key of 64 bits; the CPU's only 32
-            generator = torch.Generator(like[0].device).manual_seed(int(words.random_raw() >> np.uint64(1)))
-            return [torch.randn(t.shape, device=t.device, generator=generator).mul_(scale) for t in like]
-        source = np.random.Generator(words)
-        return [
-            torch.from_numpy(source.standard_normal(tuple(t.shape), dtype=np.float32)).to(t.device).mul_(scale)
-            for t in like
-        ]
+        if device.type == "cuda":  # its generator takes a key of 64 bits; the CPU's only 32
+            generator = torch.Generator(device).manual_seed(int(words.random_raw() >> np.uint64(1)))
+            for shape in shapes:
+                yield torch.randn(shape, device=device, generator=generator).mul_(scale)
+        else:
+            source = np.random.Generator(words)
+            for shape in shapes:
+                noise = source.standard_normal(tuple(shape), dtype=np.float32)
+                yield torch.from_numpy(np.asarray(noise)).to(device).mul_(scale)
 
     def describe(self, steps: int) -> str:
         """The promise, in a line."""
@@ -78,6 +85,15 @@ class Privacy:
             f"steps; noise multiplier {self.noise_multiplier:.4f}, rows sampled with probability "
             f"{self.sample_rate:.4g}, their gradients clipped at {self.max_grad_norm:g}"
         )
+
+    def tell(self, steps: int) -> Iterator[tuple[str, str]]:
+        """The promise after so many steps, as rows of a table."""
+        yield "epsilon", f"{self.epsilon(steps):.4g} after {steps:,} steps"
+        yield "delta", f"{self.delta:.4g}"
+        yield "noise multiplier", f"{self.noise_multiplier:.4f}"
+        yield "norm to which each row's gradient is clipped", f"{self.max_grad_norm:g}"
+        yield "rows expected in a step", f"{self.expected_rows:g}, each with probability {self.sample_rate:.4g}"
+        yield "accountant", "Rényi differential privacy over Poisson sampling (Opacus's RDPAccountant)"
 
     @cached_property
     def _orders(self) -> list[float]:
@@ -93,6 +109,12 @@ class Privacy:
 
 
 def build_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
+    """`find_privacy` alike on every rank: hosts may differ in the last bit, and weights of ranks would drift apart."""
+    found = find_privacy(config, order, steps)
+    return replace(found, noise_multiplier=comm.from_main(found.noise_multiplier))
+
+
+def find_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
     """The mechanism of a run of so many steps, with the noise that its target epsilon needs.
 
     Raises:
@@ -105,8 +127,7 @@ def build_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Pri
     noise = config.noise_multiplier
     if noise is None:
         assert config.target_epsilon is not None
-        # Hosts may differ in the last bit, and weights of ranks would then drift apart.
-        noise = comm.from_main(_find_noise(config.target_epsilon, delta, order.rate, steps))
+        noise = _find_noise(config.target_epsilon, delta, order.rate, steps)
     return Privacy(
         noise_multiplier=noise,
         sample_rate=order.rate,
@@ -142,6 +163,46 @@ def attach_hooks(model: nn.Module) -> Any:
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
     return GradSampleHooks(model, loss_reduction="sum")
+
+
+def attach_streaming_hooks(model: nn.Module, take: Callable[[Any], None], fail: Callable[[str], None]) -> Any:
+    """Opacus's hooks, which hand on each parameter as soon as its `grad_sample` [rows, …] is there.
+
+    They never raise inside a forward or a backward: other ranks would wait for this one's collectives.
+
+    Args:
+        model: whole, before it is sharded.
+        take: called in a backward with a parameter whose `grad_sample` is set; it must clear it.
+        fail: called with the reason where the hooks cannot do a module.
+
+    Raises:
+        NotImplementedError: Opacus knows that it cannot do this model.
+    """
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
+    from opacus.utils.module_utils import trainable_parameters
+
+    class StreamingHooks(GradSampleHooks):
+        def capture_activations_hook(self, module: nn.Module, *given: Any) -> None:
+            with guarded(module):
+                super().capture_activations_hook(module, *given)
+
+        def capture_backprops_hook(self, module: nn.Module, *given: Any, **options: Any) -> None:
+            with guarded(module):
+                super().capture_backprops_hook(module, *given, **options)
+                for _, parameter in trainable_parameters(module):
+                    if getattr(parameter, "grad_sample", None) is not None:
+                        take(parameter)
+
+    @contextlib.contextmanager
+    def guarded(module: nn.Module) -> Iterator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever a module does that the hooks do not foresee
+            fail(f"{type(module).__name__}: {type(error).__name__}: {error}".splitlines()[0])
+
+    return StreamingHooks(model, loss_reduction="sum")
 
 
 def _find_noise(target: float, delta: float, rate: float, steps: int) -> float:

@@ -10,6 +10,7 @@ from .pretrained import is_known_dense
 from .read_when import sources
 from .schema import RunConfig
 
+ENGINES = ("ddp", "fsdp")
 METHODS = ("full", "lora", "qlora")
 TASKS = (  # whose samples are one row each
     "causal_lm",
@@ -30,9 +31,9 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
     if config.privacy.target_epsilon is not None and config.privacy.noise_multiplier is not None:
         rule = "privacy.target_epsilon is set too, and one of them decides"
         yield Problem("privacy.noise_multiplier", rule, "remove one of the two")
-    if config.engine.name != "ddp":
+    if config.engine.name not in ENGINES:
         rule = f"engine={config.engine.name} adds up gradients before each row's could be clipped"
-        yield Problem("engine", rule, "choose engine=ddp")
+        yield Problem("engine", rule, f"choose engine={' or '.join(ENGINES)}")
     if config.method.name not in METHODS:
         rule = f"method={config.method.name} was not proven against gradients of single rows"
         yield Problem("method", rule, f"choose method={' or '.join(METHODS)}")
@@ -61,6 +62,13 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
 def fixes_length(config: RunConfig, key: str) -> bool:
     """Whether `train.KEY` is a length on which the noise of the steps already taken depends."""
     return config.privacy.target_epsilon is not None and key in ("max_steps", "num_train_epochs")
+
+
+def takes_rows_together(config: RunConfig) -> bool:
+    """Whether hooks are tried, which give the gradients of all rows of a micro-batch at once."""
+    # LLM.int8 looks for outlying columns in all rows of a micro-batch, so that a row changes its neighbours' gradients.
+    is_apart = config.model.quantization != "int8" and not config.model.gradient_checkpointing
+    return config.privacy.grad_sample_mode == "auto" and is_apart
 
 
 def _selection_problems(config: RunConfig) -> Iterator[Problem]:

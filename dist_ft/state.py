@@ -156,7 +156,7 @@ class LossSum:
     weight: Tensor
     counts: dict[str, Tensor] = field(default_factory=dict)
     predictions: Sequence[Prediction] = ()  # where a metric is no quotient of sums
-    losses: Tensor | None = None  # [n], without gradient: what each target of the batch (or pair) gives to `loss`
+    losses: Tensor | None = None  # [n]: what each target of the batch (or pair) gives to `loss`, which is their sum
     weights: Tensor | None = None  # [n]: and to `weight`; 1 each where not given
     documents: Tensor | None = None  # [n]: the document of each; `Batch.documents` where not given
 

@@ -177,4 +177,4 @@ def _loss(logits: Tensor, batch: Batch) -> LossSum:
     from torch.nn import functional
 
     losses = functional.cross_entropy(logits, batch.targets, reduction="none")
-    return LossSum(losses.sum(), losses.new_tensor(float(batch.supervised)), losses=losses.detach())
+    return LossSum(losses.sum(), losses.new_tensor(float(batch.supervised)), losses=losses)

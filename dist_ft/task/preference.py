@@ -169,7 +169,7 @@ class Preference(Task):
             else:
                 losses = (1 - share) * right + share * wrong
         chosen = torch.arange(0, 2 * len(losses), 2, device=losses.device)  # documents: a pair is told by its first
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses.detach(), documents=chosen)
+        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses, documents=chosen)
 
 
 def _in_pairs(values: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class Seq2Seq(Task):
 
         smoothing = self.config.label_smoothing
         losses = functional.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses.detach())
+        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses)
 
     def _generate(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         import torch

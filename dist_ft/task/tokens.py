@@ -128,4 +128,4 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 def _loss(logits: Tensor, batch: Batch) -> LossSum:
     losses = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
     weight = torch.tensor(float(batch.supervised), device=losses.device)
-    return LossSum(losses.sum(), weight, losses=losses.detach())
+    return LossSum(losses.sum(), weight, losses=losses)

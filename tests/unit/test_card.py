@@ -10,15 +10,16 @@ import bitsandbytes
 import pytest
 import torch
 import yaml
+from opacus.accountants import RDPAccountant
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.card import load_lines, load_lines_as_trained, load_lines_bitsandbytes, render_card
+from dist_ft.card import card_of_run, load_lines, load_lines_as_trained, load_lines_bitsandbytes, render_card
 from dist_ft.data.opened import Split
 from dist_ft.method.lora import Lora
 from dist_ft.model.quantize import quantize
 from dist_ft.plan import Plan
 from dist_ft.probe import compare, probe_model
-from dist_ft.schema import LoraConfig, RunConfig
+from dist_ft.schema import LoraConfig, PrivacyConfig, RunConfig
 from dist_ft.state import Facts
 from tests.samples import given
 from tests.unit.test_export import TOKENS, train_a_little
@@ -82,6 +83,39 @@ def test_it_says_data_method_numbers_and_versions() -> None:
 )
 def test_what_it_is(method: dict[str, Any], options: dict[str, Any], kind: str) -> None:
     assert kind in make_card(method, **options)
+
+
+class Rows(Split):
+    def open_samples(self) -> Any:
+        return range(1000)
+
+
+@pytest.mark.parametrize(("checkpoint", "steps"), [(None, 45), ("best", 30)])
+@pytest.mark.parametrize("asked", [{"noise_multiplier": 0.8}, {"target_epsilon": 3.0, "delta": 1e-5}])
+def test_a_private_run_tells_what_it_spent(
+    asked: dict[str, float], checkpoint: str | None, steps: int, tmp_path: Path
+) -> None:
+    plan = make_plan({"name": "full"})
+    privacy = PrivacyConfig(**asked, max_grad_norm=0.5)  # type: ignore[arg-type]
+    plan = plan.model_copy(update={"config": plan.config.model_copy(update={"privacy": privacy})})
+    split = Rows("/somewhere/data/0123abcd", "/somewhere/data/0123abcd", LEDGER)
+    prepared: Any = SimpleNamespace(model_dir="/somewhere/m", train=split, validation=None, test=None, facts=Facts())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n{"step": 45, "train/epsilon": 1.0}\n')
+    (tmp_path / "checkpoints" / "step-30").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "best").symlink_to("step-30")
+    card = card_of_run(plan, prepared, tmp_path, checkpoint=checkpoint)
+    lines = card.partition("## Privacy")[2].partition("##")[0].splitlines()
+    told = dict(line[2:-2].split(" | ") for line in lines if line.startswith("| "))
+    noise, batch = float(told["noise multiplier"]), plan.config.train.global_batch_size
+    accountant = RDPAccountant()
+    for _ in range(steps):
+        accountant.step(noise_multiplier=noise, sample_rate=batch / 1000)
+    delta = asked.get("delta", 1e-4)
+    assert told["epsilon"].endswith(f"after {steps} steps") and float(told["delta"]) == delta
+    assert float(told["epsilon"].split()[0]) == pytest.approx(accountant.get_epsilon(delta=delta), rel=2e-3)
+    assert told["rows expected in a step"].startswith(f"{batch},") and "RDPAccountant" in told["accountant"]
+    assert noise == 0.8 or float(told["epsilon"].split()[0]) < 3.0
+    assert "## Privacy" not in make_card({"name": "full"})
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])

@@ -308,7 +308,7 @@ def test_a_secret_seed_is_drawn_once_and_readable_by_its_owner_only(tmp_path: An
 
 REFUSED = {
     "privacy.noise_multiplier": ["privacy.noise_multiplier=1"],
-    "engine": ["engine=fsdp"],
+    "engine": ["engine=zero2"],
     "method": ["method=ia3"],
     "task.packing": ["task.packing=true"],
     "task.class_weights": ["task=sequence_classification", "task.class_weights=balanced"],
