@@ -14,25 +14,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from .comm import Place, find_device
 from .errors import MachineError, RequestError
-from .evaluate import EvaluateOptions, open_model, write_lines, write_result
 from .families import architecture_of
 from .prepare import Prepared
-from .schema import RunConfig
+from .schema import RunConfig, Strict
+from .scoring import open_model, write_lines, write_result
 from .state import CAUSAL_LM, Facts
+from .strict import Count
 from .turns import find_end_token, open_tokenizer, speaks_chat
 
 RANDOM_SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command, which its published numbers were drawn with
 BOOTSTRAP_DRAWS = 1000  # of standard errors that have no formula
+
+
+class LmEvalOptions(Strict):
+    """What `dist-ft eval` takes for lm-eval."""
+
+    lm_eval: str | None = Field(None, description="tasks of lm-eval for base and tuned model: TASK[,TASK]")
+    lm_eval_path: str | None = Field(None, description="folder with task files of your own")
+    lm_eval_limit: Count | None = Field(None, description="only so many rows of each task")
+    lm_eval_num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="examples before each question")
+    lm_eval_chat: bool | None = Field(None, description="ask through the chat template; if not given, as the run did")
 
 
 @dataclass(frozen=True)
@@ -82,16 +94,17 @@ class Outcome:
     samples: Sequence[Mapping[str, Any]]
 
 
-def find_abilities(config: RunConfig, options: EvaluateOptions) -> Abilities:
-    """The tasks that `lm_eval` names.
+def find_abilities(config: RunConfig, options: LmEvalOptions) -> Abilities | None:
+    """The tasks that `lm_eval` names; None where none was asked for.
 
     Raises:
         RequestError: there is no such task or folder, or the run's model is no causal language model.
         MachineError: lm-eval is not installed.
     """
     if options.lm_eval is None:
-        given = next(key for key in options.model_fields_set if key.startswith("lm_eval"))
-        raise RequestError.of(given, "nothing reads it: no task is named", "set lm_eval=TASK")
+        if given := sorted(options.model_fields_set & LmEvalOptions.model_fields.keys()):
+            raise RequestError.of(given[0], "nothing reads it: no task is named", "set lm_eval=TASK")
+        return None
     where = f"lm_eval={options.lm_eval}"
     names = tuple(dict.fromkeys(name.strip() for name in options.lm_eval.split(",") if name.strip()))
     if not names:

@@ -10,10 +10,10 @@ from rich.table import Table
 from .comm import Place, find_device
 from .data.opened import Split
 from .errors import RequestError
-from .evaluate import evaluate_model, open_model, render_table
 from .families import architecture_of, build_task
 from .prepare import prepare
 from .schema import RunConfig
+from .scoring import evaluate_model, open_model, render_table
 from .state import CAUSAL_LM, Facts, Metrics
 
 

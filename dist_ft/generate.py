@@ -24,13 +24,13 @@ from transformers import AutoTokenizer
 from .comm import Place, find_device
 from .data.splits import SPLITS, SplitName
 from .errors import Problem, RequestError
-from .evaluate import open_model
 from .exported import find_export, find_trained_run
 from .plan import read_plan
 from .predict import PREDICTORS, open_predictors
 from .predictor import Asked, Predictor
 from .prepare import Prepared, prepare
 from .schema import RunConfig, Strict
+from .scoring import open_model
 from .turns import Question, find_end_token, open_tokenizer, read_questions, speaks_chat
 from .words import read_words, run_command, split_run
 

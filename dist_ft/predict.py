@@ -17,12 +17,12 @@ from .comm import Place, find_device
 from .data.pairs import pair_of
 from .data.template import ChatTokenizer
 from .errors import RequestError
-from .evaluate import open_model
 from .families import architecture_of, build_task
 from .predictor import Given, Predictor
 from .prepare import Prepared
 from .schema import RunConfig
 from .schema_task import Seq2SeqConfig
+from .scoring import open_model
 from .state import Prediction, Row
 
 MOST = 5  # labels or words that are shown

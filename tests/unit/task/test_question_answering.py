@@ -14,10 +14,10 @@ import torch
 from dist_ft.data.faults import RowFault
 from dist_ft.data.formats import detect, normalise
 from dist_ft.errors import RequestError
-from dist_ft.evaluate import evaluate_model
 from dist_ft.prepare import TASKS, Prepared, prepare
 from dist_ft.schema import RunConfig
 from dist_ft.schema_task import QuestionAnsweringConfig
+from dist_ft.scoring import evaluate_model
 from dist_ft.state import Facts, Sample
 from dist_ft.task.answer_scores import measure
 from dist_ft.task.answer_spans import answer_rows, find_answer, rank_spans
