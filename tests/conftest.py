@@ -16,11 +16,13 @@ os.environ.update(
         "WANDB_SILENT": "true",
     }
 )
-for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "WANDB_API_KEY"):
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+for name in (*GROUP, "SLURM_PROCID", "WANDB_API_KEY"):
     os.environ.pop(name, None)
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,14 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def left_groups() -> Iterator[None]:
+    """What a joined group of workers leaves in the environment would make other libraries join one too."""
+    yield
+    for name in GROUP:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
