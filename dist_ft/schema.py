@@ -84,6 +84,7 @@ class DataSet(Strict):
     columns: dict[str, str] = Field(default_factory=dict, description="The format's name of a column → the data's.")
     template: dict[str, str] = Field(default_factory=dict, description="The format's column → a text with {COLUMN}.")
     revision: str | None = Field(None, description="Hub revision of the data.")
+    k_shot: Count | None = Field(None, description="Learn from so many of its rows of each label, by data.subset_seed.")
 
 
 class DataConfig(Strict):

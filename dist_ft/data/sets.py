@@ -83,5 +83,6 @@ def _format_problems(alone: RunConfig, name: str) -> Iterator[Problem]:
 
 def _alone(config: RunConfig, given: DataSet) -> RunConfig:
     keys = given.model_dump(exclude={"weight"})
-    data = DataConfig(**keys, shuffle=config.data.shuffle, cache_dir=config.data.cache_dir)
+    shared = {key: getattr(config.data, key) for key in ("subset_seed", "shuffle", "cache_dir")}
+    data = DataConfig(**keys, **shared)
     return config.model_copy(update={"data": data})

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from dist_ft.errors import RequestError
@@ -28,6 +27,7 @@ from tests.dist.outcomes import (
     assert_merges_where_it_can,
     assert_one_curve,
     assert_only_meant_learn,
+    curve,
     of_one,
     read_method,
 )
@@ -51,13 +51,15 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix": {"name": "prefix", "num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 7},
     "p_tuning": {"name": "p_tuning", "num_virtual_tokens": 5},
 }
+METHODS_OF, CASES = tuple(CASES), {**CASES, "scratch": {"name": "full"}}
 VIRTUAL = ("prompt", "prefix", "p_tuning")
 RATE = {"ln_tuning": 1e-2, "ia3": 1e-1, "bitfit": 1e-2, "prompt": 3e-1, "prefix": 3e-2, "p_tuning": 3e-2}
 REFUSED: dict[tuple[str, str], str] = {
     ("qwen3", "bitfit"): "has no biases, so bitfit would train nothing",
     ("t5", "bitfit"): "has no biases, so bitfit would train nothing",
 }
-PAIRS = [pair for pair in itertools.product(SHAPES, CASES) if pair not in REFUSED]
+BEGUN_ANEW = (("gpt2", "scratch"), ("bert", "scratch"))  # causal and masked, from a configuration alone
+PAIRS = [*(pair for pair in itertools.product(SHAPES, METHODS_OF) if pair not in REFUSED), *BEGUN_ANEW]
 Key = tuple[str, str, str, int]  # shape, method, engine, world size
 
 
@@ -130,6 +132,9 @@ def config_of(folder: Path, key: Key, base: str, data: Path) -> dict[str, Any]:
         config["train"] |= {"global_batch_size": BLOCKS, "per_device_train_batch_size": BLOCKS // world // 2}
     config["optim"]["learning_rate"] = RATE.get(method, 3e-3)
     config["train"]["max_steps"] = STEPS
+    if method == "scratch":
+        config["model"]["from_scratch"] = True
+        config["train"]["seed"] = 1  # other weights than those of the base
     return config
 
 
@@ -163,6 +168,12 @@ def test_only_what_is_meant_changes_is_kept_and_comes_back(
     of_exports = {key: run_dir for key, run_dir in own.items() if exported(key)}
     assert_exports_agree(bases[shape], of_exports, architecture, inputs)
     assert_merges_where_it_can(CASES[method], runs[shape, method, "ddp", 1], tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("shape", "method"), BEGUN_ANEW)
+def test_what_begins_anew_is_not_the_base(shape: str, method: str, runs: dict[Key, Path]) -> None:
+    """All ranks have the same start nevertheless, as their curve is that of one process."""
+    assert curve(runs[shape, method, "ddp", 1])[0] != pytest.approx(curve(runs[shape, "full", "ddp", 1])[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(("shape", "method"), REFUSED)
