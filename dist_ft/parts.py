@@ -1,7 +1,7 @@
 """Losses and scores of a mixture's sets beside those of all: sums that are exact over micro-batches and ranks.
 
-In the sums a set's number stands under `NAME@SET`, such as `loss@chat`; in metrics under `loss/chat`. A prediction names
-its set under `set`.
+In the sums a set's number stands under `NAME@SET`, such as `loss@chat`; in metrics under `loss/chat`. A prediction
+names its set under `set`.
 """
 
 from __future__ import annotations

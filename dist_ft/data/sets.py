@@ -30,8 +30,8 @@ def key_of(name: str, key: str) -> str:
 
 
 def name_in_mixture(where: str, name: str) -> str:
-    """The key of a set's own problem as it stands in the configuration; a place that is no key stays."""
-    own = where.startswith("data.") and where != "data.mixture"
+    """The key of a set's own problem as it stands in the configuration; a place that is no such key stays."""
+    own = where.startswith("data.") and not where.startswith("data.mixture")
     return key_of(name, where.removeprefix("data.")) if own else where
 
 

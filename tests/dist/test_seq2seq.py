@@ -50,6 +50,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Models without dropout, with the words of other tests: an untied T5, and a tied BART with biased logits."""
     folders = {shape: make_model(shape, tmp_path_factory.mktemp(shape), AUTO_CLASS) for shape in ("t5", "bart")}
     bart: Any = AutoModelForSeq2SeqLM.from_pretrained(folders["bart"])
+    AutoTokenizer.from_pretrained(folders["bart"]).save_pretrained(folders["bart"] + "-biased")
+    folders["bart"] += "-biased"
     bart.final_logits_bias.copy_(torch.linspace(-1, 1, 96)[torch.randperm(96)])  # a buffer, which no method trains
     for name, value in GENERATION.items():
         setattr(bart.generation_config, name, value)
