@@ -33,15 +33,16 @@ ENCODERS = ("bert", "distilbert", "roberta")
 SIDES = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 2), ("attention_heads", 4))}
 ENDS = {"pad_token_id": 0, "eos_token_id": 2}
 ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5": (  # with T5 1.1's untied head
+    "t5": (
         "T5",
         {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-        | {**ENDS, "decoder_start_token_id": 0, "tie_word_embeddings": False},
+        | {**ENDS, "decoder_start_token_id": 0, "tie_word_embeddings": True},
     ),
-    "bart": (  # its decoder starts with EOS, and the head is tied
+    "bart": (  # its decoder starts with EOS
         "Bart",
         {"vocab_size": 96, "d_model": 32, "max_position_embeddings": 64, **SIDES, **ENDS, "bos_token_id": 1}
-        | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2, "forced_eos_token_id": 2},
+        | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+        | {"init_std": 0.2},  # else all texts are alike
     ),
 }
 
