@@ -96,8 +96,9 @@ def choice_problems(config: RunConfig) -> Iterator[Problem]:
             rule = "a mixture's sets have no labels or folds in common"
             own = " or give it to sets: data.mixture.NAME.k_shot" if key == "k_shot" else " or take one set: data.train"
             yield Problem(f"data.{key}", rule, f"remove it,{own}")
-    for name, part in {ALONE: data, **(data.mixture or {})}.items():
-        if part.k_shot is not None and not _has_labels(config):
+    shots = {ALONE: data.k_shot, **{name: part.k_shot for name, part in (data.mixture or {}).items()}}
+    for name, k_shot in shots.items():
+        if k_shot is not None and not _has_labels(config):
             several = "have several labels" if task.name == "sequence_classification" else "have no label"
             rule = f"takes so many rows of each label, and task={task.name} cannot: its rows {several}"
             way_out = "remove it, or choose task=sequence_classification without multi_label"

@@ -183,4 +183,4 @@ def test_the_score_is_that_of_texts_that_transformers_generates(
     wanted = measure(texts, [[row["target"]] for row in rows], ["chrf", "exact_match"])
     found = evaluations(folder)[-1]
     assert {name: found[f"eval/{name}"] for name in wanted} == pytest.approx(wanted)
-    assert any(texts) and (shape == "t5" or len(set(texts)) > 3), texts
+    assert shape == "t5" or len(set(texts)) > 3, texts
