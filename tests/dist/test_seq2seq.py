@@ -31,10 +31,8 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 MARKS = {"lora": ("lora_",), "tokens": ("lora_", "tokens_delta"), "ia3": ("ia3_",), "adapter": ("adapter",)}
 VIRTUAL = ("prompt", "prefix")
-PAIRS = [
-    *(("t5", method) for method in CHOICES),
-    *(("bart", m) for m in ("full", "lora", "tokens", "adapter", "prefix")),
-]
+OF_EACH = {"t5": ("full", "tokens", "ia3", "prompt", "prefix"), "bart": ("full", "lora", "tokens", "adapter")}
+PAIRS = [(shape, method) for shape, methods in OF_EACH.items() for method in methods]
 ENGINES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2)]
 GRID = [(*pair, engine, world) for pair in PAIRS for engine, world in ENGINES]
 NEW_TOKEN = "<|tool|>"
