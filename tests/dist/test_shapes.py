@@ -68,12 +68,12 @@ Key = tuple[str, str, str, int]  # shape, method, engine, world size
 
 
 def grid() -> list[Key]:
-    """Of each pair four runs; every second one under ZeRO-1 or 2 too, every fourth alone under another engine."""
+    """Of each pair four runs; every fourth one under ZeRO-1 or 2 too, every twelfth alone under another engine."""
     found: list[Key] = []
     for number, pair in enumerate(PAIRS):
         wheres = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2)]
-        wheres += [(("zero1", "zero2")[number // 2 % 2], 2)] if number % 2 else []
-        wheres += [(("fsdp", "zero1", "zero2", "zero3")[number // 4 % 4], 1)] if number % 4 == 0 else []
+        wheres += [(("zero1", "zero2")[number // 2 % 2], 2)] if number % 8 in (1, 7) else []
+        wheres += [(("fsdp", "zero1", "zero2", "zero3")[number // 4 % 4], 1)] if number % 12 == 0 else []
         found += [(*pair, *where) for where in wheres]
     return found
 
