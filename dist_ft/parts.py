@@ -1,6 +1,7 @@
 """Losses and scores of a mixture's sets beside those of all: sums that are exact over micro-batches and ranks.
 
-In the sums a set's number stands under `NAME@SET`, such as `loss@chat`; in metrics under `loss/chat`.
+In the sums a set's number stands under `NAME@SET`, such as `loss@chat`; in metrics under `loss/chat`. A prediction
+names its set under `set`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def split_scores(task: Task, evaluated: Split | None) -> Task:
         for number, name in enumerate(sizes):  # every rank has every name
             for key, value in flatten(result).items():
                 counts[f"{key}{OF}{name}"] = value if number in found else torch.zeros_like(value)
-        return replace(result, counts=counts)
+        own = {"set": list(sizes)[found.pop()]} if found else {}
+        return replace(result, counts=counts, predictions=[{**p, **own} for p in result.predictions])
 
     def metrics(totals: LossSum, rows: Sequence[Row]) -> Metrics:
         plain = {key: value for key, value in totals.counts.items() if OF not in key}

@@ -109,7 +109,7 @@ READ_WHEN = [
     ReadWhen("data.fold", lambda c: c.data.folds is not None, "there are no folds", "set data.folds, or remove it"),
     ReadWhen(
         "data.subset_seed",
-        lambda c: c.data.folds is not None or c.data.k_shot is not None,
+        lambda c: any((c.data.folds, c.data.k_shot, *(part.k_shot for part in (c.data.mixture or {}).values()))),
         "nothing is drawn",
         "set data.k_shot or data.folds, or remove it",
     ),

@@ -86,6 +86,7 @@ class DataSet(Strict):
     template: dict[str, str] = Field(default_factory=dict, description="The format's column → a text with {COLUMN}.")
     revision: str | None = Field(None, description="Hub revision of the data.")
     augment: AugmentConfig | None = Field(None, description="Changed copies of its training rows.")
+    k_shot: Count | None = Field(None, description="Learn from so many of its rows of each label, by data.subset_seed.")
 
 
 class DataConfig(Strict):

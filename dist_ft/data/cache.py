@@ -240,10 +240,13 @@ def _labels_identity(config: RunConfig, split: SplitName) -> Any:
     if config.data.mixture is None:
         return None if split == "train" else split_folder(config, "train").name
     digest = _remembering(cache_root(config))
-    sets = [part.data for part in sets_of(config).values()]
     return [
-        [fingerprint(data.train or [], data.revision, digest), data.format, data.columns, data.template]
-        for data in sets
+        [
+            fingerprint(part.data.train or [], part.data.revision, digest),
+            *(part.data.format, part.data.columns, part.data.template),
+            *([chosen] if (chosen := identity(part, "train")) else []),
+        ]
+        for part in sets_of(config).values()
     ]
 
 

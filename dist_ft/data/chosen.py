@@ -14,6 +14,7 @@ from ..schema import RunConfig
 from .faults import RowFault
 from .formats import normalise_for
 from .rows import Placed, read_rows
+from .sets import ALONE, key_of
 from .splits import SplitName
 
 _DRAW = 2  # a word of Philox's counter that keeps these numbers apart from those of order.py and masks.py
@@ -101,11 +102,15 @@ def choice_problems(config: RunConfig) -> Iterator[Problem]:
     for key in ("k_shot", "folds"):
         if data.mixture is not None and getattr(data, key) is not None:
             rule = "a mixture's sets have no labels or folds in common"
-            yield Problem(f"data.{key}", rule, "remove it, or take one set: data.train")
-    if data.k_shot is not None and not _has_labels(config):
-        several = "its rows have several labels" if task.name == "sequence_classification" else "its rows have no label"
-        rule = f"takes so many rows of each label, and task={task.name} cannot: {several}"
-        yield Problem("data.k_shot", rule, "remove it, or choose task=sequence_classification without multi_label")
+            own = " or give it to sets: data.mixture.NAME.k_shot" if key == "k_shot" else " or take one set: data.train"
+            yield Problem(f"data.{key}", rule, f"remove it,{own}")
+    shots = {ALONE: data.k_shot, **{name: part.k_shot for name, part in (data.mixture or {}).items()}}
+    for name, k_shot in shots.items():
+        if k_shot is not None and not _has_labels(config):
+            several = "have several labels" if task.name == "sequence_classification" else "have no label"
+            rule = f"takes so many rows of each label, and task={task.name} cannot: its rows {several}"
+            way_out = "remove it, or choose task=sequence_classification without multi_label"
+            yield Problem(key_of(name, "k_shot"), rule, way_out)
     if data.folds is not None and data.validation:
         rule = "data.validation is given too, and a fold of data.train is to be the validation data"
         yield Problem("data.folds", rule, "remove one of the two")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import RequestError
 from ..schema import RunConfig
 from ..state import Facts
-from .chosen import choose
+from .chosen import Chosen, choose
 from .faults import RowFault
 from .formats import normalise_for
 from .rows import read_rows
-from .sets import sets_of
+from .sets import name_in_mixture, sets_of
 
 Labels = Callable[[Mapping[str, Any]], Iterable[tuple[int | str, str | None]]]  # of a row: values, and their names
 
@@ -39,18 +40,18 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
     counts: Counter[int | str] = Counter()
     names: dict[int | str, set[str]] = {}
     rows = 0
-    for alone in sets_of(config).values():
-        chosen = choose(alone, "train")
+    for name, alone in sets_of(config).items():
+        chosen = _choose(name, alone)
         taken = None if chosen is None else set(chosen.rows.tolist())
         for at, (place, row) in enumerate(read_rows(alone.data.train or [], revision=alone.data.revision)):
             is_taken = taken is None or at in taken
             rows += is_taken
             with contextlib.suppress(RowFault):  # counted where the row is tokenised
-                for value, name in labels_of(normalise_for(alone, row, place)[1]):
+                for value, text in labels_of(normalise_for(alone, row, place)[1]):
                     seen.add(value)
                     counts[value] += is_taken
-                    if name is not None:
-                        names.setdefault(value, set()).add(name)
+                    if text is not None:
+                        names.setdefault(value, set()).add(text)
     given: Sequence[str] | None = config.task.labels  # type: ignore[union-attr]
     where = "data.train" if config.data.mixture is None else "data.mixture"
     found = tuple(given) if given is not None else _ordered(seen, names, where)
@@ -65,6 +66,14 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
         if number is not None:
             tallies[number] += count
     return found, tuple(tallies), rows
+
+
+def _choose(name: str, alone: RunConfig) -> Chosen | None:
+    """The set's chosen rows; what is wrong is told of this set, whichever is being prepared."""
+    try:
+        return choose(alone, "train")
+    except RequestError as error:
+        raise RequestError(*(replace(p, where=name_in_mixture(p.where, name)) for p in error.problems)) from error
 
 
 def head_settings(facts: Facts) -> dict[str, Any]:

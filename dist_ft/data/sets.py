@@ -30,8 +30,8 @@ def key_of(name: str, key: str) -> str:
 
 
 def name_in_mixture(where: str, name: str) -> str:
-    """The key of a set's own problem as it stands in the configuration; a place that is no key stays."""
-    own = where.startswith("data.") and where != "data.mixture"
+    """The key of a set's own problem as it stands in the configuration; a place that is no such key stays."""
+    own = where.startswith("data.") and not where.startswith("data.mixture")
     return key_of(name, where.removeprefix("data.")) if own else where
 
 
@@ -83,5 +83,6 @@ def _format_problems(alone: RunConfig, name: str) -> Iterator[Problem]:
 
 def _alone(config: RunConfig, given: DataSet) -> RunConfig:
     keys = given.model_dump(exclude={"weight"})
-    data = DataConfig(**keys, shuffle=config.data.shuffle, cache_dir=config.data.cache_dir)
+    shared = {key: getattr(config.data, key) for key in ("subset_seed", "shuffle", "cache_dir")}
+    data = DataConfig(**keys, **shared)
     return config.model_copy(update={"data": data})

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..schema import PTuningConfig
 from .through_peft import task_type_of
-from .virtual_tokens import VirtualTokens, put_in_front
+from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 
 
 class PTuning(VirtualTokens):
@@ -25,6 +25,7 @@ class PTuning(VirtualTokens):
             peft.PromptEncoderConfig(
                 task_type=task_type_of(model),
                 num_virtual_tokens=self.config.num_virtual_tokens,
+                num_transformer_submodules=STACKS,
                 encoder_hidden_size=self.config.encoder_hidden_size,
                 encoder_dropout=self.config.encoder_dropout,
             ),

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..schema import PromptConfig
 from .through_peft import task_type_of
-from .virtual_tokens import VirtualTokens, put_in_front
+from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 
 
 class Prompt(VirtualTokens):
@@ -34,6 +34,7 @@ class Prompt(VirtualTokens):
             peft.PromptTuningConfig(
                 task_type=task_type_of(model),
                 num_virtual_tokens=self.config.num_virtual_tokens,
+                num_transformer_submodules=STACKS,
                 prompt_tuning_init=self.config.prompt_tuning_init,
                 **settings,
             ),

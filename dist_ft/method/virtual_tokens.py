@@ -15,6 +15,8 @@ from ..state import Weights
 from .through_peft import task_head, task_type_of
 
 ENCODER = "prompt_encoder.default."
+# Embeddings stand in front of an encoder-decoder's source alone; peft would keep as many again that nothing reads.
+STACKS = 1
 OTHER_METHOD = "choose method=lora, adapter or ia3"
 
 

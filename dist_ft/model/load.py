@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import Problem, RequestError
@@ -76,6 +77,8 @@ def load_model(
         with no_init_weights():
             model = auto_class(architecture).from_config(settings, **options)
         model.tie_weights()
+    if not weights or config.from_scratch:
+        _settle_generation(model, config, folder)
     model.task_head = tuple(find_task_head(model)) if architecture.new_head else ()
     model.new_token_ids = architecture.new_token_ids
     quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=weights)
@@ -145,6 +148,16 @@ def _read(config: ModelConfig, folder: str, architecture: Architecture, options:
         raise RequestError(*problems)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _settle_generation(model: PreTrainedModel, config: ModelConfig, folder: str) -> None:
+    """Have a model that is built from its configuration generate as one that is read from the folder.
+
+    Else ranks that are sent their weights would score other texts than rank 0, such as BART's without its first token.
+    """
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # many folders say nothing of it
+            model.generation_config = GenerationConfig.from_pretrained(folder, revision=config.revision)
 
 
 def _model_class(config: ModelConfig, folder: str, architecture: Architecture) -> type[PreTrainedModel]:

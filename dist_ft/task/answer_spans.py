@@ -134,6 +134,8 @@ def _answer(origin: int, pieces: Sequence[Prediction], row: Row, count: int, thr
     }
     if "id" in row:
         found["id"] = row["id"]
+    if "set" in pieces[0]:  # of a mixture
+        found["set"] = pieces[0]["set"]
     if threshold is not None:
         found["null_score_diff"] = round(null - best, 6)
         if null - best > threshold:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytest.register_assert_rewrite("tests.dist.outcomes")  # so that its assertions say what differs
+
 STEPS, BATCH, MAX_LENGTH, VOCAB = 20, 8, 48, 211  # a vocabulary that no world size divides
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 3e-3, 0.1, 1.0
 

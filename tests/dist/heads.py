@@ -30,24 +30,43 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", WIDE),
 }
 ENCODERS = ("bert", "distilbert", "roberta")
+SIDES = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 2), ("attention_heads", 4))}
+ENDS = {"pad_token_id": 0, "eos_token_id": 2}
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": (
+        "T5",
+        {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        | {**ENDS, "decoder_start_token_id": 0, "tie_word_embeddings": True},
+    ),
+    "bart": (  # its decoder starts with EOS
+        "Bart",
+        {"vocab_size": 96, "d_model": 32, "max_position_embeddings": 64, **SIDES, **ENDS, "bos_token_id": 1}
+        | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+        | {"init_std": 0.2},  # else all texts are alike
+    ),
+}
 
 
-def make_model(shape: str, folder: Path) -> str:
-    """A base model without dropout, random weights, and a tokenizer of words; a decoder's has no padding token."""
-    kind, settings = SHAPES[shape]
+def make_model(shape: str, folder: Path, auto_class: str = "AutoModel", **changes: Any) -> str:
+    """A model without dropout, random weights, and a tokenizer of words; a decoder's has no padding token.
+
+    `auto_class` says with which head, none by default; `changes` are of its configuration.
+    """
+    kind, settings = {**SHAPES, **ENCODER_DECODERS}[shape]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**settings)
+    config = getattr(transformers, f"{kind}Config")(**{**settings, **changes})
     for key in vars(config):
         if "drop" in key and isinstance(getattr(config, key), float):
             setattr(config, key, 0.0)
-    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    getattr(transformers, auto_class).from_config(config).save_pretrained(folder)
     words = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    if shape in ENCODERS:
+    if shape in ENCODERS or shape in ENCODER_DECODERS:
         words.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
         )
         names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        names |= {} if shape in ENCODERS else {"eos_token": "[SEP]"}
     else:
         names = {"eos_token": "<eos>"}
     inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if shape == "bert" else [])]

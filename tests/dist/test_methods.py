@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from dist_ft.checkpoint import SafeReader
-from dist_ft.errors import RequestError
-from dist_ft.exported import open_export
-from dist_ft.families import METHODS
 from dist_ft.merge import main as export_again
-from dist_ft.schema import MethodConfig, ModelConfig
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import config_of
+from tests.dist.outcomes import (
+    assert_exports_agree,
+    assert_merges_where_it_can,
+    assert_one_curve,
+    assert_only_meant_learn,
+    curve,
+    of_one,
+)
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 STEPS = 6
-PARITY = {"rel": 1e-5}
-KINDS = ("model", "exp_avg", "exp_avg_sq")
 CASES: dict[str, dict[str, Any]] = {
     "freeze": {"name": "freeze", "num_layers": 1},
     "features": {"name": "freeze", "num_layers": 0, "train_head": True, "train_embeddings": True},
@@ -88,55 +88,16 @@ def exports(engine: str, world: int) -> bool:
     return world == 2 or engine == "ddp"
 
 
-def curve(run_dir: Path) -> list[float]:
-    return [value for m in metrics_of(run_dir) for value in (m["train/loss"], m["train/grad_norm"])]
-
-
 @pytest.mark.parametrize("method", CASES)
 def test_the_curve_is_that_of_one_process_and_falls(method: str, runs: dict[tuple, Path]) -> None:
-    reference = curve(runs[method, "ddp", 1])
-    losses = reference[::2]
-    assert len(losses) == STEPS and losses[-1] < losses[0] - 1e-3, losses
-    for (name, engine, world), run_dir in runs.items():
-        if name == method:
-            assert curve(run_dir) == pytest.approx(reference, **PARITY), (engine, world)
+    assert_one_curve(runs[method, "ddp", 1], of_one(runs, method), STEPS)
 
 
 @pytest.mark.parametrize("method", CASES)
 def test_only_what_is_meant_changes_is_kept_and_comes_back(method: str, runs: dict[tuple, Path], biased: str) -> None:
-    config = TypeAdapter(MethodConfig).validate_python(CASES[method])
-    base = AutoModelForCausalLM.from_pretrained(biased)
-    before = {bits(tensor) for tensor in base.state_dict().values()}
-    meant = {n for n, p in METHODS[config.name](config).apply(base).named_parameters() if p.requires_grad}
-    reference = None
-    for (name, engine, world), run_dir in runs.items():
-        if name != method:
-            continue
-        where = (engine, world)
-        trained = torch.load(run_dir / "weights.pt", weights_only=True)
-        assert set(trained) == meant, where
-        assert not any(bits(tensor) in before for tensor in trained.values()), where
-        everything = torch.load(run_dir / "all_weights.pt", weights_only=True)
-        frozen = {bits(tensor) for n, tensor in everything.items() if n not in meant}
-        assert len(everything) > len(meant) and frozen <= before, where
-        assert kept_in(run_dir / "checkpoints" / "latest") == {f"{kind}/{n}" for kind in KINDS for n in meant}, where
-        if not exports(engine, world):
-            continue
-        loaded = open_export(run_dir / "model", ModelConfig(name_or_path=biased), biased)
-        with torch.no_grad():
-            logits = loaded.eval()(input_ids=torch.arange(3, 30)[None]).logits
-        reference = logits if reference is None else reference
-        assert torch.allclose(logits, reference, rtol=0, atol=1e-3), where
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().numpy().tobytes()
-
-
-def kept_in(checkpoint: Path) -> set[str]:
-    """The weights and moments that a checkpoint holds."""
-    names = SafeReader(checkpoint.resolve()).read_metadata().state_dict_metadata
-    return {name for name in names if name.split("/")[0] in KINDS}
+    own = of_one(runs, method)
+    assert_only_meant_learn(CASES[method], biased, own)
+    assert_exports_agree(biased, {key: run_dir for key, run_dir in own.items() if exports(*key[1:])})
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -145,19 +106,12 @@ def test_a_run_is_exported_again_from_its_checkpoint_and_merged_where_it_can_be(
 ) -> None:
     """`export_again` loads what it wrote and compares logits by itself; see also that nothing is left out."""
     run_dir = runs[method, "zero3", 2]
-    config = TypeAdapter(MethodConfig).validate_python(CASES[method])
     for words in (["checkpoint=latest"], []):
         out = tmp_path / f"again-{len(words)}"
         export_again([str(run_dir / "run.yaml"), *words, f"out={out}"])
         first, again = (sorted(file.name for file in folder.iterdir()) for folder in (run_dir / "model", out))
         assert first == again
-    merged = [str(run_dir / "run.yaml"), "merge=true", f"out={tmp_path / 'merged'}"]
-    if config.mergeable:
-        export_again(merged)
-        assert not (tmp_path / "merged" / "adapter_config.json").exists()
-    else:
-        with pytest.raises(RequestError, match=r"adapter to merge|cannot be put into the base's weights"):
-            export_again(merged)
+    assert_merges_where_it_can(CASES[method], run_dir, tmp_path / "merged")
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,7 @@ LIMITED = {
     ("task=sequence_classification", "task.multi_label=true", "data.k_shot=4"): ("data.k_shot", "several labels"),
     ("data.folds=3", "data.validation=rows.jsonl"): ("data.folds", "data.validation is given too"),
     ("data.folds=3", "data.fold=3"): ("data.fold", "there are folds 0 to 2"),
+    (*MIXED, "data.mixture.a.k_shot=3"): ("data.mixture.a.k_shot", "task=instruction cannot: its rows have no label"),
     (*MIXED, "data.folds=3"): ("data.folds", "no labels or folds in common"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,18 @@ def test_dropout_of_the_model_is_set(tiny_llama: Path) -> None:
     attention = choose_attention(config, str(tiny_llama), CPU, CAUSAL_LM)
     model: Any = model_factory(config, str(tiny_llama), attention, CAUSAL_LM, build_method(config))(True)
     assert model.model.layers[0].self_attn.attention_dropout == 0.25
+
+
+def test_a_model_without_weights_generates_as_its_folder_says(tiny_llama: Path, tmp_path: Path) -> None:
+    """Ranks that are sent their weights build it so; what they generate enters the scores."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "no_repeat_ngram_size": 3, "eos_token_id": [2, 7]}))
+    for model in ({}, {"from_scratch": True}):
+        config = make_config(folder, {"name": "full"}, model=model)
+        attention = choose_attention(config, str(folder), CPU, CAUSAL_LM)
+        build: Any = model_factory(config, str(folder), attention, CAUSAL_LM, build_method(config))
+        read, bare = (build(weights).generation_config for weights in (True, False))
+        assert read.no_repeat_ngram_size == 3 and read.eos_token_id == [2, 7]
+        assert bare.to_dict() == read.to_dict()

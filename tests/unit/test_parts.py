@@ -146,6 +146,20 @@ def test_scores_of_sets_are_those_of_each_alone(model: Any) -> None:
             assert found[f"{key}/{name}" if name else key] == pytest.approx(value, rel=1e-5), (name, key)
 
 
+def test_predictions_name_their_set() -> None:
+    class Telling:
+        def score(self, model: Any, batch: Batch) -> LossSum:
+            said = [{"sample": n, "prediction": "x"} for n in batch.samples]
+            return LossSum(torch.zeros(()), torch.ones(()), predictions=said)
+
+    plain, told = (Telling(), split_scores(Telling(), JOINED))  # type: ignore[arg-type]
+    task, found = task_of(False), {}
+    for batch in split_batches(JOINED, task.collate, rank=0, world=1, per_device=4):
+        assert "set" not in plain.score(None, batch).predictions[0]
+        found |= {p["sample"]: p["set"] for p in told.score(None, batch).predictions}  # type: ignore[arg-type]
+    assert found == {n: name for name, own in ENDS.items() for n in own}
+
+
 @torch.no_grad()
 def test_without_sets_nothing_changes(model: Any) -> None:
     task = task_of(False)

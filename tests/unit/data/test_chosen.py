@@ -13,6 +13,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 from dist_ft.data.cache import split_folder
 from dist_ft.data.chosen import choose, read_split
+from dist_ft.data.sets import sets_of
 from dist_ft.errors import RequestError
 from dist_ft.inspection import ledger_tables
 from dist_ft.prepare import prepare
@@ -142,3 +143,21 @@ def test_too_few_rows_are_told(make: Any) -> None:
     assert "at most 9" in found.value.problems[0].way_out
     with pytest.raises(RequestError, match="cannot be dealt in 40 folds"):
         numbers(make({"folds": 40}), "validation")
+
+
+def test_a_set_of_a_mixture_has_shots_of_its_own(make: Any, tmp_path: Path) -> None:
+    source = str(tmp_path / "rows.jsonl")
+
+    def mixed(**few: Any) -> RunConfig:
+        sets = {"few": {"train": source, **few}, "all": {"train": source}}
+        return make({"train": None, "mixture": sets, "subset_seed": 9})
+
+    config, alone = mixed(k_shot=2), make({"k_shot": 2, "subset_seed": 9})
+    prepared = prepare(config)
+    assert prepared.train.sizes == {"all": 36, "few": 6}
+    assert prepared.facts.label_counts == (9 + 2, 9 + 2, 18 + 2) and prepared.facts.rows == 42
+    assert numbers(sets_of(config)["few"], "train") == numbers(alone, "train")
+    assert split_folder(config, "train", "all") != split_folder(mixed(), "train", "all"), "it knows the labels' counts"
+    with pytest.raises(RequestError) as found:
+        prepare(mixed(k_shot=10))
+    assert [problem.where for problem in found.value.problems] == ["data.mixture.few.k_shot"]

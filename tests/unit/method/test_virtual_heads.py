@@ -118,3 +118,18 @@ def test_a_model_that_takes_no_keys_and_values_is_refused() -> None:
 def test_a_model_whose_width_peft_does_not_find_is_refused() -> None:
     with pytest.raises(RequestError, match=r"peft cannot do it with DistilBert.*token_dim"):
         method_of("prompt").apply(build("distilbert", "Sequence"))
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
+def test_all_rows_before_an_encoder_decoder_are_read(name: str) -> None:
+    """peft's default is as many again for the decoder, which it never puts there."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=20, **sizes)
+    model = method_of(name).apply(transformers.T5ForConditionalGeneration(config))
+    ids = torch.arange(3, 9)[None]
+    prompts: list[torch.Tensor] = []
+    model.prompt_encoder["default"].register_forward_hook(lambda module, given, found: prompts.append(found))
+    found = model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids)
+    (gradient,) = torch.autograd.grad(found.logits.logsumexp(-1).sum(), prompts)
+    assert gradient.shape[-2] == VIRTUAL and bool((gradient.abs().sum(-1) > 0).all())
