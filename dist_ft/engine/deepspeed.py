@@ -218,7 +218,8 @@ def derive_json(
     trained: int,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration (deepspeed.ai/docs/config-json) for this run, in which `trained` elements learn."""
-    bucket = min(BUCKET_ELEMENTS, trained)  # it is allocated whole, also for a small adapter
+    # It is allocated whole, also for a small adapter; DeepSpeed wants an even number.
+    bucket = min(BUCKET_ELEMENTS, trained + trained % 2)
     zero: dict[str, Any] = {
         "stage": int(config.name[-1]),
         "contiguous_gradients": True,
