@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ class Asked:
     answer: str | None = None
 
 
-class Predictor:
+class Predictor(ABC):
     """A model that says of rows what its task predicts; a subclass is of a task, and knows how its rows look.
 
     Args:
@@ -59,17 +60,17 @@ class Predictor:
         self.tokenizer = tokenizer
         self.chat = chat
 
+    @abstractmethod
     def row(self, given: Given) -> Row:
         """A canonical row (see data/formats.py) of a prompt's columns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text(self, row: Row) -> str:
         """What is shown of a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def say(self, prediction: Prediction, row: Row) -> str:
         """A prediction as text."""
-        raise NotImplementedError
 
     def known(self, prediction: Prediction, row: Row) -> str | None:
         """What the data say of a row; a prediction has both."""

@@ -18,8 +18,6 @@ from dist_ft.errors import MachineError, RequestError
 from dist_ft.plan import read_plan, write_plan
 from tests.unit.test_outcome import make_run
 
-pytest.importorskip("lm_eval")
-
 CHOICES = ["team: billing", "team: technical", "sales"]
 ROWS = [
     {"q": "Refund my order", "choices": CHOICES, "answer": 0},
