@@ -43,7 +43,7 @@ def write_inputs(folder: Path, data: Path, most: int) -> dict[str, str]:
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
     from dist_ft.launch.compose import compose
-    from dist_ft.prepare import prepare_model
+    from dist_ft.pretrained.fetch import prepare_model
 
     for task in TASKS:
         for split, count in (("train", most), ("validation", most // 4)):

@@ -29,7 +29,7 @@ def cpu_seconds() -> float:
 
 def prepare_rows(folder: Path) -> dict[str, str]:
     """Write the prepared training rows as token JSONL; both trainers read these."""
-    from dist_ft.data.table import TokenTable
+    from dist_ft.data.store.table import TokenTable
     from dist_ft.launch.compose import compose
     from dist_ft.prepare import prepare
 
@@ -45,13 +45,13 @@ def prepare_rows(folder: Path) -> dict[str, str]:
 def run_ours(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
     import torch
 
-    from dist_ft import comm
     from dist_ft.build import build
-    from dist_ft.comm import Place
+    from dist_ft.config.plan import make_plan
     from dist_ft.launch.compose import compose
     from dist_ft.loop import fit
-    from dist_ft.plan import make_plan
     from dist_ft.prepare import prepare
+    from dist_ft.process import comm
+    from dist_ft.process.place import Place
 
     words = [
         f"data.train={rows}", "data.format=tokens", "data.validation=null", "data.test=null", "data.shuffle=false",

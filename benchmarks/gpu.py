@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dist_ft.process.place import find_device
+
 SIZES: dict[str, dict[str, int]] = {
     "1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -57,13 +59,13 @@ def run_case(folder: Path, method: str, attention: str, checkpointing: bool, bat
     """Train in this process and return the median of the counted steps' metrics."""
     import torch
 
-    from dist_ft import comm
     from dist_ft.build import build
-    from dist_ft.comm import Place
+    from dist_ft.config.plan import make_plan
+    from dist_ft.config.run import RunConfig
     from dist_ft.loop import fit
-    from dist_ft.plan import make_plan
     from dist_ft.prepare import prepare
-    from dist_ft.schema import RunConfig
+    from dist_ft.process import comm
+    from dist_ft.process.place import Place
 
     config = RunConfig.model_validate(
         {
@@ -86,7 +88,7 @@ def run_case(folder: Path, method: str, attention: str, checkpointing: bool, bat
         }
     )
     place, plan = Place(), make_plan(config, nodes=1, workers_per_node=1, origins={})
-    device = comm.find_device(place)
+    device = find_device(place)
     comm.join(place, comm.open_store(place, 60), device, 60)
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     run = build(plan, prepare(config), place, device, sys.stderr, lambda phase: None)

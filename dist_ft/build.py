@@ -10,15 +10,21 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from . import comm
-from .card import card_of_run
-from .comm import Place
-from .data.interleave import MixedOrder
-from .data.loader import Loader
-from .data.order import Order, PoissonOrder, total_steps
+from .assess.reference import refer_to_start
+from .checkpoint.resume import restore, resume, save_checkpoint, settle_start
+from .config.plan import Plan
+from .config.run import RunConfig
+from .data.order.interleave import MixedOrder, quotas_of
+from .data.order.loader import Loader, split_batches
+from .data.order.order import Order, PoissonOrder, total_steps
+from .data.render.template import find_end_token
+from .data.render.tokenizer import open_tokenizer
+from .data.store.opened import Split
 from .errors import MachineError, RequestError
-from .export import export_run
-from .exported import EXPORT
+from .export.card import card_of_run
+from .export.opened import EXPORT
+from .export.probe import take_probe
+from .export.write import export_run
 from .families import (
     architecture_of,
     build_engine,
@@ -28,26 +34,23 @@ from .families import (
     model_factory,
     optim_factory,
 )
+from .inspect.mixture import describe_mixture
 from .loop import Run
-from .meter import meter
 from .model.attention import AttentionChoice
 from .model.flops import StepCost, count_step_cost
-from .model.moe import check_keys, share_buffers
-from .model.routing import Routing, Watched, build_routing, watch
-from .optim import learning_rate
-from .parts import split_batches, split_losses, split_scores
-from .plan import Plan
-from .prepare import Prepared, Split
-from .privacy import Privacy, build_privacy, settle_seed
-from .privacy_rules import MIXES_ROWS, takes_rows_together
-from .probe import take_probe
-from .proportions import describe_mixture, quotas_of
-from .reference import refer_to_start
-from .report import build_tracker, describe
-from .resume import restore, resume, save_checkpoint, settle_start
-from .schema import RunConfig
+from .model.meter import meter
+from .model.moe.policy import check_keys, share_buffers
+from .model.moe.routing import Routing, Watched, build_routing, watch
+from .optim.schedule import learning_rate
+from .prepare import Prepared
+from .privacy.mechanism import Privacy, build_privacy, settle_seed
+from .privacy.rules import MIXES_ROWS, takes_rows_together
+from .process import comm
+from .process.place import Place
 from .state import Architecture, Engine, Method, ModelFactory, Task
-from .turns import find_end_token, open_tokenizer
+from .task.by_set import split_losses, split_scores
+from .track.messages import describe
+from .track.trackers import build_tracker
 
 
 def build_order(plan: Plan, split: Split, place: Place) -> tuple[Order, int]:

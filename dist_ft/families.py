@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .comm import Place
+from .config.plan import Plan
+from .config.run import RunConfig
 from .errors import RequestError
 from .method.adapter import Adapter
 from .method.bitfit import Bitfit
@@ -25,14 +26,13 @@ from .method.prompt import Prompt
 from .method.start import START_FILE
 from .model.attention import AttentionChoice
 from .model.load import attention_of, load_model
-from .model.moe import apply_policy, route_method
+from .model.moe.policy import apply_policy, route_method
 from .model.noise import add_embedding_noise
-from .optim import build_adamw
-from .plan import Plan
-from .prepare import TASKS
-from .privacy import Privacy
-from .schema import RunConfig
+from .optim.adamw import build_adamw
+from .privacy.mechanism import Privacy
+from .process.place import Place
 from .state import Architecture, Engine, Facts, Method, ModelFactory, OptimFactory, Task
+from .task.table import TASKS
 
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
@@ -99,11 +99,11 @@ def build_engine(plan: Plan, place: Place, device: torch.device, privacy: Privac
         "max_grad_norm": config.optim.max_grad_norm,
     }
     if privacy is not None and config.engine.name == "fsdp":
-        from .engine.private_fsdp import PrivateFsdp
+        from .privacy.fsdp import PrivateFsdp
 
         return PrivateFsdp(privacy, config.engine, **options)
     if privacy is not None:
-        from .engine.private import Private
+        from .privacy.ddp import Private
 
         return Private(privacy, **options)
     if config.engine.name == "ddp":

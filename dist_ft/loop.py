@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import comm
-from .checkpoint import Progress
+from .config.train import TrainConfig
 from .errors import TrainingError
-from .schema import TrainConfig
+from .process import comm
+from .process.sums import Sums, losses_of_parts
 from .state import (
     LOWER_IS_BETTER,
     Batch,
@@ -21,12 +21,12 @@ from .state import (
     LossFn,
     LossSum,
     Metrics,
+    Progress,
     Row,
     StepInfo,
     Task,
     Tracker,
 )
-from .sums import Sums, losses_of_parts
 
 
 @dataclass

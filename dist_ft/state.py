@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-if TYPE_CHECKING:  # torch is slow to import, and the planner must not
+if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from .schema_method import MethodChoice
+    from .config.method import MethodChoice
+
 
 Row = Mapping[str, Any]  # a row of data in its format's canonical shape, see data/formats.py
 Example = Mapping[str, Sequence[int]]  # one tokenised sequence: columns of whole numbers, input_ids among them
@@ -190,6 +191,7 @@ class NamedState:
     updates: int
 
 
+Say = Callable[[str], None]  # shows the user a line
 LossFn = Callable[["nn.Module", Batch], LossSum]
 ModelFactory = Callable[[bool], "nn.Module"]  # True: with the weights; False: the same modules, weights undefined
 OptimFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], Any]
@@ -261,3 +263,16 @@ class Hook(Protocol):
     """What else happens after a step."""
 
     def on_step(self, info: StepInfo) -> None: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint knows besides tensors; the data cursor is the step (data/order.py)."""
+
+    step: int
+    world_size: int
+    engine: str
+    tracker_id: str | None
+    best_score: float | None  # of eval/<train.metric_for_best_model>
+    best_step: int | None
+    stale_evaluations: int  # evaluations since the best

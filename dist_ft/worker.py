@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from .comm import Place, find_place
+from .config.plan import Plan, read_plan
 from .errors import DistFtError, MachineError, RequestError
-from .failure import forget, report
-from .plan import Plan, read_plan
+from .process.failure import forget, report
+from .process.place import Place, find_device, find_place
 
 
 def main(arguments: list[str]) -> int:
@@ -60,20 +60,20 @@ def open_log(run_dir: Path, place: Place) -> TextIO:
 
 def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     """Prepare, join the others, build, fit, export. Raises whatever goes wrong."""
-    from . import lifeline
+    from .process import lifeline
 
     lifeline.hold()
     from .prepare import prepare
 
     prepared = prepare(plan.config)  # before any process group: no collective waits for it
-    from . import comm
     from .build import build
     from .loop import fit
-    from .report import summarise
-    from .watchdog import Watchdog
+    from .process import comm
+    from .process.watchdog import Watchdog
+    from .track.messages import summarise
 
     timeout_s = plan.config.train.timeout_s
-    device = comm.find_device(place)
+    device = find_device(place)
     store = comm.open_store(place, timeout_s)
     comm.join(place, store, device, 2 * timeout_s)  # later than the watchdog, which says more
     watchdog = Watchdog(place, comm.connect_again(store), timeout_s, plan.run_dir, terminal)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..plan import Plan
-    from ..schema import RunConfig
+    from ..config.plan import Plan
+    from ..config.run import RunConfig
     from .environ import Site
     from .launcher import Launcher
 
@@ -128,7 +128,7 @@ def plan(options: argparse.Namespace) -> int:
     from .show import show_plan
 
     show_plan(made, launcher.render(made))
-    return 0 if options.brief else _module("dist_ft.inspection", made, [])
+    return 0 if options.brief else _module("dist_ft.inspect.model", made, [])
 
 
 def data(options: argparse.Namespace) -> int:
@@ -136,13 +136,13 @@ def data(options: argparse.Namespace) -> int:
     own = [word for word in options.words if word.partition("=")[0] in ("rows", "split", "width")]
     options.words = [word for word in options.words if word not in own]
     _, made, _ = _plan(options)
-    return _module("dist_ft.view", made, own)
+    return _module("dist_ft.inspect.rows", made, own)
 
 
 def outcome(options: argparse.Namespace) -> int:
     """`eval`, `generate` and `export`: work on a finished or running run's folder."""
+    from ..config.plan import read_plan
     from ..errors import RequestError
-    from ..plan import read_plan
     from .process import run_module
 
     runs = [word.partition("=")[2] for word in options.words if word.startswith("run=")]
@@ -153,7 +153,11 @@ def outcome(options: argparse.Namespace) -> int:
     wrong = [word for word in rest if "=" not in word]
     if wrong:
         raise RequestError.of(wrong[0], "is not KEY=VALUE", f"see `dist-ft {options.command} --help`")
-    module = {"eval": "dist_ft.evaluate", "generate": "dist_ft.generate", "export": "dist_ft.merge"}[options.command]
+    module = {
+        "eval": "dist_ft.assess.evaluate",
+        "generate": "dist_ft.assess.generate",
+        "export": "dist_ft.export.merge",
+    }[options.command]
     # The file that was named, not where the plan says it was written: a run's folder may have been moved.
     return run_module([module, _run_file(runs[0]), *rest])
 
@@ -162,12 +166,12 @@ def doctor(options: argparse.Namespace) -> int:
     """Look at this machine."""
     from .process import run_module
 
-    return run_module(["dist_ft.doctor", *options.words])
+    return run_module(["dist_ft.diagnosis.doctor", *options.words])
 
 
 def schema(_options: argparse.Namespace) -> int:
     """Print the JSON Schema of a configuration."""
-    from ..schema import json_schema
+    from ..config.run import json_schema
 
     print(json.dumps(json_schema(), indent=2))
     return 0
@@ -229,9 +233,10 @@ def _command(
 
 def _plan(options: argparse.Namespace) -> tuple[RunConfig, Plan, Launcher]:
     """Compose, check, resolve and plan; every problem that can be known is raised at once."""
-    from ..checks import check, check_machine
+    from ..checks.machine import check_machine
+    from ..checks.request import check
+    from ..config.plan import make_plan
     from ..errors import MachineError, Problem, RequestError
-    from ..plan import make_plan
     from .compose import compose
     from .environ import find_site
 
@@ -267,8 +272,8 @@ def _launcher(config: RunConfig, site: Site) -> Launcher:
 
 
 def _write(made: Plan) -> None:
+    from ..config.plan import write_plan
     from ..errors import MachineError
-    from ..plan import write_plan
 
     try:
         write_plan(made)
@@ -280,7 +285,7 @@ def _write(made: Plan) -> None:
 
 def _prepare(made: Plan) -> int:
     """Convert the model and tokenise the data before anything is started, unless it is done; an exit code."""
-    from ..data.cache import is_prepared
+    from ..data.store.identity import is_prepared
     from .process import run_module
 
     if is_prepared(made.config):
@@ -306,7 +311,7 @@ def _module(module: str, made: Plan, words: list[str]) -> int:
 def _run_file(run: str) -> str:
     from pathlib import Path
 
-    from ..plan import RUN_FILE
+    from ..config.plan import RUN_FILE
 
     path = Path(run)
     return str(path / RUN_FILE if path.is_dir() else path)

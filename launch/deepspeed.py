@@ -6,9 +6,10 @@ import re
 import shlex
 import shutil
 
+from ..config.launch import HostfileConfig
+from ..config.plan import Plan
+from ..config.run import RunConfig
 from ..errors import MachineError, Problem, RequestError
-from ..plan import Plan
-from ..schema import HostfileConfig, RunConfig
 from . import process
 from .environ import Site, export_lines
 from .hosts import check_hosts, choose_hosts, read_hostfile, sweep_hosts

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ..config.data import AugmentConfig, DataSet
+from ..config.run import RunConfig
 from ..errors import Problem
-from ..schema import DataSet, RunConfig
-from ..schema_augment import AugmentConfig
 
 Tree = dict[str, Any]
 MIXTURE = "data.mixture"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..plan import Plan
-from ..schema import RunConfig
+from ..config.plan import Plan
+from ..config.run import RunConfig
 
 LOG_DIR = "logs"
 FAILURE_FILE = "failure.json"

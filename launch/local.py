@@ -7,9 +7,10 @@ import importlib.util
 import json
 import shlex
 
+from ..config.launch import LocalConfig
+from ..config.plan import Plan
+from ..config.run import RunConfig
 from ..errors import MachineError, RequestError
-from ..plan import Plan
-from ..schema import LocalConfig, RunConfig
 from . import process
 from .environ import Site, export_lines
 from .launcher import WORKER_MODULE, Rendered, shell_lines, write_rendered

@@ -7,9 +7,11 @@ import importlib.util
 import os
 from pathlib import Path
 
+from ..config.data import DataConfig, DataSet
+from ..config.launch import HostfileConfig
+from ..config.run import RunConfig
+from ..config.task import InstructionConfig
 from ..errors import RequestError
-from ..schema import DataConfig, DataSet, HostfileConfig, RunConfig
-from ..schema_task import InstructionConfig
 
 PACKAGE = "package:"
 CONF_DIR = Path(__file__).parent.parent / "conf"  # beside dist_ft/launch when installed, above it in a checkout

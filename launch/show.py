@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from ..plan import Plan
+from ..config.plan import Plan
 from .launcher import Rendered
 
 

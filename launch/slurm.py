@@ -9,9 +9,10 @@ import string
 import subprocess
 from pathlib import Path
 
+from ..config.launch import SlurmConfig
+from ..config.plan import Plan
+from ..config.run import RunConfig
 from ..errors import MachineError, Problem, RequestError
-from ..plan import Plan
-from ..schema import RunConfig, SlurmConfig
 from .environ import Site, child_environment
 from .launcher import FAILURE_FILE, LOG_DIR, WORKER_MODULE, Job, Rendered, write_rendered
 from .paths import SLURM_DIR

@@ -20,9 +20,9 @@ from typing import Annotated
 import yaml
 from pydantic import Field, ValidationError
 
+from ..config.run import RunConfig
+from ..config.strict import Strict
 from ..errors import Problem, RequestError
-from ..schema import RunConfig
-from ..strict import Strict
 
 Check = Callable[[Sequence[str]], RunConfig]
 Run = Callable[[Sequence[str]], int]

@@ -22,8 +22,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from rich.console import Console
 from rich.table import Table
 
+from ..config.run import RunConfig
 from ..errors import MachineError, RequestError
-from ..schema import RunConfig
 from ..state import LOWER_IS_BETTER
 from ..track.jsonl import METRICS_FILE, read_evaluations
 

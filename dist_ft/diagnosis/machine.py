@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..comm import environ
+from ..process.place import environ
 from .finding import Finding, note, ok, problem
 
 LEAST_ROOM = 1 << 30

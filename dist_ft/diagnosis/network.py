@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from ..comm import environ
+from ..process.place import environ
 from .finding import Finding, note, ok, problem
 
 

@@ -25,9 +25,9 @@ from deepspeed.utils import (  # noqa: E402
     set_z3_leaf_module,
 )
 
-from ..comm import Place  # noqa: E402
-from ..model.structure import find_mixtures  # noqa: E402
-from ..schema import Zero3Config, Zero12Config  # noqa: E402
+from ..config.engine import Zero3Config, Zero12Config  # noqa: E402
+from ..model.anatomy import find_mixtures  # noqa: E402
+from ..process.place import Place  # noqa: E402
 from ..state import Batch, LossFn, LossSum, ModelFactory, NamedState, OptimFactory, StepStats  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

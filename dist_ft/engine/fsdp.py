@@ -16,9 +16,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..comm import barrier
-from ..model.structure import find_blocks
-from ..schema import FsdpConfig
+from ..config.engine import FsdpConfig
+from ..model.anatomy import find_blocks
+from ..process.comm import barrier
 from .native import NativeEngine
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..comm import Place
+from ..process.place import Place
 from ..state import Batch, LossFn, LossSum, ModelFactory, NamedState, OptimFactory, StepStats
 
 

@@ -1,0 +1,4 @@
+"""Which weights learn: one module per method.
+
+Imports `config`, `model` and `state`.
+"""

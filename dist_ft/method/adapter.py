@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..config.method import AdapterConfig
 from ..errors import RequestError
-from ..model.structure import find_sublayer_ends
-from ..schema_method import AdapterConfig
+from ..model.anatomy import find_sublayer_ends
 from ..state import Weights
 from .full import train_head
 

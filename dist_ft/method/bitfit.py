@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..config.method import BitfitConfig
 from ..errors import RequestError
-from ..schema import BitfitConfig
 from .full import Full, train_head
 
 

@@ -6,9 +6,9 @@ import re
 
 from torch import nn
 
+from ..config.method import FreezeConfig
 from ..errors import Problem, RequestError
-from ..model.structure import find_blocks
-from ..schema import FreezeConfig
+from ..model.anatomy import find_blocks
 from .full import Full, train_head
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..model.structure import find_buffers
-from ..schema_method import MethodChoice
+from ..config.method import MethodChoice
+from ..model.anatomy import find_buffers
 from ..state import Weights
 from .shards import write_model
 

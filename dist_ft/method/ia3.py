@@ -9,8 +9,8 @@ from peft.utils.constants import (
 )
 from torch import nn
 
+from ..config.method import Ia3Config
 from ..errors import RequestError
-from ..schema import Ia3Config
 from .through_peft import ThroughPeft, check_names, task_head, task_type_of
 
 

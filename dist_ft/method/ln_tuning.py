@@ -5,9 +5,9 @@ from __future__ import annotations
 import peft
 from torch import nn
 
+from ..config.method import LnTuningConfig
 from ..errors import RequestError
-from ..model.structure import find_norms
-from ..schema import LnTuningConfig
+from ..model.anatomy import find_norms
 from .through_peft import ThroughPeft, check_names, task_head, task_type_of
 
 

@@ -15,9 +15,10 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config.method import LoraKeys
 from ..errors import Problem, RequestError
-from ..model.structure import find_blocks, find_linears, find_packed, find_token_rows
-from ..schema_method import LoraKeys
+from ..model.anatomy import find_blocks, find_linears, find_token_rows
+from ..model.quantization.packed import find_packed
 from ..state import Weights
 from .start import ADAPTER, Start, begin, double_rank, read_start, start_problems, subtract, write_start
 from .through_peft import ThroughPeft, check_names, task_head, task_type_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 from torch import nn
 
-from ..schema import PTuningConfig
+from ..config.method import PTuningConfig
 from .through_peft import task_type_of
 from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 

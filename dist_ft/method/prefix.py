@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 from torch import nn
 
-from ..schema import PrefixConfig
+from ..config.method import PrefixConfig
 from .through_peft import task_type_of
 from .virtual_tokens import VirtualTokens, put_in_front
 

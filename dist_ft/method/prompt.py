@@ -7,7 +7,7 @@ from typing import Any
 import peft
 from torch import nn
 
-from ..schema import PromptConfig
+from ..config.method import PromptConfig
 from .through_peft import task_type_of
 from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 

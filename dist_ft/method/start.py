@@ -18,9 +18,9 @@ from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..config.method import LoraKeys
 from ..errors import Problem, RequestError
-from ..model.structure import find_packed
-from ..schema_method import LoraKeys
+from ..model.quantization.packed import find_packed
 from ..state import Weights
 
 START_FILE = "start.safetensors"  # in a run's folder

@@ -8,8 +8,8 @@ from pathlib import Path
 import peft
 from torch import nn
 
+from ..config.method import MethodChoice
 from ..errors import Problem, RequestError
-from ..schema_method import MethodChoice
 from ..state import Weights
 
 

@@ -9,8 +9,8 @@ import peft
 import torch
 from torch import nn
 
+from ..config.method import VirtualTokensChoice
 from ..errors import RequestError
-from ..schema_method import VirtualTokensChoice
 from ..state import Weights
 from .through_peft import task_head, task_type_of
 

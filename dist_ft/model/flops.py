@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .moe import find_form
-from .structure import find_blocks, find_mixtures, shapes_of
+from .anatomy import find_blocks, find_mixtures
+from .quantization.packed import shapes_of
+from .router_form import find_form
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}

@@ -11,13 +11,13 @@ import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..config.model import ModelConfig
 from ..errors import Problem, RequestError
-from ..schema import ModelConfig
 from ..state import Architecture
+from .anatomy import find_task_head
 from .attention import AttentionChoice, choose_attention
 from .noise import set_dropout
 from .quantize import quantize
-from .structure import find_task_head
 from .vocabulary import grow, grow_settings
 
 

@@ -7,83 +7,16 @@ exists only while its layer computes, in the forward and again in the backward.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from ..errors import RequestError
-from .packing import import_bitsandbytes, pack, packed_size, unpack
-from .quantized_experts import quantize_experts
-from .structure import Packed, find_blocks, find_linears, find_mixtures, find_routers, unwrap
+from .anatomy import find_blocks, find_linears, find_mixtures, find_routers, unwrap
+from .quantization.experts import quantize_experts
+from .quantization.linear import QuantizedLinear
+from .quantization.packing import import_bitsandbytes
 
 MOST_LEFT = 0.1  # of the blocks' matrices may be of another kind, such as convolutions or relative positions
-
-
-class QuantizedLinear(nn.Linear):
-    """A linear layer over packed bits; what wraps linear layers (peft) wraps it too.
-
-    Args:
-        in_features: as of `nn.Linear`.
-        out_features: as of `nn.Linear`.
-        scheme: `nf4` or `int8`.
-        dtype: of the forward; the bits are viewed as it.
-        bias: the layer's own, unquantised, or None.
-        device: where to put the bits.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        scheme: str,
-        dtype: torch.dtype,
-        bias: nn.Parameter | None,
-        device: torch.device,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.packed = {"weight": Packed(scheme, (out_features, in_features))}
-        size = packed_size(scheme, (out_features, in_features), dtype)
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
-        self.register_parameter("bias", bias)
-
-    def pack(self, weight: Tensor) -> None:
-        """Quantise `weight` [out, in] into this layer's bits."""
-        self.weight.data = pack(weight, self.scheme, self.weight.dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[out, in]: the weight that the forward uses."""
-        return unpack(self.weight, *self.packed["weight"], dtype or self.weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out]."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        product: Tensor = _Product.apply(x, self.weight, *self.packed["weight"])
-        return product if self.bias is None else product + self.bias.to(product.dtype)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"{self.in_features}, {self.out_features}, {self.scheme}"
-
-
-class _Product(torch.autograd.Function):
-    """x @ W.T with a W that is unpacked for the forward and again for the backward, and kept for neither."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, scheme: str, shape: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(bits)
-        ctx.scheme, ctx.shape = scheme, shape
-        return functional.linear(x, unpack(bits, scheme, shape, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (bits,) = ctx.saved_tensors
-        (gradient,) = gradients
-        return gradient @ unpack(bits, ctx.scheme, ctx.shape, gradient.dtype), None, None, None
 
 
 def quantize(model: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool) -> nn.Module:

@@ -6,10 +6,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..data.faults import RowFault
-from ..data.formats import IGNORED_LABEL
-from ..data.pack import count_shifted
-from ..schema_task import CausalLMConfig, InstructionConfig
+from ..config.task import CausalLMConfig, InstructionConfig
+from ..data.read.faults import RowFault
+from ..data.read.formats import IGNORED_LABEL
+from ..data.store.pack import count_shifted
 from ..state import CAUSAL_LM, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
@@ -83,25 +83,25 @@ class LanguageModelTask(Task):
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A micro-batch."""
-        from . import tokens
+        from .batches import tokens
 
         return (tokens.collate_documents if self.padding_free else tokens.collate_padded)(samples)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """Sum of token losses and number of supervised tokens."""
-        from . import tokens
+        from .batches import tokens
 
         return tokens.sum_losses(model, batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
         """The loss with counts for `metrics`."""
-        from . import tokens
+        from .batches import tokens
 
         return tokens.sum_scores(model, batch)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """loss, perplexity, token_accuracy; for answers exact_match, the share that greedy decoding gets right."""
-        from . import tokens
+        from .batches import tokens
 
         return tokens.metrics_of(totals, exact=self.answers)
 

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..data.faults import EMPTY_TEXT, RowFault
+from ..config.task import MaskedLMConfig
+from ..data.read.faults import EMPTY_TEXT, RowFault
 from ..errors import RequestError
-from ..schema_task import MaskedLMConfig
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
-from .masks import draw_masks, share_of
+from .batches.masks import draw_masks, share_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 WORDS = "word_ids"  # which word of its row a token belongs to; -1 of special tokens
 
@@ -80,7 +81,7 @@ class MaskedLM(Task):
         """Padded rows with hidden tokens; targets [n] are what they were."""
         import torch
 
-        from .padded import pad_rows
+        from .batches.padded import pad_rows
 
         hidden, targets, rows, columns = [], [], [], []
         for number, sample in enumerate(samples):
@@ -113,7 +114,7 @@ class MaskedLM(Task):
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """loss, perplexity (of hidden tokens, hence no likelihood of texts), token_accuracy."""
-        from .tokens import metrics_of
+        from .batches.tokens import metrics_of
 
         return metrics_of(totals, exact=False)
 

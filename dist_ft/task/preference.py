@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..data.formats import IGNORED_LABEL
-from ..data.pack import count_shifted
-from ..schema_task import PreferenceConfig
+from ..config.task import PreferenceConfig
+from ..data.read.formats import IGNORED_LABEL
+from ..data.store.pack import count_shifted
 from ..state import (
     CAUSAL_LM,
     REFERENCE,
@@ -34,12 +34,13 @@ from ..state import (
     Sample,
     Task,
 )
+from .batches.pairs import cut_pair, encode_pair
 from .language_model import check_supervised
-from .pairs import cut_pair, encode_pair
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
+
 
 MEANS = (  # over pairs, under TRL's names
     "rewards/chosen",
@@ -102,7 +103,7 @@ class Preference(Task):
         """A document for each answer, a pair's one after the other; the weight is the number of pairs."""
         import torch
 
-        from . import tokens
+        from .batches import tokens
 
         answers = [replace(sample, segments=[segment]) for sample in samples for segment in sample.segments]
         batch = (tokens.collate_documents if self.padding_free else tokens.collate_padded)(answers)
@@ -141,7 +142,7 @@ class Preference(Task):
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:
         """[pairs, 2] float64: of the chosen and of the rejected answer."""
-        from . import tokens
+        from .batches import tokens
 
         return _in_pairs(tokens.sum_log_probabilities(model, batch))
 

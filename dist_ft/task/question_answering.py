@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..data.faults import RowFault
+from ..config.task import QuestionAnsweringConfig
+from ..data.read.faults import RowFault
 from ..errors import RequestError
-from ..schema_task import QuestionAnsweringConfig
 from ..state import ORIGIN, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Prediction, Row, Sample, Task
-from .answer_spans import Span, answer_rows, cut_pieces, find_answer, find_tokens, rank_spans
+from .batches.answer_spans import Span, answer_rows, cut_pieces, find_answer, find_tokens, rank_spans
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 BEGINS, ENDS = "begins", "ends"  # token columns: characters of the context that a token stands for, -1 of other tokens
 SPAN = "span"  # row column: first and last token of the answer; the null place twice where the piece has none
@@ -58,7 +59,7 @@ class QuestionAnswering(Task):
     @property
     def layout(self) -> Layout:
         """Each piece is a sequence with the characters of its tokens."""
-        from .padded import input_columns
+        from .batches.padded import input_columns
 
         return Layout(
             {"max_length": self.config.max_length},
@@ -99,7 +100,7 @@ class QuestionAnswering(Task):
         """Padded pieces; targets [B, 2]: places of the answer's first and last token."""
         import torch
 
-        from .padded import only_segments, pad_inputs, pad_rows
+        from .batches.padded import only_segments, pad_inputs, pad_rows
 
         segments = only_segments(samples)
         inputs = pad_inputs(segments, self.facts)
@@ -141,7 +142,7 @@ class QuestionAnswering(Task):
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """loss, exact_match, f1; see answer_scores.py."""
-        from .answer_scores import measure
+        from .scores.answers import measure
 
         return {"loss": float(totals.loss) / float(totals.weight)} | measure(self.by_row(totals, rows))
 
@@ -162,7 +163,7 @@ class QuestionAnswering(Task):
 
     def _cut(self, encoded: Any, context: str, answer: Span | None, cls_id: int | None) -> list[Example]:
         """The pieces of a row whose question and context are `encoded` as a pair."""
-        from .padded import input_columns
+        from .batches.padded import input_columns
 
         ids, sides = encoded["input_ids"], encoded.sequence_ids(0)
         inside = [place for place, side in enumerate(sides) if side == 1]

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..data.faults import RowFault
-from ..schema_task import RewardConfig
+from ..config.task import RewardConfig
+from ..data.read.faults import RowFault
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
-from .pairs import EQUAL, cut_pair, encode_pair
+from .batches.pairs import EQUAL, cut_pair, encode_pair
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 MEANS = ("accuracy", "margin", "mean_reward")  # TRL's names
 
@@ -51,7 +52,7 @@ class Reward(Task):
     @property
     def layout(self) -> Layout:
         """Two sequences a row that never see each other."""
-        from .padded import input_columns
+        from .batches.padded import input_columns
 
         return Layout({"max_length": self.config.max_length}, input_columns(self.facts), sequences=2, apart=True)
 
@@ -84,7 +85,7 @@ class Reward(Task):
         """Padded rows [2 * pairs, T], a pair's one after the other; `positions` [pairs, 2] are their numbers."""
         import torch
 
-        from .padded import pad_inputs
+        from .batches.padded import pad_inputs
 
         inputs = pad_inputs([segment for sample in samples for segment in sample.segments], self.facts)
         pairs = len(inputs["input_ids"]) // 2
@@ -119,7 +120,7 @@ class Reward(Task):
         return isinstance(row["prompt"], str) and (self.facts.has_token_types or tokenizer.eos_id is None)
 
     def _encode_marked(self, row: Row, tokenizer: Any, **options: Any) -> list[Example]:
-        from .padded import tokenize
+        from .batches.padded import tokenize
 
         answers = (row["chosen"], row["rejected"])
         if answers[0] == answers[1]:

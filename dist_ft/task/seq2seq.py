@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..data.added_tokens import add_tokens
-from ..data.faults import EMPTY_TEXT, RowFault
-from ..schema_task import Seq2SeqConfig
+from ..config.task import Seq2SeqConfig
+from ..data.read.faults import EMPTY_TEXT, RowFault
+from ..data.render.added_tokens import add_tokens
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Seq2Seq(Task):
         """Padded sources [B, S] and decoder inputs [B, T]; a target's position is its place in [B * T]."""
         import torch
 
-        from .padded import pad_inputs, pad_rows
+        from .batches.padded import pad_inputs, pad_rows
 
         assert all(len(sample.segments) == 2 for sample in samples)
         inputs = pad_inputs([sample.segments[0] for sample in samples], replace(self.facts, has_token_types=False))
@@ -101,7 +101,7 @@ class Seq2Seq(Task):
         """loss, perplexity, token_accuracy, and those of `task.metrics`; see text_scores.py."""
         from math import exp
 
-        from .text_scores import measure
+        from .scores.texts import measure
 
         loss, weight = float(totals.loss) / float(totals.weight), float(totals.weight)
         accuracy = float(totals.counts["right"]) / weight

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..data.faults import EMPTY_TEXT, RowFault
-from ..data.labels import head_settings, number_of
-from ..schema_task import SequenceClassificationConfig
+from ..config.task import SequenceClassificationConfig
+from ..data.read.faults import EMPTY_TEXT, RowFault
+from ..data.render.labels import head_settings, number_of
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 LABEL = "label"
 
@@ -51,7 +52,7 @@ class SequenceClassification(Task):
     @property
     def layout(self) -> Layout:
         """A row is a sequence with its labels' numbers."""
-        from .padded import input_columns
+        from .batches.padded import input_columns
 
         return Layout({"max_length": self.config.max_length}, input_columns(self.facts), (LABEL,))
 
@@ -75,7 +76,7 @@ class SequenceClassification(Task):
         """Padded rows; targets [B] label numbers, or [B, labels] of 0 and 1."""
         import torch
 
-        from .padded import only_segments, pad_inputs
+        from .batches.padded import only_segments, pad_inputs
 
         segments = only_segments(samples)
         inputs = pad_inputs(segments, self.facts)
@@ -119,14 +120,14 @@ class SequenceClassification(Task):
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """loss, accuracy, f1 (macro), calibration_error; see classes.py."""
-        from .classes import measure
+        from .scores.classes import measure
 
         loss = {"loss": float(totals.loss) / float(totals.weight)}
         return loss | measure(totals.predictions, self.facts.labels, multi_label=self.config.multi_label)
 
     def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
         """Precision, recall and F1 of every class, and what is taken for what."""
-        from .classes import describe
+        from .scores.classes import describe
 
         return describe(totals.predictions, self.facts.labels, multi_label=self.config.multi_label)
 
@@ -149,7 +150,7 @@ class SequenceClassification(Task):
         return counts.sum() / (len(counts) * counts)
 
     def _encode(self, row: Row, tokenizer: Any, **options: Any) -> Sequence[Example]:
-        from .padded import tokenize
+        from .batches.padded import tokenize
 
         if not row["text"].strip() and not (row.get("text_pair") or "").strip():
             raise RowFault(EMPTY_TEXT, "leave such rows out")

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..data.faults import RowFault
-from ..data.formats import IGNORED_LABEL
-from ..data.labels import NO_LABEL, OUTSIDE, head_settings, number_of
-from ..data.pack import count_labels
+from ..config.task import TokenClassificationConfig
+from ..data.read.faults import RowFault
+from ..data.read.formats import IGNORED_LABEL
+from ..data.render.labels import NO_LABEL, OUTSIDE, head_settings, number_of
+from ..data.store.pack import count_labels
 from ..errors import RequestError
-from ..schema_task import TokenClassificationConfig
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 LABELS = "labels"  # token column: the tag's number on the first piece of each word
 TAGS = "tags"  # row column: the tag's number of every word, also of those that have no token
@@ -64,7 +65,7 @@ class TokenClassification(Task):
     @property
     def layout(self) -> Layout:
         """A row is a sequence with labels beside its tokens and the tags of its words."""
-        from .padded import input_columns
+        from .batches.padded import input_columns
 
         columns = (*input_columns(self.facts), LABELS)
         return Layout({"max_length": self.config.max_length}, columns, (TAGS, WORDS))
@@ -90,7 +91,7 @@ class TokenClassification(Task):
         """Padded rows; targets [n] label numbers of the words, at the flat place of each word's first piece."""
         import torch
 
-        from .padded import only_segments, pad_inputs, pad_rows
+        from .batches.padded import only_segments, pad_inputs, pad_rows
 
         segments = only_segments(samples)
         inputs = pad_inputs(segments, self.facts)
@@ -129,18 +130,18 @@ class TokenClassification(Task):
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """loss, accuracy of words, and precision, recall, f1 of entities; see entities.py."""
-        from .entities import measure
+        from .scores.entities import measure
 
         return {"loss": float(totals.loss) / float(totals.weight)} | measure(totals.predictions, self.facts.labels)
 
     def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
         """Precision, recall and F1 of every type of entity."""
-        from .entities import describe
+        from .scores.entities import describe
 
         return describe(totals.predictions, self.facts.labels)
 
     def _encode(self, row: Row, tokenizer: Any, **options: Any) -> Sequence[Example]:
-        from .padded import input_columns
+        from .batches.padded import input_columns
 
         if not row["tokens"]:
             raise RowFault("it has no words", "leave such rows out")

@@ -1,1 +1,1 @@
-"""What tests of this project, and of methods and tasks added to it, start from."""
+"""Helpers for tests of several processes."""

@@ -81,10 +81,11 @@ def _collect(workers: list[subprocess.Popen[bytes]], folder: Path, timeout_s: fl
 def _main(function: str, payload: str) -> None:
     import torch
 
-    from .. import comm
+    from ..process import comm
+    from ..process.place import find_place
 
     sys.path.insert(0, os.getcwd())
-    place = comm.find_place()
+    place = find_place()
     comm.join(place, comm.open_store(place, 60), torch.device("cpu"), 120)
     module, name = function.split(":")
     result = getattr(importlib.import_module(module), name)(place, json.loads(Path(payload).read_text()))

@@ -1,0 +1,4 @@
+"""Where metrics go: the terminal, metrics.jsonl, W&B.
+
+Imports `config`, `process` and `state`.
+"""

@@ -15,9 +15,9 @@ from typing import Any
 
 import wandb
 
-from ..comm import environ
+from ..config.track import TrackConfig
 from ..errors import MachineError
-from ..schema import TrackConfig
+from ..process.place import environ
 from ..state import Metrics, Tracker
 from .compose import NullTracker
 

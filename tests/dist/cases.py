@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from dist_ft import comm
 from dist_ft.build import build
-from dist_ft.comm import Place
+from dist_ft.config.plan import make_plan, write_plan
+from dist_ft.config.run import RunConfig
 from dist_ft.loop import fit
-from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import prepare
-from dist_ft.schema import RunConfig
+from dist_ft.process import comm
+from dist_ft.process.place import Place
 from dist_ft.state import Weights
 
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dist_ft import comm
 from dist_ft.build import build
-from dist_ft.comm import Place
+from dist_ft.config.plan import make_plan, write_plan
+from dist_ft.config.run import RunConfig
 from dist_ft.families import build_method, choose_attention, model_factory
 from dist_ft.loop import Run, fit
-from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import prepare
-from dist_ft.schema import RunConfig
+from dist_ft.process import comm
+from dist_ft.process.place import Place
 from dist_ft.state import CAUSAL_LM
 
 

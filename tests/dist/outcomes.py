@@ -11,12 +11,13 @@ import torch
 import transformers
 from pydantic import TypeAdapter
 
-from dist_ft.checkpoint import SafeReader
+from dist_ft.checkpoint.reader import SafeReader
+from dist_ft.config.method import MethodConfig
+from dist_ft.config.model import ModelConfig
 from dist_ft.errors import RequestError
-from dist_ft.exported import open_export
+from dist_ft.export.merge import main as export_again
+from dist_ft.export.opened import open_export
 from dist_ft.families import METHODS
-from dist_ft.merge import main as export_again
-from dist_ft.schema import MethodConfig, ModelConfig
 from dist_ft.state import CAUSAL_LM, Architecture
 from tests.dist.cases import metrics_of
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_ft.comm import Place
+from dist_ft.config.engine import FsdpConfig, Zero3Config
 from dist_ft.engine import deepspeed as zero
 from dist_ft.engine.ddp import Ddp
 from dist_ft.engine.fsdp import Fsdp
-from dist_ft.model.moe import keep_in_graph
-from dist_ft.schema import FsdpConfig, Zero3Config
+from dist_ft.model.moe.policy import keep_in_graph
+from dist_ft.process.place import Place
 from dist_ft.state import Batch, LossSum
 
 WIDTH, EXPERTS, LAYERS, STEPS = 320, 4, 2, 3  # 320 x 320 is above the size that ZeRO-3 never takes apart

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
-from dist_ft.checks import check
+from dist_ft.checks.request import check
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dist_ft.merge import main as export_again
+from dist_ft.export.merge import main as export_again
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import config_of

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.evaluate import EvaluateOptions, evaluate_run
-from dist_ft.plan import read_plan
+from dist_ft.assess.evaluate import EvaluateOptions, evaluate_run
+from dist_ft.config.plan import read_plan
 from dist_ft.prepare import prepare
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of

@@ -13,7 +13,7 @@ from opacus.accountants import RDPAccountant
 from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
-from dist_ft.comm import Place
+from dist_ft.process.place import Place
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of, run_case
 from tests.dist.conftest import config_of

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from dist_ft.checkpoint import SafeReader
-from dist_ft.merge import main as export_again
+from dist_ft.checkpoint.reader import SafeReader
+from dist_ft.export.merge import main as export_again
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import config_of

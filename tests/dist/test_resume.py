@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ft.checkpoint import SafeReader
+from dist_ft.checkpoint.reader import SafeReader
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import STEPS, config_of

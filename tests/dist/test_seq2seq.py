@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from dist_ft.method.adapter import load_adapter
-from dist_ft.task.text_scores import measure
+from dist_ft.task.scores.texts import measure
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.heads import WORDS, make_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from dist_ft.merge import main as export_again
+from dist_ft.export.merge import main as export_again
 from dist_ft.method.start import START_FILE
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of

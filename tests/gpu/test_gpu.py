@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dist_ft.comm import Place, find_device
 from dist_ft.model.attention import choose_attention
 from dist_ft.model.flops import peak_flops
+from dist_ft.process.place import Place, find_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 LENGTHS = (33, 7, 120, 64)

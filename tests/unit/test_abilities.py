@@ -13,9 +13,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_ft import abilities, evaluate
+from dist_ft.assess import abilities, evaluate
+from dist_ft.config.plan import read_plan, write_plan
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.plan import read_plan, write_plan
 from tests.unit.test_outcome import make_run
 
 CHOICES = ["team: billing", "team: technical", "sales"]

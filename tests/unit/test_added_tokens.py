@@ -19,20 +19,20 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from dist_ft.card import card_of_run
-from dist_ft.checks import check
-from dist_ft.data.cache import split_folder
-from dist_ft.data.template import load_tokenizer
+from dist_ft.checks.request import check
+from dist_ft.config.plan import Plan, write_plan
+from dist_ft.config.run import RunConfig
+from dist_ft.data.render.template import find_end_token
+from dist_ft.data.render.tokenizer import load_tokenizer, open_tokenizer
+from dist_ft.data.store.identity import split_folder
 from dist_ft.errors import RequestError
-from dist_ft.export import export_run
+from dist_ft.export.card import card_of_run
+from dist_ft.export.merge import main as export_main
+from dist_ft.export.probe import probe_model
+from dist_ft.export.write import export_run
 from dist_ft.families import architecture_of, build_method, model_factory
-from dist_ft.merge import main as export_main
 from dist_ft.model.load import attention_of
-from dist_ft.plan import Plan, write_plan
 from dist_ft.prepare import prepare
-from dist_ft.probe import probe_model
-from dist_ft.schema import RunConfig
-from dist_ft.turns import find_end_token, open_tokenizer
 
 TOKENS = ["<|tool|>", "<|call|>"]
 IDS = [512, 513]

@@ -13,13 +13,15 @@ import yaml
 from opacus.accountants import RDPAccountant
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.card import card_of_run, load_lines, load_lines_as_trained, load_lines_bitsandbytes, render_card
-from dist_ft.data.opened import Split
+from dist_ft.config.method import LoraConfig
+from dist_ft.config.plan import Plan
+from dist_ft.config.privacy import PrivacyConfig
+from dist_ft.config.run import RunConfig
+from dist_ft.data.store.opened import Split
+from dist_ft.export.card import card_of_run, load_lines, load_lines_as_trained, load_lines_bitsandbytes, render_card
+from dist_ft.export.probe import compare, probe_model
 from dist_ft.method.lora import Lora
 from dist_ft.model.quantize import quantize
-from dist_ft.plan import Plan
-from dist_ft.probe import compare, probe_model
-from dist_ft.schema import LoraConfig, PrivacyConfig, RunConfig
 from dist_ft.state import Facts
 from tests.samples import given
 from tests.unit.test_export import TOKENS, train_a_little

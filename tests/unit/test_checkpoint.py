@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint.metadata as dcp_metadata
 
-from dist_ft import checkpoint, comm
-from dist_ft.checkpoint import Progress
-from dist_ft.comm import Place
+from dist_ft.checkpoint import store as checkpoint
+from dist_ft.checkpoint.reader import _MetadataUnpickler
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.state import NamedState
+from dist_ft.process import comm
+from dist_ft.process.place import Place
+from dist_ft.state import NamedState, Progress
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,9 +129,9 @@ def test_members_of_enumerations_are_read_as_every_python_writes_them() -> None:
     encoding = dcp_metadata._MEM_FORMAT_ENCODING
     member = encoding.TORCH_CONTIGUOUS_FORMAT
     for written in (member, ByGetattr(encoding, member.name)):
-        assert checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(written))).load() is member
+        assert _MetadataUnpickler(io.BytesIO(pickle.dumps(written))).load() is member
     with pytest.raises(pickle.UnpicklingError, match="no place"):
-        checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(ByGetattr(dcp_metadata.Metadata, "__init__")))).load()
+        _MetadataUnpickler(io.BytesIO(pickle.dumps(ByGetattr(dcp_metadata.Metadata, "__init__")))).load()
 
 
 def test_metadata_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_ft import checks
-from dist_ft.checks import MAY_CHANGE, check, check_machine
+from dist_ft.checks import request as checks
+from dist_ft.checks.keys import READ_WHEN
+from dist_ft.checks.machine import check_machine
+from dist_ft.checks.request import check
+from dist_ft.checks.run_folder import MAY_CHANGE
+from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
-from dist_ft.read_when import READ_WHEN
-from dist_ft.schema import RunConfig
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
 

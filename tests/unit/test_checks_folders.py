@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_ft.checks import check
+from dist_ft.checks.request import check
+from dist_ft.config.plan import make_plan, write_plan
 from dist_ft.launch.compose import compose
-from dist_ft.plan import make_plan, write_plan
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
 

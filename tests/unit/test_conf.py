@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_ft.checks import check
+from dist_ft.checks.request import check
+from dist_ft.config.plan import make_plan
+from dist_ft.config.run import RunConfig
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.launch.environ import Site
 from dist_ft.launch.keys import members, names
 from dist_ft.launch.paths import CONF_DIR
-from dist_ft.plan import make_plan
-from dist_ft.schema import RunConfig
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
 FILES = sorted(CONF_DIR.glob("*/*.yaml"))

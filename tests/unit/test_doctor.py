@@ -14,8 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dist_ft import doctor
-from dist_ft.diagnosis import device, machine, network, versions
+from dist_ft.diagnosis import device, doctor, machine, network, versions
 from dist_ft.diagnosis.finding import Finding, Level, note, ok, problem
 
 

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dist_ft.conserve import Account, Fingerprint
+from dist_ft.config.method import FullConfig, LoraConfig
+from dist_ft.config.model import ModelConfig
 from dist_ft.errors import MachineError, TrainingError
-from dist_ft.export import export_run, publish
-from dist_ft.merge import merge
+from dist_ft.export.account import Account, Fingerprint
+from dist_ft.export.merge import merge
+from dist_ft.export.probe import Deviation, compare, probe_model
+from dist_ft.export.write import export_run, publish
 from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
-from dist_ft.probe import Deviation, compare, probe_model
-from dist_ft.schema import FullConfig, LoraConfig, ModelConfig
 from tests.samples import given
 
 TOKENS = list(range(5, 45))

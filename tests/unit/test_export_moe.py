@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from dist_ft.config.method import FullConfig, LoraConfig
+from dist_ft.config.moe import MoeConfig
 from dist_ft.errors import RequestError
-from dist_ft.export import export_run
-from dist_ft.merge import merge
+from dist_ft.export.merge import merge
+from dist_ft.export.probe import compare, probe_model
+from dist_ft.export.write import export_run
 from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
-from dist_ft.model.moe import route_method
-from dist_ft.probe import compare, probe_model
-from dist_ft.schema import FullConfig, LoraConfig, MoeConfig
+from dist_ft.model.moe.policy import route_method
 from tests.samples import given
 from tests.unit.model.test_moe import CONFIGS, build
 from tests.unit.test_export import TOKENS, Case

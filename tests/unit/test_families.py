@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from dist_ft.config.run import RunConfig
 from dist_ft.families import build_method, choose_attention, model_factory
-from dist_ft.schema import RunConfig
 from dist_ft.state import CAUSAL_LM
-from dist_ft.task.tokens import collate_documents, collate_padded, sum_losses
+from dist_ft.task.batches.tokens import collate_documents, collate_padded, sum_losses
 from tests.samples import samples_of
 
 CPU = torch.device("cpu")

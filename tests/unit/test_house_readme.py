@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_ft.checks import check
+from dist_ft.checks.request import check
+from dist_ft.config.plan import Plan, make_plan
+from dist_ft.config.run import RunConfig
 from dist_ft.launch import cli
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.launch.environ import Site
 from dist_ft.launch.keys import members, names
 from dist_ft.launch.stages import read_stages, run_stages
 from dist_ft.launch.sweep import _check_all, read_words
-from dist_ft.plan import Plan, make_plan
-from dist_ft.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from dist_ft import inspection
-from dist_ft.memory import Part, Sizes, estimate_memory
+from dist_ft.config.engine import DdpConfig, FsdpConfig, Zero3Config, Zero12Config
+from dist_ft.config.method import LoraConfig
+from dist_ft.inspect import model as inspection
+from dist_ft.inspect.memory import Part, Sizes, estimate_memory
 from dist_ft.method.lora import Lora
-from dist_ft.schema import DdpConfig, FsdpConfig, LoraConfig, Zero3Config, Zero12Config
 
 SMALL = {
     "vocab_size": 64,

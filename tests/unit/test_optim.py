@@ -9,9 +9,10 @@ import torch
 from pydantic import TypeAdapter
 from transformers import Trainer
 
+from dist_ft.config.method import MethodConfig
+from dist_ft.config.optim import OptimConfig
 from dist_ft.families import METHODS
-from dist_ft.optim import build_adamw
-from dist_ft.schema import MethodConfig, OptimConfig
+from dist_ft.optim.adamw import build_adamw
 from tests.unit.method.test_methods import llama
 
 

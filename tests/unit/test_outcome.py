@@ -12,21 +12,25 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_ft import checkpoint, comm, evaluate, generate, inspection
-from dist_ft.checkpoint import Progress
-from dist_ft.comm import Place
+from dist_ft.assess import evaluate, generate
+from dist_ft.assess.turns import Question
+from dist_ft.checkpoint import store as checkpoint
+from dist_ft.config.plan import Plan, read_plan, write_plan
+from dist_ft.config.run import RunConfig
+from dist_ft.data.render.template import find_end_token
+from dist_ft.data.render.tokenizer import open_tokenizer
 from dist_ft.errors import RequestError, TrainingError
-from dist_ft.export import export_run
+from dist_ft.export.merge import main as export_main
+from dist_ft.export.probe import probe_model
+from dist_ft.export.write import export_run
 from dist_ft.families import build_method, model_factory
-from dist_ft.merge import main as export_main
+from dist_ft.inspect import model as inspection
 from dist_ft.model.load import attention_of
-from dist_ft.plan import Plan, read_plan, write_plan
 from dist_ft.prepare import prepare
-from dist_ft.probe import probe_model
-from dist_ft.schema import RunConfig
-from dist_ft.state import CAUSAL_LM, NamedState
+from dist_ft.process import comm
+from dist_ft.process.place import Place
+from dist_ft.state import CAUSAL_LM, NamedState, Progress
 from dist_ft.track.jsonl import JsonLines
-from dist_ft.turns import Question, find_end_token, open_tokenizer
 from tests.samples import given
 
 ROWS = [

@@ -12,12 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dist_ft.data.loader import evaluation_batches
-from dist_ft.data.pack import Samples, in_groups, pack_in_order
-from dist_ft.data.table import TokenTable
-from dist_ft.loop import is_better
-from dist_ft.parts import split_batches, split_losses, split_scores
-from dist_ft.schema_task import (
+from dist_ft.config.task import (
     CausalLMConfig,
     InstructionConfig,
     MaskedLMConfig,
@@ -26,8 +21,13 @@ from dist_ft.schema_task import (
     SequenceClassificationConfig,
     TokenClassificationConfig,
 )
+from dist_ft.data.order.loader import evaluation_batches, split_batches
+from dist_ft.data.store.pack import Samples, in_groups, pack_in_order
+from dist_ft.data.store.table import TokenTable
+from dist_ft.loop import is_better
+from dist_ft.process.sums import Sums, losses_of_parts
 from dist_ft.state import Batch, Facts, LossSum, Sample
-from dist_ft.sums import Sums, losses_of_parts
+from dist_ft.task.by_set import split_losses, split_scores
 from dist_ft.task.causal_lm import CausalLM
 from dist_ft.task.instruction import Instruction
 from dist_ft.task.masked_lm import MaskedLM

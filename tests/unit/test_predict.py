@@ -12,12 +12,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer, pipeline
 
-from dist_ft import evaluate, generate
+from dist_ft.assess import evaluate, generate
+from dist_ft.config.plan import Plan, write_plan
+from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import architecture_of
-from dist_ft.plan import Plan, write_plan
 from dist_ft.prepare import prepare
-from dist_ft.schema import RunConfig
 from tests.dist.heads import WORDS, make_model, make_rows
 
 TEXT = "w1 w20 w30"

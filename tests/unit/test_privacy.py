@@ -18,21 +18,22 @@ from torch import nn
 from torch.nn import functional
 
 from dist_ft.build import _find_privacy
-from dist_ft.checks import check
-from dist_ft.comm import Place
-from dist_ft.data.order import PoissonOrder, deal
-from dist_ft.engine.private import Private
+from dist_ft.checks.request import check
+from dist_ft.config.method import LoraConfig
+from dist_ft.config.privacy import PrivacyConfig
+from dist_ft.config.task import Seq2SeqConfig, SequenceClassificationConfig
+from dist_ft.data.order.deal import deal
+from dist_ft.data.order.order import PoissonOrder
 from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.method.lora import Lora
-from dist_ft.privacy import SEED_FILE, Privacy, build_privacy, settle_seed
-from dist_ft.schema import PrivacyConfig
-from dist_ft.schema_method import LoraConfig
-from dist_ft.schema_task import Seq2SeqConfig, SequenceClassificationConfig
+from dist_ft.privacy.ddp import Private
+from dist_ft.privacy.mechanism import SEED_FILE, Privacy, build_privacy, settle_seed
+from dist_ft.process.place import Place
 from dist_ft.state import Batch, Facts, Sample
+from dist_ft.task.batches.tokens import collate_padded, sum_losses
 from dist_ft.task.seq2seq import Seq2Seq
 from dist_ft.task.sequence_classification import SequenceClassification
-from dist_ft.task.tokens import collate_padded, sum_losses
 
 CPU = torch.device("cpu")
 SIZE = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -16,14 +16,14 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.grad_sample.linear import compute_linear_grad_sample
 from torch import nn
 
-from dist_ft.comm import Place
-from dist_ft.engine.norms import RowNorms
-from dist_ft.engine.private import Private
-from dist_ft.engine.private_fsdp import PrivateFsdp
+from dist_ft.config.engine import DdpConfig, FsdpConfig
 from dist_ft.errors import TrainingError
-from dist_ft.memory import estimate_rows
-from dist_ft.privacy import Privacy
-from dist_ft.schema import DdpConfig, FsdpConfig
+from dist_ft.inspect.memory import estimate_rows
+from dist_ft.privacy.ddp import Private
+from dist_ft.privacy.fsdp import PrivateFsdp
+from dist_ft.privacy.mechanism import Privacy
+from dist_ft.privacy.norms import RowNorms
+from dist_ft.process.place import Place
 from tests.unit.test_privacy import CPU, MODELS, batches, clipped_sum, make_model, make_privacy, make_task
 from tests.unit.test_privacy import make_engine as make_ddp
 

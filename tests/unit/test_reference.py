@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from dist_ft import reference
-from dist_ft.checkpoint import CHECKPOINTS
-from dist_ft.comm import Place
-from dist_ft.data.pack import in_groups
-from dist_ft.data.table import TableWriter
-from dist_ft.prepare import Prepared, Split
-from dist_ft.reference import REFERENCE_FILE, read_references, refer_to_start, write_references
-from dist_ft.resume import settle_start
-from dist_ft.schema_task import PreferenceConfig
+from dist_ft.assess import reference
+from dist_ft.assess.reference import REFERENCE_FILE, read_references, refer_to_start, write_references
+from dist_ft.checkpoint.resume import settle_start
+from dist_ft.checkpoint.store import CHECKPOINTS
+from dist_ft.config.task import PreferenceConfig
+from dist_ft.data.store.opened import Split
+from dist_ft.data.store.pack import in_groups
+from dist_ft.data.store.table import TableWriter
+from dist_ft.prepare import Prepared
+from dist_ft.process.place import Place
 from dist_ft.state import Batch, LossFn, LossSum
 from dist_ft.task.preference import Preference
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from dist_ft.assess.turns import Question, question_of, speaks_chat
+from dist_ft.config.task import CausalLMConfig, InstructionConfig, PreferenceConfig
+from dist_ft.data.render.template import find_end_token
 from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
-from dist_ft.schema_task import CausalLMConfig, InstructionConfig, PreferenceConfig
-from dist_ft.turns import Question, find_end_token, question_of, speaks_chat
 
 TASK = InstructionConfig(name="instruction")
 

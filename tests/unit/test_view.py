@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dist_ft import view
-from dist_ft.plan import make_plan, write_plan
-from dist_ft.schema import RunConfig
+from dist_ft.config.plan import make_plan, write_plan
+from dist_ft.config.run import RunConfig
+from dist_ft.inspect import rows as view
 from dist_ft.state import Facts
 
 CHAT = [{"role": "user", "content": "Is [bold] it on?"}, {"role": "assistant", "content": "It is."}]
@@ -50,7 +50,7 @@ def test_supervised_tokens_stand_in_brackets_where_there_is_no_colour(
 
 
 def test_on_a_terminal_they_are_coloured(run_file: Path) -> None:
-    from dist_ft.plan import read_plan
+    from dist_ft.config.plan import read_plan
 
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", width=100, highlight=False)

@@ -7,9 +7,9 @@ import sys
 import pytest
 from pydantic import Field
 
+from dist_ft.config.strict import Strict
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.schema import Strict
-from dist_ft.words import read_words, run_command, split_run
+from dist_ft.process.command import read_words, run_command, split_run
 
 
 class Options(Strict):

@@ -17,22 +17,23 @@ import pytest
 from nlpaug.augmenter.char import KeyboardAug
 from transformers import AutoTokenizer
 
-from dist_ft import view
-from dist_ft.card import render_card
-from dist_ft.checks import check, check_machine
-from dist_ft.data import augment as augmenting
-from dist_ft.data import augment_rules
-from dist_ft.data.augment import MODULES, Augmenter, open_augmenter
-from dist_ft.data.augment_rules import augment_identity, augment_problems
-from dist_ft.data.cache import is_prepared, split_folder
-from dist_ft.data.chosen import choose
+from dist_ft.checks.data import augment_problems
+from dist_ft.checks.machine import check_machine
+from dist_ft.checks.request import check
+from dist_ft.config.data import AugmentConfig
+from dist_ft.config.plan import make_plan, write_plan
+from dist_ft.config.run import RunConfig
+from dist_ft.data.read import augment as augment_rules
+from dist_ft.data.read import augment as augmenting
+from dist_ft.data.read.augment import MODULES, Augmenter, augment_identity, open_augmenter
+from dist_ft.data.read.chosen import choose
+from dist_ft.data.store.identity import is_prepared, split_folder
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.inspection import ledger_tables
+from dist_ft.export.card import render_card
+from dist_ft.inspect import rows as view
+from dist_ft.inspect.ledger import ledger_tables
 from dist_ft.launch.compose import compose
-from dist_ft.plan import make_plan, write_plan
 from dist_ft.prepare import prepare
-from dist_ft.schema import RunConfig
-from dist_ft.schema_augment import AugmentConfig
 
 KEYBOARD = {"name": "KeyboardAug", "options": {"aug_char_p": 0.2}, "columns": ["text"]}
 TEXTS = ["The invoice is wrong", "my screen stays black", "where is the parcel", "cancel this subscription please"]

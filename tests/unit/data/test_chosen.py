@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from dist_ft.data.cache import split_folder
-from dist_ft.data.chosen import choose, read_split
-from dist_ft.data.sets import sets_of
+from dist_ft.config.run import RunConfig
+from dist_ft.data.read.chosen import choose, read_split
+from dist_ft.data.read.sets import sets_of
+from dist_ft.data.store.identity import split_folder
 from dist_ft.errors import RequestError
-from dist_ft.inspection import ledger_tables
+from dist_ft.inspect.ledger import ledger_tables
 from dist_ft.prepare import prepare
-from dist_ft.schema import RunConfig
 
 LABELS = ["good", "bad", "good", "fair", "good", "bad", "fair", "good", "bad", "good", "fair", "good"] * 3
 ROWS: list[dict[str, Any]] = [{"text": f"text {n}", "label": label} for n, label in enumerate(LABELS)]

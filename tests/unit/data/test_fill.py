@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dist_ft.data.faults import RowFault
-from dist_ft.data.fill import fill, template_problems
+from dist_ft.data.read.faults import RowFault
+from dist_ft.data.read.fill import fill, template_problems
 
 ROW = {
     "en": "Good day",

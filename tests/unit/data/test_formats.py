@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dist_ft.data.formats import FORMATS, check_task, detect, normalise
+from dist_ft.data.read.formats import FORMATS, check_task, detect, normalise
 from dist_ft.errors import RequestError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}

@@ -8,12 +8,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from dist_ft.data.interleave import PERIOD, Interleaving, MixedOrder, share_out
-from dist_ft.data.loader import Loader
-from dist_ft.data.order import Order
-from dist_ft.data.pack import in_groups
-from dist_ft.data.table import TokenTable
-from dist_ft.task.tokens import collate_documents
+from dist_ft.data.order.interleave import PERIOD, Interleaving, MixedOrder, share_out
+from dist_ft.data.order.loader import Loader
+from dist_ft.data.order.order import Order
+from dist_ft.data.store.pack import in_groups
+from dist_ft.data.store.table import TokenTable
+from dist_ft.task.batches.tokens import collate_documents
 
 QUOTAS = [[1], [2, 1], [1, 1, 1], [7, 3], [90, 9, 1], [50, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5], [60000, 1, 5000, 535]]
 

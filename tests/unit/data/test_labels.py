@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dist_ft.data.faults import RowFault
-from dist_ft.data.labels import find_labels, number_of
+from dist_ft.config.run import RunConfig
+from dist_ft.data.read.faults import RowFault
+from dist_ft.data.render.labels import find_labels, number_of
 from dist_ft.errors import RequestError
-from dist_ft.schema import RunConfig
 from dist_ft.task.sequence_classification import SequenceClassification
 
 

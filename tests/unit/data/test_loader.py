@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dist_ft.data.loader import Loader, evaluation_batches
-from dist_ft.data.order import Order
-from dist_ft.data.pack import Samples, in_groups, pack_best_fit
-from dist_ft.data.table import TokenTable
+from dist_ft.data.order.loader import Loader, evaluation_batches
+from dist_ft.data.order.order import Order
+from dist_ft.data.store.pack import Samples, in_groups, pack_best_fit
+from dist_ft.data.store.table import TokenTable
 from dist_ft.state import Batch
-from dist_ft.task.tokens import collate_documents
+from dist_ft.task.batches.tokens import collate_documents
 
 LENGTHS = np.random.default_rng(3).integers(2, 30, 23)
 TABLE = TokenTable.of(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dist_ft.data.order import Order, deal, permutation, total_steps
+from dist_ft.data.order.deal import deal
+from dist_ft.data.order.order import Order, permutation, total_steps
 
 
 @pytest.mark.parametrize(

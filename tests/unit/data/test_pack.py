@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_ft.data.pack import Samples, count_shifted, cut_blocks, in_groups, pack_best_fit, pack_in_order
-from dist_ft.data.table import TableWriter, TokenTable
+from dist_ft.data.store.pack import Samples, count_shifted, cut_blocks, in_groups, pack_best_fit, pack_in_order
+from dist_ft.data.store.table import TableWriter, TokenTable
 
 RANDOM = np.random.default_rng(5)
 
 
 def test_a_table_gives_back_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_ft.data.table._FLUSH_TOKENS", 7)
+    monkeypatch.setattr("dist_ft.data.store.table._FLUSH_TOKENS", 7)
     rows = [{"a": list(range(n)), "b": [-100] * n} for n in (3, 0, 5, 1, 2**4)]
     with TableWriter(tmp_path, ("a", "b")) as writer:
         for row in rows:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dist_ft.data.formats import detect, normalise
+from dist_ft.data.read.formats import detect, normalise
 from dist_ft.errors import RequestError
 
 

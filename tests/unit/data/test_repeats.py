@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dist_ft.data.repeats import count_repeats, digest_rows
-from dist_ft.data.table import TokenTable
+from dist_ft.config.run import RunConfig
+from dist_ft.data.store.repeats import count_repeats, digest_rows
+from dist_ft.data.store.table import TokenTable
+from dist_ft.inspect.ledger import ledger_table
 from dist_ft.prepare import Prepared, prepare
-from dist_ft.schema import RunConfig
 from dist_ft.state import Layout
-from dist_ft.view import ledger_table
 from tests.dist.heads import make_model
 
 

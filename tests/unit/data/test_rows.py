@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dist_ft.data.rows import fingerprint, read_rows
+from dist_ft.data.read.rows import read_rows
+from dist_ft.data.read.sources import fingerprint
 from dist_ft.errors import RequestError
 
 ROWS = [{"text": 'Hej, "du"\nöäå 🙂', "other": "a"}, {"text": "zwei", "other": "b"}, {"text": "x,y", "other": ""}]

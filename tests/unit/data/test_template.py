@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dist_ft.data.faults import RowFault
-from dist_ft.data.formats import IGNORED_LABEL
-from dist_ft.data.template import ChatTokenizer
-from dist_ft.data.template_file import CHATML_FILE
+from dist_ft.data.read.faults import RowFault
+from dist_ft.data.read.formats import IGNORED_LABEL
+from dist_ft.data.render.template import ChatTokenizer
+from dist_ft.data.render.tokenizer import CHATML_FILE
 from dist_ft.errors import RequestError
 
 CHATML = (

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dist_ft.config.plan import read_plan
 from dist_ft.errors import DistFtError
 from dist_ft.launch import cli, process
-from dist_ft.plan import read_plan
 from tests.unit.launch.plans import ROWS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,7 +56,7 @@ def test_plan_shows_all_and_writes_nothing(words, started, capsys, tmp_path):
     assert "-m dist_ft.launch.torchrun --nnodes=1 --nproc-per-node=2" in said
     assert not (tmp_path / "runs").exists()
     [(called, plan)] = started
-    assert called[0] == "dist_ft.inspection"
+    assert called[0] == "dist_ft.inspect.model"
     assert plan.config.method.r == 4
     assert not Path(called[1]).exists()
 
@@ -64,13 +64,13 @@ def test_plan_shows_all_and_writes_nothing(words, started, capsys, tmp_path):
 def test_data_hands_its_own_words_on(words, started):
     assert cli.main(["data", *words, "rows=3"]) == 0
     [(called, plan)] = started
-    assert called[0] == "dist_ft.view"
+    assert called[0] == "dist_ft.inspect.rows"
     assert called[2:] == ["rows=3"]
     assert plan.config.run_name == "first"
 
 
 def test_train_writes_prepares_and_launches(words, started, monkeypatch, tmp_path):
-    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: False)
+    monkeypatch.setattr("dist_ft.data.store.identity.is_prepared", lambda config: False)
     launched = []
     monkeypatch.setattr(process, "run", lambda rendered, run_dir: launched.append((rendered, run_dir)) or 75)
     assert cli.main(["train", *words]) == 75
@@ -83,7 +83,7 @@ def test_train_writes_prepares_and_launches(words, started, monkeypatch, tmp_pat
 
 
 def test_train_ends_where_preparing_fails(words, monkeypatch):
-    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: False)
+    monkeypatch.setattr("dist_ft.data.store.identity.is_prepared", lambda config: False)
     monkeypatch.setattr(process, "run_module", lambda words: 2)
     monkeypatch.setattr(process, "run", lambda *_: pytest.fail("launched"))
     assert cli.main(["train", *words]) == 2
@@ -92,7 +92,7 @@ def test_train_ends_where_preparing_fails(words, monkeypatch):
 def test_no_secret_is_written(words, started, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "secret-5678")
     monkeypatch.setenv("HF_TOKEN", "secret-5678")
-    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: True)
+    monkeypatch.setattr("dist_ft.data.store.identity.is_prepared", lambda config: True)
     monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
     assert cli.main(["train", *words]) == 0
     assert started == []
@@ -118,7 +118,7 @@ def test_the_wrong_command_for_a_launcher(words, capsys):
 
 @pytest.mark.parametrize(("command", "module"), [("eval", "evaluate"), ("generate", "generate"), ("export", "merge")])
 def test_outcomes_take_a_run(words, started, monkeypatch, tmp_path, capsys, command, module):
-    monkeypatch.setattr("dist_ft.data.cache.is_prepared", lambda config: True)
+    monkeypatch.setattr("dist_ft.data.store.identity.is_prepared", lambda config: True)
     monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
     assert cli.main(["train", *words]) == 0
     assert cli.main([command, "run=runs/first", "prompt=a b"]) == 0
@@ -135,7 +135,7 @@ def test_schema_is_json(capsys):
 
 
 def test_our_own_mistakes_have_a_traceback(words, monkeypatch):
-    monkeypatch.setattr("dist_ft.checks.check", lambda *_: 1 / 0)
+    monkeypatch.setattr("dist_ft.checks.request.check", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan", *words])
     assert not issubclass(ZeroDivisionError, DistFtError)
@@ -145,6 +145,6 @@ def test_ctrl_c_is_quiet(words, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dist_ft.checks.check", interrupt)
+    monkeypatch.setattr("dist_ft.checks.request.check", interrupt)
     assert cli.main(["plan", *words]) == 130
     assert capsys.readouterr().err == "dist-ft: interrupted\n"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_ft import checks
+from dist_ft.checks import request as checks
+from dist_ft.config.plan import make_plan, write_plan
+from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.launch.stages import read_stages, run_stages
-from dist_ft.plan import make_plan, write_plan
-from dist_ft.schema import RunConfig
 
 FILE = """\
 run_name: books-then-answers

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.launch.sweep import read_words, sweep
-from dist_ft.schema import RunConfig
 
 ROWS = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 

@@ -11,10 +11,10 @@ import torch
 import transformers as hf
 from torch import nn
 
+from dist_ft.config.method import AdapterConfig
 from dist_ft.errors import RequestError
 from dist_ft.method.adapter import Adapter, load_adapter
-from dist_ft.model.structure import find_sublayer_ends
-from dist_ft.schema import AdapterConfig
+from dist_ft.model.anatomy import find_sublayer_ends
 
 IDS = torch.arange(1, 9)[None]
 

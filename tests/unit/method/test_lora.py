@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
 
+from dist_ft.config.method import LoraConfig
+from dist_ft.config.optim import OptimConfig
 from dist_ft.errors import RequestError
-from dist_ft.optim import build_adamw
-from dist_ft.schema import LoraConfig, OptimConfig
+from dist_ft.optim.adamw import build_adamw
 from tests.unit.method.test_methods import llama, lora, trained
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

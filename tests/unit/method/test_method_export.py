@@ -11,12 +11,12 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dist_ft.config.method import MethodConfig
 from dist_ft.errors import TrainingError
-from dist_ft.exported import open_export
+from dist_ft.export.merge import merge
+from dist_ft.export.opened import open_export
+from dist_ft.export.probe import compare, probe_model
 from dist_ft.families import METHODS
-from dist_ft.merge import merge
-from dist_ft.probe import compare, probe_model
-from dist_ft.schema import MethodConfig
 from tests.samples import given
 from tests.unit.test_export import TOKENS, Case
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from dist_ft.config.method import FullConfig, LoraConfig
 from dist_ft.errors import RequestError
 from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
-from dist_ft.schema import FullConfig, LoraConfig
 
 SIZES = {
     "hidden_size": 32,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from dist_ft.config.method import BitfitConfig, FreezeConfig
 from dist_ft.errors import RequestError
 from dist_ft.method.bitfit import Bitfit
 from dist_ft.method.freeze import Freeze
-from dist_ft.schema import BitfitConfig, FreezeConfig
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
 

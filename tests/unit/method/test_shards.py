@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.conserve import Account
+from dist_ft.export.account import Account
 from dist_ft.method.shards import write_model
 from tests.unit.model.test_moe import CONFIGS, SIZES, build
 

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from dist_ft.config.method import LoraConfig
 from dist_ft.errors import RequestError, TrainingError
-from dist_ft.exported import open_export
-from dist_ft.merge import merge
+from dist_ft.export.merge import merge
+from dist_ft.export.opened import open_export
+from dist_ft.export.probe import compare, probe_model
 from dist_ft.method.lora import Lora
 from dist_ft.method.start import START_FILE
 from dist_ft.model.quantize import quantize
-from dist_ft.probe import compare, probe_model
-from dist_ft.schema import LoraConfig
 from tests.samples import given
 from tests.unit.method.test_methods import SIZES, llama, lora
 from tests.unit.test_export import TOKENS, Case, train_a_little

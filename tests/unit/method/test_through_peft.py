@@ -20,10 +20,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from dist_ft.config.method import MethodConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import METHODS
-from dist_ft.schema import MethodConfig
-from dist_ft.task import tokens
+from dist_ft.task.batches import tokens
 from tests.samples import samples_of
 
 SIZES = {

@@ -13,11 +13,11 @@ import transformers
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
+from dist_ft.config.method import MethodConfig
+from dist_ft.config.task import SequenceClassificationConfig, TokenClassificationConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import METHODS
-from dist_ft.model.structure import find_task_head
-from dist_ft.schema import MethodConfig
-from dist_ft.schema_task import SequenceClassificationConfig, TokenClassificationConfig
+from dist_ft.model.anatomy import find_task_head
 from dist_ft.state import Facts
 from dist_ft.task.sequence_classification import SequenceClassification
 from dist_ft.task.token_classification import TokenClassification

@@ -23,15 +23,17 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from dist_ft.config.method import FullConfig, LoraConfig
+from dist_ft.config.moe import MoeConfig
 from dist_ft.errors import RequestError
 from dist_ft.method.lora import Lora
+from dist_ft.model.anatomy import find_linears, find_mixtures
 from dist_ft.model.attention import DOCUMENTS
-from dist_ft.model.moe import apply_policy, check_keys, find_form, resolve_aux_loss_coef, route_method
-from dist_ft.model.routing import Routing
-from dist_ft.model.structure import find_linears, find_mixtures
-from dist_ft.schema import FullConfig, LoraConfig, MoeConfig
+from dist_ft.model.moe.policy import apply_policy, check_keys, resolve_aux_loss_coef, route_method
+from dist_ft.model.moe.routing import Routing
+from dist_ft.model.router_form import find_form
 from dist_ft.state import Batch, LossSum
-from dist_ft.task.tokens import collate_documents, collate_padded, sum_losses
+from dist_ft.task.batches.tokens import collate_documents, collate_padded, sum_losses
 from tests.samples import samples_of
 
 SIZES: dict[str, Any] = {

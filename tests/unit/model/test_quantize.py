@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from dist_ft.config.method import LoraConfig
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.inspection import count_components
+from dist_ft.inspect.model import count_components
 from dist_ft.method.lora import Lora
-from dist_ft.model.packing import packed_bytes
-from dist_ft.model.quantize import QuantizedLinear, quantize
-from dist_ft.model.structure import find_linears
-from dist_ft.schema import LoraConfig
+from dist_ft.model.anatomy import find_linears
+from dist_ft.model.quantization.linear import QuantizedLinear
+from dist_ft.model.quantization.packing import packed_bytes
+from dist_ft.model.quantize import quantize
 
 SIZES = {
     "hidden_size": 64,

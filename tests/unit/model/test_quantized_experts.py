@@ -10,14 +10,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from dist_ft.config.method import LoraConfig
 from dist_ft.errors import RequestError
-from dist_ft.inspection import count_components
+from dist_ft.inspect.model import count_components
 from dist_ft.method.lora import Lora
-from dist_ft.model import packing
-from dist_ft.model.packing import pack, packed_bytes, unpack
+from dist_ft.model.anatomy import find_linears, find_mixtures
+from dist_ft.model.quantization import packing
+from dist_ft.model.quantization.packed import find_packed
+from dist_ft.model.quantization.packing import pack, packed_bytes, unpack
 from dist_ft.model.quantize import quantize
-from dist_ft.model.structure import find_linears, find_mixtures, find_packed
-from dist_ft.schema import LoraConfig
 from tests.unit.model.test_moe import CONFIGS, Separate, build
 
 SCHEMES = ("nf4", "int8")

@@ -14,7 +14,7 @@ from transformers import (
     T5Config,
 )
 
-from dist_ft.model.structure import find_blocks, find_linears, find_routers
+from dist_ft.model.anatomy import find_blocks, find_linears, find_routers
 
 SIZES = {
     "hidden_size": 32,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ft.data.formats import detect, normalise
+from dist_ft.data.read.formats import detect, normalise
 from dist_ft.errors import RequestError
-from dist_ft.task.answer_scores import measure
-from dist_ft.task.answer_spans import answer_rows, find_answer, rank_spans
+from dist_ft.task.batches.answer_spans import answer_rows, find_answer, rank_spans
+from dist_ft.task.scores.answers import measure
 from tests.samples import question_row as row
 
 

@@ -14,15 +14,15 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
-from dist_ft.checks import check
+from dist_ft.checks.request import check
+from dist_ft.config.run import RunConfig
+from dist_ft.config.task import MaskedLMConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import architecture_of, build_method, build_task, choose_attention, model_factory
 from dist_ft.prepare import Prepared, prepare
-from dist_ft.schema import RunConfig
-from dist_ft.schema_task import MaskedLMConfig
 from dist_ft.state import Facts, Sample
+from dist_ft.task.batches.masks import draw_masks, share_of
 from dist_ft.task.masked_lm import WORDS, MaskedLM
-from dist_ft.task.masks import draw_masks, share_of
 from tests.conftest import CORPUS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dist_ft.data.faults import RowFault
-from dist_ft.data.template import ChatTokenizer
-from dist_ft.schema_task import PreferenceConfig
+from dist_ft.config.task import PreferenceConfig
+from dist_ft.data.read.faults import RowFault
+from dist_ft.data.render.template import ChatTokenizer
 from dist_ft.state import REFERENCE, Batch, Refers, Sample
 from dist_ft.task.preference import Preference
 from tests.dist.heads import make_model

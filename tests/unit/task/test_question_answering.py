@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ft.data.faults import RowFault
+from dist_ft.assess.scoring import evaluate_model
+from dist_ft.config.run import RunConfig
+from dist_ft.config.task import QuestionAnsweringConfig
+from dist_ft.data.read.faults import RowFault
 from dist_ft.errors import RequestError
-from dist_ft.prepare import TASKS, Prepared, prepare
-from dist_ft.schema import RunConfig
-from dist_ft.schema_task import QuestionAnsweringConfig
-from dist_ft.scoring import evaluate_model
+from dist_ft.inspect.rows import describe_sequence, mark_answer
+from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Facts, Sample
 from dist_ft.task.question_answering import QuestionAnswering
-from dist_ft.view import describe_sequence, mark_answer
+from dist_ft.task.table import TASKS
 from tests.samples import question_row as row
 
 LONG = "Ada wrote notes. " * 12 + "She met Åsa från Örebro in 東京 😀 yesterday"
@@ -327,10 +328,10 @@ def test_a_decoder_of_language_keeps_its_base(tiny_llama: Path, tmp_path: Path) 
     """Its form for questions names the base otherwise; both what is trained and what is opened have the weights."""
     from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering
 
-    from dist_ft.exported import open_base
+    from dist_ft.config.model import ModelConfig
+    from dist_ft.export.opened import open_base
     from dist_ft.method.shards import to_file_names
     from dist_ft.model.load import attention_of, load_model, rename_base
-    from dist_ft.schema import ModelConfig
 
     config, architecture = ModelConfig(name_or_path=str(tiny_llama), dtype="float32"), build().architecture(None, None)  # type: ignore[arg-type]
     attention = attention_of(config, str(tiny_llama), torch.device("cpu"), architecture)

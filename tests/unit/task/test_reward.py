@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dist_ft.data.faults import RowFault
-from dist_ft.data.template import ChatTokenizer
-from dist_ft.schema_task import RewardConfig
+from dist_ft.config.task import RewardConfig
+from dist_ft.data.read.faults import RowFault
+from dist_ft.data.render.template import ChatTokenizer
 from dist_ft.state import Facts, Sample
 from dist_ft.task.reward import Reward
 from tests.dist.heads import make_model

@@ -18,11 +18,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dist_ft.data.faults import RowFault
-from dist_ft.schema_task import Seq2SeqConfig
+from dist_ft.config.task import Seq2SeqConfig
+from dist_ft.data.read.faults import RowFault
 from dist_ft.state import Facts, Sample
+from dist_ft.task.scores.texts import measure
 from dist_ft.task.seq2seq import Seq2Seq
-from dist_ft.task.text_scores import measure
 
 SOURCES = ([5, 6, 7, 1], [8, 1])
 TARGETS = ([9, 1], [10, 11, 12, 1])

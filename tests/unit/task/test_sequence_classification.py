@@ -13,13 +13,13 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dist_ft.data.faults import RowFault
-from dist_ft.data.template import ChatTokenizer
+from dist_ft.config.run import RunConfig
+from dist_ft.config.task import SequenceClassificationConfig
+from dist_ft.data.read.faults import RowFault
+from dist_ft.data.render.template import ChatTokenizer
 from dist_ft.prepare import find_facts, prepare
-from dist_ft.schema import RunConfig
-from dist_ft.schema_task import SequenceClassificationConfig
 from dist_ft.state import Facts, LossSum
-from dist_ft.task.classes import calibration_error
+from dist_ft.task.scores.classes import calibration_error
 from dist_ft.task.sequence_classification import SequenceClassification
 from tests.dist.heads import config_of, make_model, make_rows
 from tests.samples import samples_of

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ft.data.faults import RowFault
-from dist_ft.data.formats import detect, normalise
-from dist_ft.data.pack import in_groups
-from dist_ft.data.table import TableWriter, TokenTable
+from dist_ft.config.run import RunConfig
+from dist_ft.config.task import TokenClassificationConfig
+from dist_ft.data.read.faults import RowFault
+from dist_ft.data.read.formats import detect, normalise
+from dist_ft.data.store.pack import in_groups
+from dist_ft.data.store.table import TableWriter, TokenTable
 from dist_ft.errors import RequestError
+from dist_ft.inspect.rows import describe_sequence
 from dist_ft.prepare import prepare
-from dist_ft.schema import RunConfig
-from dist_ft.schema_task import TokenClassificationConfig
 from dist_ft.state import Batch, Facts, Sample
-from dist_ft.task.entities import describe, measure
+from dist_ft.task.scores.entities import describe, measure
 from dist_ft.task.token_classification import TokenClassification
-from dist_ft.view import describe_sequence
 
 NAMES = ("O", "B-loc", "B-per", "I-loc", "I-per")
 ROWS: list[dict[str, Any]] = [

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from dist_ft.data.faults import RowFault
-from dist_ft.schema_task import CausalLMConfig, InstructionConfig
+from dist_ft.config.task import CausalLMConfig, InstructionConfig
+from dist_ft.data.read.faults import RowFault
 from dist_ft.state import LossSum
 from dist_ft.task.causal_lm import CausalLM
 from dist_ft.task.instruction import Instruction

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from dist_ft.config.track import TrackConfig
 from dist_ft.errors import MachineError
-from dist_ft.schema import TrackConfig
 from dist_ft.track import wandb as tracker
 from dist_ft.track.compose import NullTracker
 

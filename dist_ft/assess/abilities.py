@@ -1,0 +1,311 @@
+"""General abilities: a run's base and tuned model on tasks of lm-eval, EleutherAI's harness (Gao et al. 2021)."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import io
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..config.run import RunConfig
+from ..config.strict import Count, Strict
+from ..data.render.template import find_end_token
+from ..data.render.tokenizer import open_tokenizer
+from ..errors import MachineError, RequestError
+from ..families import architecture_of
+from ..prepare import Prepared
+from ..process.place import Place, find_device
+from ..state import CAUSAL_LM, Facts
+from .scoring import open_model, write_lines, write_result
+from .turns import speaks_chat
+
+RANDOM_SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command, which its published numbers were drawn with
+BOOTSTRAP_DRAWS = 1000  # of standard errors that have no formula
+
+
+class LmEvalOptions(Strict):
+    """What `dist-ft eval` takes for lm-eval."""
+
+    lm_eval: str | None = Field(None, description="tasks of lm-eval for base and tuned model: TASK[,TASK]")
+    lm_eval_path: str | None = Field(None, description="folder with task files of your own")
+    lm_eval_limit: Count | None = Field(None, description="only so many rows of each task")
+    lm_eval_num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="examples before each question")
+    lm_eval_chat: bool | None = Field(None, description="ask through the chat template; if not given, as the run did")
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """Tasks that were asked for, and what lm-eval reads them with."""
+
+    names: tuple[str, ...]
+    manager: Any  # lm_eval.tasks.TaskManager, which knows them
+    limit: int | None
+    num_fewshot: int | None
+    chat: bool | None
+
+    def load(self) -> dict[str, Any]:
+        """The tasks with their rows, new ones each time: they keep what they were asked.
+
+        Raises:
+            RequestError: a task's file is wrong, its rows are not there, or it runs code that models write.
+        """
+        where = f"lm_eval={','.join(self.names)}"
+        try:
+            loaded: dict[str, Any] = self.manager.load(list(self.names))
+        except Exception as error:  # a task is a program of its own: its file, its data, and Python beside them
+            reason = (str(error).strip().splitlines() or [""])[0]
+            way_out = "see the task's file and its data; without a network both must be on this machine"
+            raise RequestError.of(where, f"cannot be loaded ({type(error).__name__}: {reason})", way_out) from error
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
+                rule = f"{name} runs the code that a model writes"
+                raise RequestError.of(where, rule, "use lm-eval's own command in a container, on the run's export")
+            own = task.get_config("num_fewshot")
+            if self.num_fewshot is not None and own == 0 and self.num_fewshot:
+                rule = f"the file of {name} says num_fewshot: 0, which lm-eval lets stand"
+                raise RequestError.of(f"lm_eval_num_fewshot={self.num_fewshot}", rule, "remove it")
+            task.set_config("num_fewshot", (own or 0) if self.num_fewshot is None else self.num_fewshot)
+            task.set_fewshot_seed(seed=OTHER_SEED)
+        return loaded
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model comes to: by task its scores under lm-eval's names, and what it said of every row."""
+
+    scores: Mapping[str, Mapping[str, float]]
+    shots: Mapping[str, int]
+    rows: Mapping[str, int]
+    versions: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+
+
+def find_abilities(config: RunConfig, options: LmEvalOptions) -> Abilities | None:
+    """The tasks that `lm_eval` names; None where none was asked for.
+
+    Raises:
+        RequestError: there is no such task or folder, or the run's model is no causal language model.
+        MachineError: lm-eval is not installed.
+    """
+    if options.lm_eval is None:
+        if given := sorted(options.model_fields_set & LmEvalOptions.model_fields.keys()):
+            raise RequestError.of(given[0], "nothing reads it: no task is named", "set lm_eval=TASK")
+        return None
+    where = f"lm_eval={options.lm_eval}"
+    names = tuple(dict.fromkeys(name.strip() for name in options.lm_eval.split(",") if name.strip()))
+    if not names:
+        raise RequestError.of(where, "names no task", "such as lm_eval=hellaswag,arc_easy")
+    if architecture_of(config, Facts()) != CAUSAL_LM:
+        rule = f"lm-eval asks models that go on from a text, and that of task={config.task.name} does not"
+        raise RequestError.of(where, rule, "remove it; it is for causal language models")
+    if find_spec("lm_eval") is None:
+        raise MachineError.of(where, "the package lm_eval is not installed", "pip install 'dist-ft[lm-eval]'")
+    folder = options.lm_eval_path
+    if folder is not None and not Path(folder).is_dir():
+        raise RequestError.of(f"lm_eval_path={folder}", "is no folder", "name one with task files (.yaml)")
+    manager = _find_manager(names, folder)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        near = {near: None for name in unknown for near in difflib.get_close_matches(name, manager.all_tasks, n=3)}
+        way_out = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its own"
+        way_out += "" if folder else "; for your own set lm_eval_path=FOLDER"
+        raise RequestError.of(where, f"lm-eval knows no task {', '.join(unknown)}", way_out)
+    found = Abilities(names, manager, options.lm_eval_limit, options.lm_eval_num_fewshot, options.lm_eval_chat)
+    with _hushed(Counter()):
+        found.load()  # what is wrong with them is better said before anything is computed
+    return found
+
+
+def measure_abilities(
+    abilities: Abilities, config: RunConfig, prepared: Prepared, run_dir: Path, which: str
+) -> tuple[dict[str, Outcome], dict[str, Any]]:
+    """What each model comes to, the base beside the tuned one, and how they were asked.
+
+    Args:
+        abilities: the tasks.
+        config: of the run.
+        prepared: the run's data and tokenizer.
+        run_dir: its folder.
+        which: `export`, beside which the base is measured too; or `base` alone.
+
+    Raises:
+        RequestError: the run has no tokenizer, or none with the chat template that was asked for.
+    """
+    tokenizer = open_tokenizer(config, prepared.tokenizer_dir)
+    if tokenizer is None:
+        raise RequestError.of("model.tokenizer", "the run has no tokenizer", "set model.tokenizer")
+    spoken = speaks_chat(config, tokenizer, prepared.train.ledger["formats"])
+    chat = spoken if abilities.chat is None else abilities.chat
+    if chat and not tokenizer.chat_template:
+        raise RequestError.of("lm_eval_chat=true", "the run's tokenizer has no chat template", "remove it")
+    wanted = [which] if which == "base" or config.model.from_scratch else ["base", which]
+    device, found, told = find_device(Place()), {}, Counter[str]()
+    for name in wanted:
+        model, _ = open_model(name, config, prepared, run_dir, device, padded=True)
+        found[name] = _measure(abilities, config, model, tokenizer, told, chat=chat)
+        del model  # one at a time
+    how = {
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "chat_template": chat,
+        "limit": abilities.limit,
+        "warnings": [f"{text} ({count} times)" if count > 1 else text for text, count in told.items()],
+    }
+    return found, how
+
+
+def show_abilities(
+    abilities: Abilities, config: RunConfig, prepared: Prepared, run_dir: Path, which: str, console: Console
+) -> dict[str, dict[str, float]]:
+    """Measure, print, write lm-eval.json and what was said of every row; by model its scores as `TASK/SCORE`."""
+    found, how = measure_abilities(abilities, config, prepared, run_dir, which)
+    asked = "through the chat template" if how["chat_template"] else "as plain text"
+    first = ", " + f"the first {abilities.limit} rows of each" if abilities.limit else ""
+    console.print(f"\nlm-eval {how['lm_eval']}: asked {asked}{first}", render_abilities(found), sep="\n")
+    for text in how["warnings"]:
+        console.print(f"lm-eval warns: {text}", markup=False)
+    write_result(run_dir / "lm-eval.json", summary(found, how))
+    for name, outcome in found.items():
+        write_lines(run_dir / f"predictions-lm-eval{'' if name == which else f'-{name}'}.jsonl", outcome.samples)
+    console.print(f"every row's answer: {run_dir}/predictions-lm-eval*.jsonl", markup=False)
+    return {
+        name: {f"{task}/{score}": value for task, scores in outcome.scores.items() for score, value in scores.items()}
+        for name, outcome in found.items()
+    }
+
+
+def render_abilities(found: Mapping[str, Outcome]) -> Table:
+    """A row a score, a column a model; standard errors behind the scores that have one."""
+    table = Table(box=None)
+    table.add_column("")
+    for which in found:
+        table.add_column(which, justify="right")
+    for task, scores in next(iter(found.values())).scores.items():
+        for name in scores:
+            if "_stderr" not in name:
+                table.add_row(f"{task} {name}", *(_shown(outcome.scores[task], name) for outcome in found.values()))
+    return table
+
+
+def summary(found: Mapping[str, Outcome], how: Mapping[str, Any]) -> dict[str, Any]:
+    """What lm-eval.json holds."""
+    first = next(iter(found.values()))
+    tasks = {
+        name: {"version": first.versions.get(name), "num_fewshot": first.shots.get(name), "rows": first.rows.get(name)}
+        for name in first.scores
+    }
+    return {**how, "tasks": tasks, "scores": {which: dict(outcome.scores) for which, outcome in found.items()}}
+
+
+def _find_manager(names: Sequence[str], folder: str | None) -> Any:
+    """A reader of tasks that knows `names` if there is one: lm-eval's own are many, and looked through if need be."""
+    from lm_eval.tasks import TaskManager
+
+    with _hushed(Counter()):
+        if folder is not None:
+            manager = TaskManager(include_path=folder, include_defaults=False)
+            if all(name in manager.all_tasks for name in names):
+                return manager
+        return TaskManager(include_path=folder)
+
+
+def _measure(
+    abilities: Abilities, config: RunConfig, model: nn.Module, tokenizer: Any, told: Counter[str], *, chat: bool
+) -> Outcome:
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    ends = {find_end_token(tokenizer, config.task), tokenizer.eos_token_id} - {None}
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.eos_token_id = sorted(ends) or None  # what ends an answer in training ends it here
+    options = {"tokenizer": tokenizer, "batch_size": config.train.per_device_eval_batch_size}
+    with _hushed(Counter()):
+        harness = HFLM(pretrained=model, **options)
+        if config.method.virtual_tokens:  # these stand in front of the text; both models are shown as much of it
+            length = harness.max_length - getattr(config.method, "num_virtual_tokens", 0)
+            harness = HFLM(pretrained=model, max_length=length, **options)
+        tasks = abilities.load()
+    random.seed(RANDOM_SEED)
+    np.random.seed(OTHER_SEED)
+    torch.manual_seed(OTHER_SEED)
+    with _hushed(told):
+        result = evaluator.evaluate(
+            lm=harness,
+            task_dict=tasks,
+            limit=abilities.limit,
+            bootstrap_iters=BOOTSTRAP_DRAWS,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+    samples = [_sample(task, sample) for task, rows in result.get("samples", {}).items() for sample in rows]
+    return Outcome(
+        {task: _scores(values) for task, values in {**result["results"], **result.get("groups", {})}.items()},
+        result.get("n-shot", {}),
+        {task: rows["effective"] for task, rows in result.get("n-samples", {}).items()},
+        result.get("versions", {}),
+        samples,
+    )
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers by name: lm-eval's `NAME,FILTER`, without the filter `none`."""
+    numbers = {name: value for name, value in values.items() if "," in name and isinstance(value, (int, float))}
+    return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
+
+
+def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of one row; values that JSON does not know become text."""
+    kept = {key: sample[key] for key in ("doc_id", "filter", "doc", "target", "filtered_resps") if key in sample}
+    scores = {name: sample[name] for name in sample.get("metrics", ()) if name in sample}
+    row: dict[str, Any] = json.loads(json.dumps({"task": task, **kept, **scores}, default=str))
+    return row
+
+
+def _shown(scores: Mapping[str, float], name: str) -> str:
+    metric, comma, kind = name.partition(",")
+    error = scores.get(f"{metric}_stderr{comma}{kind}")
+    return _figure(scores[name]) + ("" if error is None else f" ± {_figure(error)}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+class _Tally(logging.Handler):
+    def __init__(self, told: Counter[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told[" ".join(record.getMessage().split())] += 1
+
+
+@contextlib.contextmanager
+def _hushed(told: Counter[str]) -> Iterator[None]:
+    """Keep lm-eval's bars, prints and warnings off the terminal; what it warns of is counted in `told`."""
+    logger, tally = logging.getLogger("lm_eval"), _Tally(told)
+    propagates, level = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(tally)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.removeHandler(tally)
+        logger.propagate = propagates
+        logger.setLevel(level)

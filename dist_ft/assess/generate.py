@@ -1,0 +1,272 @@
+"""Answers of a run's model, of its base, or of both side by side: one prompt, several, or a chat.
+
+What models say that write no text of their own (labels, tags, spans) is in predict.py.
+
+`python -m dist_ft.generate RUN_YAML [prompt="…"] [prompts=FILE|validation:3] [model=export|base|both]
+[max_new_tokens=128] [temperature=0] [chat=true]`. Without a prompt it reads them from standard input, and remembers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoTokenizer
+
+from ..config.plan import read_plan
+from ..config.run import RunConfig
+from ..config.strict import Strict
+from ..data.read.sets import SPLITS, SplitName
+from ..data.render.template import find_end_token
+from ..data.render.tokenizer import open_tokenizer
+from ..errors import Problem, RequestError
+from ..export.opened import find_export, find_trained_run
+from ..prepare import Prepared, prepare
+from ..process.command import read_words, run_command, split_run
+from ..process.place import Place, find_device
+from .predict import PREDICTORS, open_predictors
+from .predictor import Asked, Predictor
+from .scoring import open_model
+from .turns import Question, read_questions, speaks_chat
+
+Kind = TypeVar("Kind", Question, Asked)
+
+
+class GenerateOptions(Strict):
+    """What `dist-ft generate` takes."""
+
+    prompt: str | None = Field(
+        None, description="text, or a JSON object of what the task asks with; none begins a chat"
+    )
+    prompts: str | None = Field(None, description="a file with a prompt a line, or SPLIT:N for rows of the run's data")
+    model: Literal["export", "base", "both"] = Field("export", description="whose answers")
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="most tokens of an answer")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 takes the most probable token")
+    chat: bool | None = Field(None, description="through the chat template; as in training if not given")
+    seed: int = Field(0, description="of sampling")
+
+
+class Speaker:
+    """A model that answers.
+
+    Args:
+        name: shown beside its answers.
+        model: of transformers or peft.
+        tokenizer: of the run.
+        end_token_id: what it was taught to end an answer with.
+        options: of generation.
+    """
+
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, end_token_id: int | None, options: GenerateOptions
+    ) -> None:
+        self.name = name
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.ends = sorted({token for token in (end_token_id, tokenizer.eos_token_id) if token is not None})
+        self.options = options
+
+    @torch.no_grad()
+    def answer(self, question: Question) -> str:
+        """The text of the answer.
+
+        Raises:
+            RequestError: prompt and answer are longer than the model can take.
+        """
+        ids = question.encode(self.tokenizer)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and len(ids) + self.options.max_new_tokens > limit:
+            rule = f"{len(ids)} tokens and {self.options.max_new_tokens} new ones are more than the model's {limit}"
+            raise RequestError.of("prompt", rule, "shorten it, or set max_new_tokens")
+        device = next(self.model.parameters()).device
+        given = torch.tensor([ids], device=device)
+        heat = self.options.temperature
+        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        torch.manual_seed(self.options.seed)
+        output = self.model.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=self.options.max_new_tokens,
+            eos_token_id=self.ends or None,
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0],
+            use_cache=True,
+            **({"do_sample": True, "temperature": heat} if heat else greedy),
+        )
+        text: str = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        return text.strip()
+
+
+def show_answers(question: Question | Asked, answers: Sequence[tuple[str, str]], console: Console) -> None:
+    """The prompt, and each answer behind its name; all wrapped to the console's width."""
+    named = [("prompt", question.text), *answers]
+    if question.answer is not None:
+        named.append(("data", str(question.answer).strip()))
+    width = max(len(name) for name, _ in named) + 2
+    for name, text in named:
+        lines = [
+            line
+            for part in (text or "(nothing)").splitlines()
+            for line in textwrap.wrap(part, max(20, console.width - width), drop_whitespace=True) or [""]
+        ]
+        for i, line in enumerate(lines):
+            console.print(
+                Text(f"{name if i == 0 else '':<{width}}", style="bold") + Text(line, style=STYLES.get(name, ""))
+            )
+    console.print()
+
+
+STYLES = {"prompt": "", "base": "dim", "export": "green", "tuned": "green", "data": "italic"}
+
+
+def chat_loop(speakers: Sequence[Speaker], *, chat: bool, console: Console) -> None:
+    """Answer lines of standard input until `exit` or its end. Each model remembers its own conversation."""
+    histories: dict[str, list[dict[str, Any]]] = {speaker.name: [] for speaker in speakers}
+    if sys.stdin.isatty():
+        console.print("`exit` ends, `clear` forgets", style="dim")
+    for line in read_lines():
+        if line == "clear":
+            histories = {name: [] for name in histories}
+            continue
+        for speaker in speakers:
+            history = histories[speaker.name]
+            said = [*history, {"role": "user", "content": line}]
+            text = speaker.answer(Question(said, line) if chat else Question(None, line))
+            if chat:
+                histories[speaker.name] = [*said, {"role": "assistant", "content": text}]
+            console.print(Text(f"{speaker.name}: ", style="bold") + Text(text, style=STYLES.get(speaker.name, "")))
+
+
+def read_lines() -> Iterator[str]:
+    """Lines of standard input that are not blank, until `exit` or its end."""
+    while (line := _read_line()) not in (None, "exit", "quit"):
+        if line:
+            yield line
+
+
+def find_questions(
+    options: GenerateOptions, of_text: Callable[[str], Kind], of_split: Callable[[SplitName, int], Iterable[Kind]]
+) -> list[Kind]:
+    """The prompts that the options name; none where they are to come from standard input.
+
+    Args:
+        options: of the command.
+        of_text: makes a question of a prompt.
+        of_split: reads the first rows of a split as questions.
+
+    Raises:
+        RequestError: both kinds are given, or the file or split is not there.
+    """
+    if options.prompt is not None and options.prompts is not None:
+        raise RequestError.of("prompts", "is given beside prompt", "give one of them")
+    if options.prompt is not None:
+        return [of_text(options.prompt)]
+    if options.prompts is None:
+        return []
+    split, _, count = options.prompts.partition(":")
+    if split in SPLITS:
+        if count and not (count.isdigit() and int(count) > 0):
+            raise RequestError.of(
+                f"prompts={options.prompts}", f"{count!r} is no number of rows", "such as validation:3"
+            )
+        return list(of_split(split, int(count or 3)))
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        way_out = "name a text file with a prompt a line, or a split as validation:3"
+        raise RequestError.of(f"prompts={options.prompts}", f"cannot be read ({error})", way_out) from error
+    return [of_text(line) for line in lines if line.strip()]
+
+
+def main(arguments: list[str]) -> None:
+    """Answer what the words ask."""
+    run_file, words = split_run(arguments, "generate")
+    options = read_words(GenerateOptions, words)
+    plan = read_plan(run_file)
+    config, run_dir = plan.config, find_trained_run(plan, run_file)
+    wanted = ["base", "export"] if options.model == "both" else [options.model]
+    folder = find_export(run_dir) if "export" in wanted else None
+    prepared = prepare(config)
+    tokenizer = open_tokenizer_of(folder, config, prepared)
+    chat = speaks_chat(config, tokenizer, prepared.train.ledger["formats"]) if options.chat is None else options.chat
+    if chat and not tokenizer.chat_template:
+        raise RequestError.of("chat=true", "the tokenizer has no chat template", "set chat=false")
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    if config.task.name in PREDICTORS:
+        check_options(options, config.task.name)
+        most = options.max_new_tokens if "max_new_tokens" in options.model_fields_set else None
+        models = {NAMES[which]: which for which in wanted}
+        predictors = open_predictors(models, config, prepared, run_dir, tokenizer, chat=chat, max_new_tokens=most)
+        first = predictors[0]
+        asked = find_questions(options, first.ask, functools.partial(first.read, config))
+        for row in asked or map(first.ask, read_lines()):
+            show_one(row, predictors, console, alone=options.prompts is None)
+        return
+    device, end = find_device(Place()), find_end_token(tokenizer, config.task)
+    of_text = functools.partial(Question.of_text, chat=chat)
+    questions = find_questions(options, of_text, functools.partial(read_questions, config))
+    speakers = [
+        Speaker(NAMES[which], open_model(which, config, prepared, run_dir, device)[0], tokenizer, end, options)
+        for which in wanted
+    ]
+    if not questions:
+        chat_loop(speakers, chat=chat, console=console)
+    for question in questions:
+        show_one(question, speakers, console, alone=options.prompts is None)
+
+
+def show_one(question: Any, speakers: Sequence[Speaker | Predictor], console: Console, *, alone: bool) -> None:
+    """What each says of a question: nothing else where both are `alone`, else beside their names."""
+    answers = [(speaker.name, speaker.answer(question)) for speaker in speakers]
+    if alone and len(answers) == 1:
+        print(answers[0][1])
+    else:
+        show_answers(question, answers, console)
+
+
+def check_options(options: GenerateOptions, task: str) -> None:
+    """See that the options mean something to a task whose models write no text of their own.
+
+    Raises:
+        RequestError: some do not.
+    """
+    meaningless = {"temperature", "seed", "max_new_tokens", "chat"} - MEANINGFUL.get(task, set())
+    rule, way_out = f"means nothing to task={task}, which predicts as in evaluations", "remove it"
+    if problems := [Problem(key, rule, way_out) for key in sorted(meaningless & options.model_fields_set)]:
+        raise RequestError(*problems)
+
+
+MEANINGFUL = {"seq2seq": {"max_new_tokens"}, "reward": {"chat"}}
+NAMES = {"base": "base", "export": "tuned"}
+
+
+def open_tokenizer_of(folder: Path | None, config: RunConfig, prepared: Prepared) -> Any:
+    """The export's own tokenizer, for that is what its users get; it has the run's chat template in it.
+
+    Raises:
+        RequestError: the run has none.
+    """
+    if folder is not None and (folder / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    tokenizer = open_tokenizer(config, prepared.tokenizer_dir)
+    if tokenizer is None:
+        raise RequestError.of("model.tokenizer", "the run has no tokenizer", "set model.tokenizer")
+    return tokenizer
+
+
+def _read_line() -> str | None:
+    try:
+        return input("you: " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,112 @@
+"""A run's model, or its base, opened to compute; its scores over a split; and how these are shown and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from ..config.run import RunConfig
+from ..data.order.loader import split_batches
+from ..data.store.opened import Split
+from ..errors import RequestError
+from ..export.opened import find_export, open_base, open_export
+from ..families import architecture_of, choose_attention
+from ..model.attention import AttentionChoice
+from ..prepare import Prepared
+from ..process.sums import Sums
+from ..state import LossFn, LossSum, Metrics, Prediction, Task
+from ..task.by_set import split_scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of a model on a split: metrics, tables beyond them, and every row's prediction."""
+
+    metrics: Metrics
+    details: Mapping[str, Any]
+    predictions: Sequence[Prediction]
+
+
+def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) -> Evaluation:
+    """The task's metrics of `model`, on the device where it is, over every row of a split."""
+    task = split_scores(task, split)
+    totals, rows = total(model, task, task.score, split, per_device), split.read_rows()
+    join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
+    by_row = join(totals, rows) if join else totals.predictions
+    return Evaluation(task.metrics(totals, rows), task.details(totals, rows), by_row)
+
+
+@torch.no_grad()
+def total(model: nn.Module, task: Task, score: LossFn, split: Split, per_device: int) -> LossSum:
+    """The sums of `score` over every row of a split, and its predictions in the rows' order."""
+    device = next(model.parameters()).device
+    model.eval()
+    sums = Sums()
+    for batch in split_batches(split, task.collate, rank=0, world=1, per_device=per_device):
+        sums.add(score(model, batch.to(device)))
+    return replace(sums.total(), predictions=sorted(sums.predictions, key=lambda prediction: prediction["sample"]))
+
+
+def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:
+    """A prepared split.
+
+    Raises:
+        RequestError: the run has none of this name.
+    """
+    split: Split | None = getattr(prepared, name)
+    if split is None:
+        raise RequestError.of(f"split={name}", f"the run has no data.{name}", "name another split")
+    return split
+
+
+def open_model(
+    which: str, config: RunConfig, prepared: Prepared, run_dir: Path, device: torch.device, *, padded: bool = False
+) -> tuple[nn.Module, AttentionChoice]:
+    """`export` or `base`, ready to compute on `device` with the attention that the run's configuration gives there.
+
+    `padded`: it is to heed a mask over padded rows, as others lay them out.
+    """
+    architecture = architecture_of(config, prepared.facts)
+    attention = choose_attention(config, prepared.model_dir, device, architecture)
+    attention = attention.padded() if padded else attention
+    options = {"attn_implementation": attention.implementation}
+    if which == "base":
+        return open_base(config.model, prepared.model_dir, architecture, **options).to(device), attention
+    model = open_export(find_export(run_dir), config.model, prepared.model_dir, architecture, **options)
+    return model.to(device), attention
+
+
+def render_table(found: Mapping[str, Metrics]) -> Table:
+    """A row a metric, a column a model."""
+    table = Table(box=None)
+    table.add_column("")
+    for which in found:
+        table.add_column(which, justify="right")
+    for name in next(iter(found.values())):
+        table.add_row(name, *(f"{metrics[name]:.4f}" for metrics in found.values()))
+    return table
+
+
+def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Predictions as JSON lines, whole or not at all."""
+    _replace(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
+
+
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """The numbers as JSON, whole or not at all; a folder that is not there is made."""
+    _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.new")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)

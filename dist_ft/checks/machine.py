@@ -1,0 +1,57 @@
+"""What this machine lacks for a run: disk space and optional libraries."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..config.run import RunConfig
+from ..data.read.augment import missing_nlpaug
+from ..data.read.sets import key_of, sets_of
+from ..errors import Problem
+from ..pretrained.folder import weight_bytes
+
+MIB = 2**20
+LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
+FULL_COPIES = 4  # of the weights: a checkpoint holds them with two moments, the export once more
+
+
+def check_machine(config: RunConfig) -> list[Problem]:
+    """What this machine lacks for the run: a folder to write to, room, or a library that only some runs need."""
+    return [*_disk_problems(config), *_library_problems(config)]
+
+
+def _library_problems(config: RunConfig) -> Iterator[Problem]:
+    """A job whose own shell lines choose its Python knows itself what is there."""
+    if config.privacy.is_on and not getattr(config.launch, "setup", None) and find_spec("opacus") is None:
+        rule = f"it needs the package opacus, which is not installed in {sys.executable}"
+        yield Problem("privacy", rule, "pip install 'dist-ft[privacy]', or remove it")
+    for name, alone in sets_of(config).items():
+        if alone.data.augment is not None and not getattr(config.launch, "setup", None):
+            problem = missing_nlpaug(key_of(name, "augment"))
+            yield from [problem] if problem else []
+    scheme = config.model.quantization or "none"
+    if scheme != "none" and not getattr(config.launch, "setup", None) and find_spec("bitsandbytes") is None:
+        rule = f"{scheme} needs the package bitsandbytes, which is not installed in {sys.executable}"
+        yield Problem("model.quantization", rule, "pip install bitsandbytes, or set model.quantization=none")
+
+
+def _disk_problems(config: RunConfig) -> list[Problem]:
+    folder = Path(config.output_dir)
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        return [Problem("output_dir", f"{folder} is a file, so {config.output_dir} cannot be made", "set output_dir=…")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [Problem("output_dir", f"{folder} cannot be written to", "set output_dir to a folder of yours")]
+    weights = weight_bytes(config.model.name_or_path)
+    needed = max(LEAST_ROOM_BYTES, (weights or 0) * FULL_COPIES if config.method.whole else 0)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        rule = f"{free // MIB} MiB are free in {folder}; the run needs some {needed // MIB} MiB"
+        return [Problem("output_dir", rule, "make room, or set output_dir to a larger disk")]
+    return []

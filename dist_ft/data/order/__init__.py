@@ -1,0 +1,4 @@
+"""Which samples each step, rank and micro-batch sees.
+
+Imports `data.store`.
+"""

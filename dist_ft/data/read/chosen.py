@@ -1,0 +1,151 @@
+"""Limited data: k rows of each label, and folds for cross-validation; pure functions of the data and a seed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...config.run import RunConfig
+from ...errors import RequestError
+from .faults import RowFault
+from .formats import normalise_for
+from .rows import Placed, read_rows
+from .sets import SplitName
+
+_DRAW = 2  # a word of Philox's counter that keeps these numbers apart from those of order.py and masks.py
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which rows of a source a split has, and why."""
+
+    rows: np.ndarray  # [rows] int64, their numbers in ascending order
+    of: int  # as many as there are
+    told: str
+
+
+def read_split(alone: RunConfig, split: SplitName, chosen: Chosen | None = None) -> Placed:
+    """`(place, row)` of one set's split, of limited data the chosen ones.
+
+    Args:
+        alone: the configuration of the set, see sets.py.
+        split: train, validation or test.
+        chosen: by `choose`, which reads all rows; called here where it is not given.
+
+    Raises:
+        RequestError: rows cannot be read, or not be chosen as wished.
+    """
+    return ((place, row) for _, place, row in read_numbered(alone, split, chosen))
+
+
+def read_numbered(
+    alone: RunConfig, split: SplitName, chosen: Chosen | None = None
+) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The same as `(number, place, row)`, by the row's number among all of its source."""
+    rows = read_rows(alone.data.sources(split) or [], revision=alone.data.revision)
+    chosen = chosen or choose(alone, split)
+    if chosen is None:
+        return ((number, place, row) for number, (place, row) in enumerate(rows))
+    wanted = np.zeros(chosen.of, dtype=bool)
+    wanted[chosen.rows] = True
+    pairs = zip(rows, wanted.tolist(), strict=True)
+    return ((number, place, row) for number, ((place, row), is_wanted) in enumerate(pairs) if is_wanted)
+
+
+def choose(alone: RunConfig, split: SplitName) -> Chosen | None:
+    """The rows of a split where `data.k_shot` or `data.folds` limits them; None where it is all.
+
+    Folds are scikit-learn's: shuffled, and stratified by label where a row has one. Of what they leave for training
+    k rows of each label are drawn.
+
+    Raises:
+        RequestError: there are too few rows, in all or of a label.
+    """
+    data, seed = alone.data, subset_seed(alone)
+    if identity(alone, split) is None:
+        return None
+    labels = list(_labels(alone))
+    rows, told = np.arange(len(labels)), []
+    if data.folds is not None:
+        rows = _fold(labels, data.folds, data.fold or 0, seed, held_out=split == "validation")
+        side = "are fold" if split == "validation" else "are not of fold"
+        told.append(f"{side} {data.fold or 0} of {data.folds}")
+    if data.k_shot is not None and split == "train":
+        rows = _draw(labels, rows, data.k_shot, seed)
+        told.append(f"{data.k_shot} of each label")
+    return Chosen(np.sort(rows), len(labels), f"{', '.join(told)}; seed {seed}")
+
+
+def identity(alone: RunConfig, split: SplitName) -> Mapping[str, Any] | None:
+    """What the choice of a split's rows depends on beside them; None where all are taken."""
+    data = alone.data
+    k_shot = data.k_shot if split == "train" else None
+    folds = data.folds if split in ("train", "validation") else None
+    if k_shot is None and folds is None:
+        return None
+    return {"k_shot": k_shot, "folds": folds, "fold": data.fold or 0, "seed": subset_seed(alone), "split": split}
+
+
+def subset_seed(config: RunConfig) -> int:
+    """`data.subset_seed`, or the run's own."""
+    return config.train.seed if config.data.subset_seed is None else config.data.subset_seed
+
+
+def has_labels(config: RunConfig) -> bool:
+    return config.task.name == "sequence_classification" and not config.task.multi_label
+
+
+def _labels(alone: RunConfig) -> Iterator[str | None]:
+    """Of each training row; None where it has none, or rows have none."""
+    for place, row in read_rows(alone.data.train or [], revision=alone.data.revision):
+        if not has_labels(alone):
+            yield None
+            continue
+        try:
+            label = normalise_for(alone, row, place)[1]["label"]
+        except RowFault:  # told where the row is tokenised
+            label = None
+        label = label[0] if isinstance(label, list) and len(label) == 1 else label
+        yield None if label in (None, "", -1) or isinstance(label, list) else str(label)
+
+
+def _fold(labels: list[str | None], folds: int, fold: int, seed: int, *, held_out: bool) -> np.ndarray:
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    stratified = any(label is not None for label in labels)
+    kind = StratifiedKFold if stratified else KFold
+    names = [label or "" for label in labels]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a label of fewer rows than folds is in some of them only
+            parts = list(kind(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), names))
+    except ValueError as error:
+        rule = f"{len(labels)} rows cannot be dealt in {folds} folds ({error})"
+        raise RequestError.of("data.folds", rule, "set it to fewer") from error
+    train, held = parts[fold]
+    return np.asarray(held if held_out else train, dtype=np.int64)
+
+
+def _draw(labels: list[str | None], rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` of the `rows` with each label, drawn without replacement."""
+    places: dict[str, list[int]] = {label: [] for label in sorted({label for label in labels if label is not None})}
+    for row in rows.tolist():
+        if (label := labels[row]) is not None:
+            places[label].append(row)
+    short = {label: len(found) for label, found in places.items() if len(found) < count}
+    if short:
+        listed = ", ".join(f"{label} has {number}" for label, number in list(short.items())[:8])
+        rule = f"not every label has {count} rows to learn from: {listed}{', …' if len(short) > 8 else ''}"
+        raise RequestError.of("data.k_shot", rule, f"set it to at most {min(short.values())}, or leave such rows out")
+    drawn: list[int] = []
+    for number, found in enumerate(places.values()):
+        generator = np.random.Philox(
+            key=np.array([seed % 2**64, number], dtype=np.uint64), counter=np.array([0, 0, _DRAW, 0], dtype=np.uint64)
+        )
+        order = np.argsort(generator.random_raw(len(found)), kind="stable")[:count]
+        drawn += [found[place] for place in order.tolist()]
+    return np.asarray(drawn, dtype=np.int64)

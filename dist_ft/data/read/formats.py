@@ -1,0 +1,303 @@
+"""Raw rows of every format that users have, turned into few canonical shapes.
+
+| canonical row | from the formats |
+| --- | --- |
+| `{"text": str}` | text |
+| `{"messages": [...], "tools": […], "context": n}` | messages, sharegpt, alpaca, prompt_completion with message lists |
+| `{"prompt": str, "completion": str}` | prompt_completion of plain strings, which no chat template touches |
+| `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
+| `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
+| `{"source": str, "target": str, "references": [str]}` | source_target |
+| `{"context": str, "question": str, "answers": {"text": [str], "answer_start": [int or null]}, "id": str}` | squad |
+| `{"prompt", "chosen", "rejected"}`, each text or each a list of messages, `"tools"` | pairs |
+| `{"input_ids": [...], "labels": [...]}` | tokens |
+
+`tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` may be missing; the first `context`
+messages carry no loss.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...config.run import RunConfig
+from ...errors import Problem, RequestError
+from .answers import ANSWERS, answers_of
+from .fill import fill
+from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
+from .pairs import pair_of
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Format:
+    """Columns of a format: all of `required` (`a|b` is either) and any of `optional`; others are left alone."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+    tasks: tuple[str, ...]
+
+    def fits(self, columns: Any) -> bool:
+        """Whether a row with these columns can be of this format."""
+        return all(any(name in columns for name in names.split("|")) for names in self.required)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column name that the format reads."""
+        return [name for names in (*self.required, *self.optional) for name in names.split("|")]
+
+
+def detect(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, task: str | None = None) -> str | None:
+    """The format whose columns the row has (after renaming by `columns`); None if there is none.
+
+    Where a row fits several, the first of FORMATS is taken; those that `task` learns from come first.
+    """
+    columns = columns or {}
+    renamed = {*row, *columns}
+    fitting = [name for name, form in FORMATS.items() if form.fits(renamed) and set(columns) <= set(form.columns)]
+    return next((name for name in fitting if task in FORMATS[name].tasks), fitting[0] if fitting else None)
+
+
+def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str], place: str) -> dict[str, Any]:
+    """The canonical row.
+
+    Args:
+        row: a raw row.
+        format: a key of `FORMATS`, or `auto`.
+        columns: the format's name of a column → the data's.
+        place: where the row stands, for errors.
+
+    Raises:
+        RequestError: the row's columns or values are not of this format.
+    """
+    name = detect(row, columns) if format == "auto" else format
+    if name is None:
+        raise RequestError(_no_format(row, columns, place))
+    form = FORMATS[name]
+    if unknown := [key for key in columns if key not in form.columns]:
+        rule = f"format {name} has no column {', '.join(unknown)}"
+        raise RequestError(Problem("data.columns", rule, f"its columns are {', '.join(form.columns)}"))
+    if absent := [source for source in columns.values() if source not in row]:
+        rule = f"the row has no column {', '.join(absent)}; it has {_listed(row)}"
+        raise RequestError(Problem(place, rule, "set data.columns to names that the rows have"))
+    renamed = {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
+    if not form.fits(renamed):
+        raise RequestError(_misfit(renamed, name, columns, place))
+    try:
+        return form.convert(renamed)
+    except RowShape as fault:
+        raise RequestError(Problem(place, f"format {name}: {fault}", fault.way_out)) from fault
+
+
+def normalise_for(config: RunConfig, row: Mapping[str, Any], place: str) -> tuple[str, dict[str, Any]]:
+    """A row's format, and its canonical shape for the run's task.
+
+    Raises:
+        RequestError: the row is not of the configured format, or not for the task.
+        RowFault: the row lacks what `data.template` names.
+    """
+    data = config.data
+    columns = {} if data.template else data.columns
+    if data.template:
+        row = fill(data.template, data.columns, row)
+    name = (detect(row, columns, config.task.name) if data.format == "auto" else data.format) or "auto"
+    canonical = normalise(row, name, columns, place)
+    check_task(name, config.task.name, place)
+    return name, canonical
+
+
+def check_task(format: str, task: str, place: str) -> None:
+    """See that rows of `format` are something `task` learns from.
+
+    Raises:
+        RequestError: they are not.
+    """
+    if task not in FORMATS[format].tasks:
+        fitting = [name for name, form in FORMATS.items() if task in form.tasks]
+        other = " or ".join(FORMATS[format].tasks)
+        rule = f"rows of format {format} are not for task={task}, which takes {', '.join(fitting)}"
+        raise RequestError(Problem(place, rule, f"set task={other}, or data.columns for another format"))
+
+
+def _no_format(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Problem:
+    known = [f"{name} ({', '.join(form.required)})" for name, form in FORMATS.items()]
+    rule = f"columns {_listed(row)} are of no known format"
+    if columns:
+        rule += f" (with data.columns naming {', '.join(columns)})"
+    return Problem(place, rule, f"{_suggest(row)}; known are {', '.join(known)}")
+
+
+def _misfit(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: str) -> Problem:
+    missing = [names for names in FORMATS[name].required if not any(n in row for n in names.split("|"))]
+    rule = f"format {name} wants {', '.join(missing)}; the columns are {_listed(row)}"
+    found = detect(row)
+    return Problem(place, rule, f"set data.format={found}" if found else _suggest(row, name))
+
+
+_USUAL = {  # names that people give to a column of prompt_completion or text
+    "prompt": ("question", "query", "input", "instruction", "source", "problem"),
+    "completion": ("answer", "response", "output", "target", "solution", "summary"),
+    "text": ("content", "body", "document", "article", "sentence"),
+}
+
+
+def _suggest(row: Mapping[str, Any], name: str | None = None) -> str:
+    """Columns that would make the row fit the nearest format."""
+    wanted = [names.split("|")[0] for names in FORMATS[name].required] if name else ["prompt", "completion"]
+    found = {ours: _nearest(ours, row) for ours in wanted}
+    if not name and not all(found.values()):
+        found = {"text": _nearest("text", row)}
+    if all(found.values()):
+        pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
+        return f"try 'data.columns={{{pairs}}}'"
+    return "set data.columns={FORMAT'S NAME: DATA'S NAME}"
+
+
+def _nearest(wanted: str, row: Mapping[str, Any]) -> str | None:
+    for usual in _USUAL.get(wanted, ()):
+        if usual in row:
+            return usual
+    near = difflib.get_close_matches(wanted, [str(name) for name in row], n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return ", ".join(str(name) for name in row) or "(none)"
+
+
+def _text(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": _string(row, "text")}
+
+
+def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_tools({"messages": check_messages(row["messages"])}, row)
+
+
+def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_tools({"messages": messages_of_sharegpt(row)}, row)
+
+
+def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": messages_of_alpaca(row)}
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        both = {"messages": check_messages([*prompt, *completion]), "context": len(prompt)}
+        return _with_tools(both, row)
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise RowShape("prompt and completion must both be text or both lists of messages")
+    return {"prompt": _string(row, "prompt"), "completion": _string(row, "completion")}
+
+
+def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
+    source = row["source"]
+    if isinstance(source, list) and source and all(isinstance(word, str) for word in source):
+        source = " ".join(source)  # a set of concepts
+    canonical: dict[str, Any] = {"source": _string({"source": source}, "source"), "target": _string(row, "target")}
+    if (references := row.get("references")) is not None:
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+            raise RowShape("references must be a list of texts")
+        canonical["references"] = references
+    return canonical
+
+
+def _pairs(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _with_tools(pair_of(row), row)
+
+
+def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+    ids, labels = row["input_ids"], row["labels"]
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(values, list) or not all(type(value) is int for value in values):
+            raise RowShape(f"{name} must be a list of whole numbers")
+    if len(ids) != len(labels):
+        raise RowShape(f"{len(ids)} input_ids but {len(labels)} labels", "write a label for each token (-100: no loss)")
+    if any(not 0 <= value < 2**31 for value in ids):
+        raise RowShape("an input id is negative or beyond 2³¹")
+    if any(value < 0 and value != IGNORED_LABEL or value >= 2**31 for value in labels):
+        raise RowShape(f"a label is neither a token id nor {IGNORED_LABEL}")
+    return {"input_ids": ids, "labels": labels}
+
+
+def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
+    label = next((row[name] for name in ("label", "labels", "label_text") if name in row), None)
+    several = label if isinstance(label, list) else [label]
+    if label is not None and any(type(value) not in (int, str) for value in several):
+        raise RowShape(f"the label is {label!r:.40}, neither a whole number nor text", "name classes, not measures")
+    canonical = {"text": _string(row, _first(row, TEXTS)), "label": label}
+    if (pair := _first(row, PAIRS)) is not None:
+        canonical["text_pair"] = _string(row, pair)
+    if isinstance(row.get("label_text"), str):
+        canonical["label_text"] = row["label_text"]
+    return canonical
+
+
+def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
+    words, tags = row["tokens"], row[_first(row, TAGS)]
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise RowShape(f"tokens is {words!r:.40}, not a list of words")
+    if not isinstance(tags, list) or any(tag is not None and type(tag) not in (int, str) for tag in tags):
+        raise RowShape(f"the tags are {tags!r:.40}, not a list of names or whole numbers")
+    if len(words) != len(tags):
+        raise RowShape(f"{len(words)} tokens but {len(tags)} tags", "write a tag for each word")
+    return {"tokens": words, "tags": tags}
+
+
+def _squad(row: Mapping[str, Any]) -> dict[str, Any]:
+    canonical = {name: _string(row, name) for name in ("context", "question")}
+    given = {"id": str(row["id"])} if row.get("id") is not None else {}
+    return {**canonical, **given, "answers": answers_of(row)}
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((name for name in names if name in row), None)
+
+
+def _string(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise RowShape(f"{name} is {value!r:.40}, not text")
+    return value
+
+
+def _with_tools(canonical: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    tools = check_tools(row.get("tools"))
+    return {**canonical, "tools": tools} if tools else canonical
+
+
+TEXTS, PAIRS = (
+    ("text", "sentence", "sentence1", "premise", "question1"),
+    (
+        "text_pair",
+        "sentence2",
+        "hypothesis",
+        "question2",
+    ),
+)
+TAGS = ("ner_tags", "tags", "labels")
+FORMATS: dict[str, Format] = {
+    "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),
+    "messages": Format(("messages",), ("tools",), _messages, ("instruction",)),
+    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt, ("instruction",)),
+    "prompt_completion": Format(("prompt", "completion"), ("tools",), _prompt_completion, ("instruction", "seq2seq")),
+    "alpaca": Format(
+        ("instruction", "output|response"), ("input", "context", "system", "history"), _alpaca, ("instruction",)
+    ),
+    "labelled": Format(
+        ("|".join(TEXTS), "label|labels|label_text"), ("|".join(PAIRS),), _labelled, ("sequence_classification",)
+    ),
+    "tagged": Format(("tokens", "|".join(TAGS)), (), _tagged, ("token_classification",)),
+    "squad": Format(
+        ("context", "question", "|".join(ANSWERS)), ("id", "answer_start"), _squad, ("question_answering",)
+    ),
+    "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
+    "pairs": Format(("chosen", "rejected"), ("prompt", "tools"), _pairs, ("preference", "reward")),
+    "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
+}

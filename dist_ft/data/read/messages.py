@@ -1,0 +1,170 @@
+"""Chat messages as chat templates take them: roles, content, tool calls; and the spellings that data sets have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "function_call",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+class RowShape(Exception):
+    """A row whose values are not what its format says."""
+
+    def __init__(self, rule: str, way_out: str = "mend or remove the row") -> None:
+        super().__init__(rule)
+        self.way_out = way_out
+
+
+def check_messages(value: Any) -> list[dict[str, Any]]:
+    """Messages with known roles and text content; keys without a value are dropped.
+
+    Raises:
+        RowShape: something else.
+    """
+    value = _parsed(value, "messages")
+    if not isinstance(value, list) or not value:
+        raise RowShape("messages must be a list with at least one message")
+    return [_check_message(message, number) for number, message in enumerate(value, start=1)]
+
+
+def check_tools(value: Any) -> list[Any]:
+    """Tool descriptions as chat templates take them, given as a list or as its JSON text; empty if there are none.
+
+    Raises:
+        RowShape: something else.
+    """
+    if value is None or value == "":
+        return []
+    value = _parsed(value, "tools")
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowShape("tools must be a list of objects, or its JSON text")
+    tools = [_without_nulls(tool) for tool in value]
+    return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
+
+
+def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`conversations` of {from, value} as messages; `system` may stand beside them.
+
+    Raises:
+        RowShape: a turn or role is not of this format.
+    """
+    turns = _parsed(row["conversations"], "conversations")
+    if not isinstance(turns, list) or not turns:
+        raise RowShape("conversations must be a list with at least one turn")
+    messages = _system(row)
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+            found = ", ".join(turn) if isinstance(turn, dict) else type(turn).__name__
+            way_out = "set data.columns={messages: conversations} if its turns have role and content"
+            raise RowShape(f"turn {number} has {found}, not from and value", way_out)
+        role = _SHAREGPT_ROLES.get(turn["from"])
+        if role is None:
+            raise RowShape(f"turn {number} is from {turn['from']!r}", f"known are {', '.join(_SHAREGPT_ROLES)}")
+        content = _text_of(turn["value"], number)
+        if role == "function_call":
+            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(content, number)})
+        else:
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def messages_of_alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """instruction, input and output (dolly: instruction, context, response) as messages.
+
+    The input follows the instruction after a blank line; `history` is earlier (instruction, output) pairs.
+
+    Raises:
+        RowShape: a value is not text.
+    """
+    instruction = _text_of(row["instruction"])
+    given = _text_of(row.get("input") or row.get("context") or "")
+    answer = _text_of(row["output"] if "output" in row else row["response"])
+    messages = _system(row)
+    for pair in row.get("history") or ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowShape("history must be pairs of an instruction and its output")
+        messages += [
+            {"role": "user", "content": _text_of(pair[0])},
+            {"role": "assistant", "content": _text_of(pair[1])},
+        ]
+    prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
+    return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": _text_of(row["system"])}] if row.get("system") else []
+
+
+def _check_message(message: Any, number: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or "role" not in message:
+        found = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
+        way_out = "set data.format=sharegpt with data.columns={conversations: messages}"
+        raise RowShape(f"message {number} has {found}, not role and content", way_out)
+    if message["role"] not in ROLES:
+        raise RowShape(f"message {number} has the role {message['role']!r}", f"known are {', '.join(ROLES)}")
+    kept: dict[str, Any] = {name: _without_nulls(value) for name, value in message.items() if value is not None}
+    if kept.get("tool_calls"):
+        kept["tool_calls"] = [_check_call(call, number) for call in _parsed(kept["tool_calls"], "tool_calls")]
+    elif kept.get("content") is None:
+        raise RowShape(f"message {number} has neither content nor tool_calls")
+    kept["content"] = _text_of(kept.get("content", ""), number)
+    return kept
+
+
+def _calls(text: str, number: int) -> list[dict[str, Any]]:
+    value = _parsed(text, f"the function call of turn {number}")
+    return [_check_call(call, number) for call in (value if isinstance(value, list) else [value])]
+
+
+def _check_call(call: Any, number: int) -> dict[str, Any]:
+    """A tool call as OpenAI and chat templates write it, its arguments an object."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowShape(f"message {number} has a tool call without a function's name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"the arguments of message {number}") if arguments.strip() else {}
+    extra = {key: value for key, value in call.items() if key == "id"}
+    function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    return {**extra, "type": "function", "function": function}
+
+
+def _text_of(value: Any, number: int | None = None) -> str:
+    """Text, or a list of text parts joined."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
+        return "".join(str(part.get("text", "")) for part in value)
+    where = f"message {number}" if number else "a column"
+    raise RowShape(f"the content of {where} is {value!r:.40}, not text")
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """A value that may have been stored as its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RowShape(f"{name}: broken JSON: {error.msg} in {value[:40]!r}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet fills every key that any row has; a null there says that this row has none."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

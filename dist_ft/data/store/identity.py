@@ -1,0 +1,103 @@
+"""What is prepared once, and where it lives: folders named by the hash of everything that went into them.
+
+No torch: the launcher asks `is_prepared` before it starts anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...config.run import RunConfig
+from ...errors import MachineError, RequestError
+from ...pretrained.source import find_model, find_snapshot, model_folder
+from ...storage.cache import CODE_VERSION, cache_root, hash_of, remembering_digest
+from ...storage.files import digest_file
+from ...storage.published import is_whole
+from ..read.augment import augment_identity
+from ..read.chosen import identity
+from ..read.sets import ALONE, SPLITS, SplitName, sets_of
+from ..read.sources import fingerprint
+from ..render.tokenizer import read_template
+
+_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template.json")
+
+
+def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path:
+    """Where a split's tokenised rows live, of a mixture those of the set `part`; all that shapes them is in the name.
+
+    Raises:
+        RequestError: the split's data or the tokenizer is not there.
+    """
+    alone = sets_of(config, split)[part]
+    data, root = alone.data, cache_root(config)
+    task = config.task.model_dump(mode="json")
+    content = {
+        "version": CODE_VERSION,
+        "rows": fingerprint(data.sources(split) or [], data.revision, remembering_digest(root)),
+        "format": data.format,
+        "columns": data.columns,
+        **({"template": data.template} if data.template else {}),
+        **({"augment": augment} if (augment := augment_identity(alone, split)) else {}),
+        **({"chosen": chosen} if (chosen := identity(alone, split)) else {}),
+        "task": {**task, "chat_template": read_template(config.task)},
+        # of the same rows a training split is another: it finds the labels, and keeps nothing for metrics
+        "labels": [split == "train", _labels_identity(config, split)],
+        "tokenizer": _tokenizer_identity(alone),
+        **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
+        "packing": ("train", data.shuffle) if config.task.packs and split == "train" else "evaluation",
+    }
+    return root / "data" / hash_of(content)
+
+
+def is_prepared(config: RunConfig) -> bool:
+    """Whether `prepare` would find everything done. False, too, where the request is wrong and prepare would say so."""
+    try:
+        for name, key in _models(config):
+            source = find_model(name, key)
+            if source.kind == "gguf" and not is_whole(model_folder(config, source)):
+                return False
+            if source.kind == "hub" and find_snapshot(name, config.model.revision) is None:
+                return False
+        return all(is_whole(split_folder(config, split, part)) for split in SPLITS for part in sets_of(config, split))
+    except (RequestError, MachineError, OSError):
+        return False
+
+
+def _models(config: RunConfig) -> list[tuple[str, str]]:
+    names = [(config.model.name_or_path, "model.name_or_path")]
+    return [*names, (config.model.tokenizer, "model.tokenizer")] if config.model.tokenizer else names
+
+
+def _tokenizer_identity(config: RunConfig) -> Any:
+    if config.data.format == "tokens":
+        return None  # such rows are used as they are
+    name, key = _models(config)[-1]
+    source = find_model(name, key)
+    if source.path is None:
+        return ["hub", name, config.model.revision or "main"]
+    if source.kind == "gguf":
+        return ["gguf", remembering_digest(cache_root(config))(source.path)]
+    folder = source.path
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    return ["files", {file.name: digest_file(file) for file in files}]
+
+
+def _labels_identity(config: RunConfig, split: SplitName) -> Any:
+    """Where the numbers of labels come from: the training split, unless the configuration names them.
+
+    Of a mixture it is all sets' rows, which therefore shape each set.
+    """
+    if not hasattr(config.task, "labels") or config.task.labels is not None:
+        return None
+    if config.data.mixture is None:
+        return None if split == "train" else split_folder(config, "train").name
+    digest = remembering_digest(cache_root(config))
+    return [
+        [
+            fingerprint(part.data.train or [], part.data.revision, digest),
+            *(part.data.format, part.data.columns, part.data.template),
+            *([chosen] if (chosen := identity(part, "train")) else []),
+        ]
+        for part in sets_of(config).values()
+    ]

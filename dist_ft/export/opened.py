@@ -1,0 +1,122 @@
+"""The exported folder, opened as any user of transformers and peft would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoint.store import CHECKPOINTS
+from ..config.model import ModelConfig
+from ..config.plan import Plan
+from ..errors import RequestError, TrainingError
+from ..method.adapter import is_bottleneck, load_adapter
+from ..model.load import auto_class, open_pretrained
+from ..model.quantize import quantize
+from ..model.vocabulary import grow
+from ..pretrained.source import is_hub_id
+from ..state import CAUSAL_LM, Architecture
+
+ADAPTER_CONFIG = "adapter_config.json"
+EXPORT = "model"
+AGAIN = "export anew from a checkpoint: dist-ft export run=… checkpoint=latest"
+
+
+def find_export(run_dir: Path) -> Path:
+    """The folder of a run's export.
+
+    Raises:
+        RequestError: the run has none yet.
+    """
+    folder = run_dir / EXPORT
+    if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
+        way_out = "let the run finish, or write one from a checkpoint: dist-ft export run=… checkpoint=latest"
+        raise RequestError.of(str(folder), "the run has no exported model yet", way_out)
+    return folder
+
+
+def find_trained_run(plan: Plan, run_file: str) -> Path:
+    """The folder of a run: where its file is, unless that is a copy elsewhere."""
+    beside = Path(run_file)
+    beside = beside if beside.is_dir() else beside.parent
+    return beside if (beside / EXPORT).exists() or (beside / CHECKPOINTS).exists() else plan.run_dir
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter that needs its base."""
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def name_base(config: ModelConfig, model_dir: str) -> str:
+    """By what a user can load the base model: the hub id, or the folder on this machine."""
+    return config.name_or_path if is_hub_id(config.name_or_path) else str(Path(model_dir).resolve())
+
+
+def open_base(
+    config: ModelConfig, model_dir: str, architecture: Architecture = CAUSAL_LM, **options: Any
+) -> PreTrainedModel:
+    """The base model as transformers loads it, quantised as the run's was; a new head of it is not trained.
+
+    Raises:
+        RequestError: the run began from scratch.
+    """
+    if config.from_scratch:
+        rule = "the run began from scratch, so there is no base model"
+        raise RequestError.of("model.from_scratch", rule, "ask for model=export, without baseline")
+    options.setdefault("dtype", getattr(torch, config.dtype))
+    model: PreTrainedModel = open_pretrained(
+        config,
+        model_dir,
+        architecture,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        **{**architecture.overrides, **options},
+    )
+    grow(model, architecture)
+    quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=True)
+    return model
+
+
+def open_export(
+    folder: Path, config: ModelConfig, model_dir: str, architecture: Architecture = CAUSAL_LM, **options: Any
+) -> nn.Module:
+    """The trained model from its folder; an adapter is put on the base in `model_dir`.
+
+    Raises:
+        TrainingError: the folder lacks weights of the model, or has others.
+    """
+    if is_adapter(folder):
+        base = open_base(config, model_dir, architecture, **options)
+        if is_bottleneck(folder):
+            return load_adapter(base, folder)
+        return peft.PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+    try:
+        model, report = auto_class(architecture).from_pretrained(
+            folder,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them
+            trust_remote_code=config.trust_remote_code,
+            **{"dtype": "auto", **options},
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TrainingError.of(str(folder), f"cannot be loaded: {error}", AGAIN) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report.get(kind) or ()):
+            rule = f"{kind.replace('_', ' ')} on loading: {', '.join(names[:5])} ({len(names)} in all)"
+            raise TrainingError.of(str(folder), rule, AGAIN)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def set_adapter_base(folder: Path, base: str, revision: str | None) -> None:
+    """Have the adapter name the base that it was trained on, by what a user can load."""
+    path = folder / ADAPTER_CONFIG
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": base, "revision": revision}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

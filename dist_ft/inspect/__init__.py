@@ -1,0 +1,4 @@
+"""What `dist-ft plan` and `dist-ft data` show: parameters, memory, rows as tokens, ledgers.
+
+Imports everything but `build` and `worker`.
+"""

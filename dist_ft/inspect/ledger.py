@@ -1,0 +1,50 @@
+"""Tables of what became of every row and token of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from ..config.run import RunConfig
+from ..data.read.sets import key_of
+from ..data.store.opened import Split
+from .mixture import mixture_table
+
+
+def ledger_tables(config: RunConfig, split: Split, name: str) -> Iterator[Table]:
+    """What became of every row and token of a split, of a mixture set by set; and how often its sets are seen."""
+    if not split.parts:
+        yield ledger_table(split, f"data.{name}")
+    for part, own in split.parts.items():
+        yield ledger_table(own, key_of(part, name))
+    if split.parts and name == "train":
+        yield mixture_table(config, split)
+
+
+def ledger_table(split: Split, title: str) -> Table:
+    """What became of every row and token of one set's split."""
+    ledger = split.ledger
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    if ledger.get("chosen"):
+        table.add_row("rows there are", f"{ledger['rows_of_source']:,}", f"read: {ledger['chosen']}")
+    table.add_row("rows read", f"{ledger['rows_read']:,}", ", ".join(ledger["formats"]))
+    for cause, tally in ledger["dropped"].items():
+        table.add_row("  dropped", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
+    if any(ledger.get(key) for key in ("augmented", "unchanged", "copies_left_out")):
+        table.add_row("rows augmented", f"{ledger['augmented']:,}", f"{ledger['unchanged']:,} came out unchanged")
+    for cause, tally in ledger.get("copies_left_out", {}).items():
+        table.add_row("  copies left out", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
+    table.add_row("rows kept", f"{ledger['rows_kept']:,}", "")
+    if ledger["repeated"]:
+        table.add_row("  repeated", f"{ledger['repeated']:,}", "have the same tokens as an earlier row")
+    if ledger["truncated"]["rows"]:
+        cut = f"{ledger['truncated']['tokens']:,} tokens; first at {', '.join(ledger['truncated']['places'])}"
+        table.add_row("  truncated", f"{ledger['truncated']['rows']:,}", cut)
+    table.add_row("tokens", f"{ledger['tokens']:,}", f"longest row {ledger['longest']:,}, at {ledger['longest_place']}")
+    if ledger["tokens_left_over"]:
+        table.add_row("  left over", f"{ledger['tokens_left_over']:,}", "in a block where nothing is predicted")
+    share = ledger["supervised_tokens"] / max(1, ledger["tokens"])
+    table.add_row("supervised tokens", f"{ledger['supervised_tokens']:,}", f"{share:.0%} of the tokens enter the loss")
+    table.add_row("samples", f"{ledger['samples']:,}", ledger["layout"])
+    return table

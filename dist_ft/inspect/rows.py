@@ -1,0 +1,177 @@
+"""What a run's rows look like to the model: every token, those with loss marked, and what became of all rows.
+
+`python -m dist_ft.view RUN_YAML [rows=3] [split=train] [width=N]`. On a terminal supervised tokens are green and others
+dim; elsewhere supervised ones stand in [[ ]].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby, islice
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.text import Text
+
+from ..config.plan import read_plan
+from ..config.run import RunConfig
+from ..data.read.augment import Augmenter
+from ..data.read.chosen import read_numbered
+from ..data.read.faults import RowFault
+from ..data.read.formats import IGNORED_LABEL
+from ..data.read.sets import ALONE, SplitName, sets_of
+from ..data.render.template import ChatTokenizer
+from ..data.render.tokenizer import load_tokenizer
+from ..data.store.split import Encoder, encode_row
+from ..errors import DistFtError, RequestError
+from ..prepare import find_facts, prepare
+from ..pretrained.fetch import prepare_model
+from ..state import Example, Facts, Row, Task
+from ..task.table import TASKS
+from .ledger import ledger_tables
+
+SUPERVISED, CONTEXT, NOTE = "bold green", "dim", "italic yellow"
+
+
+def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) -> None:
+    """Print the first `rows` rows of a split as tokens, of a mixture those of each set.
+
+    Raises:
+        RequestError: there is no such split, or its rows are wrong.
+    """
+    sets = sets_of(config, split)
+    if not sets:
+        raise RequestError.of(f"data.{split}", "is not set", f"set it, or choose another split than {split}")
+    tokenizer_dir = prepare_model(config)[1]
+
+    @cache
+    def encoder() -> ChatTokenizer:
+        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+
+    facts = find_facts(config, encoder)
+    task = TASKS[config.task.name](config.task, facts, padding_free=True)
+    for set_name, alone in sets.items():
+        if set_name != ALONE:
+            console.print(Text(f"── {set_name} ──\n", style="bold"))
+        augmenter, numbered = Augmenter.of(alone, split), read_numbered(alone, split)
+        for number, place, row in islice(numbered, rows):
+            try:
+                name, canonical, sequences = encode_row(alone, task, encoder, row, place)
+            except RowFault as fault:
+                console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
+                continue
+            tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
+            copies = augmenter.copies(canonical, number, place) if augmenter else iter(())
+            changed = [sequence for copy in copies for sequence in _encode_copy(task, copy, encoder)]
+            for at, sequence in enumerate([*sequences, *changed]):
+                kind = name if at < len(sequences) else "changed copy"
+                title = f"── {place} ({kind}): {describe_sequence(sequence, facts)}"
+                console.print(Text(title, style="bold"))
+                ids = list(sequence["input_ids"])
+                labels = list(sequence.get("labels", mark_answer(sequence)))
+                console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
+
+
+def _encode_copy(task: Task, copy: Row | None, encoder: Encoder) -> Sequence[Example]:
+    """Of what data.augment made of a row; nothing of a copy that is left out."""
+    with contextlib.suppress(RowFault):
+        return task.encode(copy, encoder()) if copy is not None else ()
+    return ()
+
+
+def describe_sequence(sequence: Example, facts: Facts) -> str:
+    """How long it is, and what is learned from it."""
+    length = f"{len(sequence['input_ids'])} tokens"
+    if "label" in sequence:
+        return f"{length}, {', '.join(facts.labels[number] for number in sequence['label']) or 'no label'}"
+    if "span" in sequence:
+        first, last = sequence["span"]
+        return f"{length}, " + (
+            "no answer" if [first] == list(sequence["null"]) else f"answer in tokens {first} to {last}"
+        )
+    if "tags" in sequence:
+        return f"{length}, {' '.join(facts.labels[number] for number in sequence['tags'])}"
+    if "labels" not in sequence:
+        return length
+    supervised = sum(label != IGNORED_LABEL for label in sequence["labels"][1:])
+    return f"{length}, {supervised} supervised"
+
+
+def mark_answer(sequence: Example) -> list[int]:
+    """Labels that show an answer's tokens; none of a sequence that has no answer."""
+    first, last = sequence.get("span", (0, -1))
+    first = last + 1 if [first] == list(sequence.get("null", ())) else first
+    return [token if first <= i <= last else IGNORED_LABEL for i, token in enumerate(sequence["input_ids"])]
+
+
+def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: bool) -> Text:
+    """The tokens as text, special ones visible.
+
+    Args:
+        tokenizer: of transformers; None shows numbers.
+        ids: of a row.
+        labels: of the row, -100 where there is no loss; the first token is never predicted.
+        marked: supervised pieces in [[ ]], for readers without colour.
+    """
+    text = Text()
+    pairs = [
+        (token, i > 0 and label != IGNORED_LABEL) for i, (token, label) in enumerate(zip(ids, labels, strict=True))
+    ]
+    for is_supervised, group in groupby(pairs, key=lambda pair: pair[1]):
+        piece = _decode(tokenizer, [token for token, _ in group])
+        shown = f"[[{piece}]]" if marked and is_supervised else piece
+        text.append(shown, style=SUPERVISED if is_supervised else CONTEXT)
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """Show the plan named first; returns the exit code."""
+    try:
+        path, options = _read_arguments(arguments)
+        config = read_plan(path).config
+        console = Console(width=options["width"], soft_wrap=options["width"] is None, highlight=False)
+        show_rows(config, options["split"], options["rows"], console)
+        prepared = prepare(config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
+        for table in ledger_tables(config, getattr(prepared, options["split"]), options["split"]):
+            console.print(table)
+    except DistFtError as error:
+        sys.stdout.flush()
+        print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _tokenizer_of_tokens(config: RunConfig, folder: str) -> Any:
+    """Rows of tokens need no tokenizer; where there is one, it makes them readable."""
+    try:
+        return load_tokenizer(config, folder)
+    except RequestError:
+        return None
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, ids)) + " "
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _read_arguments(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    options: dict[str, Any] = {"rows": 3, "split": "train", "width": None}
+    usage = "python -m dist_ft.view RUN_YAML [rows=3] [split=train] [width=100]"
+    if not arguments:
+        raise RequestError.of("RUN_YAML", "is missing", usage)
+    for argument in arguments[1:]:
+        key, given, value = argument.partition("=")
+        whole = value.isdecimal() and int(value) > 0
+        sound = value in get_args(SplitName) if key == "split" else whole
+        if not given or key not in options or not sound:
+            raise RequestError.of(argument, "is not an option of view, or not a value of it", usage)
+        options[key] = value if key == "split" else int(value)
+    return arguments[0], options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""Fused experts, the [experts, …, …] parameters of mixtures, in 4 or 8 bits.
+
+They are no linear layers, so what replaces those does not see them, and nearly all of such a model stays in 16 bits.
+Here the parameter holds packed bits under its own name, for engines to move as any other, and within the experts' own
+forward, whichever it is, the attribute of that name is the weight. It exists while the forward runs and again in the
+backward: autograd, which would keep it from one to the other, is handed a note of where to find it instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .packed import Packed
+from .packing import pack, packed_size, unpack
+
+
+def quantize_experts(experts: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool) -> None:
+    """Pack the fused parameters of `experts` in place; of modules without weights only the shapes are made."""
+    packed = {n: Packed(scheme, tuple(p.shape)) for n, p in experts.named_parameters(recurse=False) if p.ndim == 3}
+    for name, entry in packed.items():
+        weight = getattr(experts, name)
+        size = packed_size(scheme, entry.shape, dtype)
+        bits = pack(weight.data, scheme, dtype) if weights else torch.empty(size, dtype=dtype, device=weight.device)
+        experts.register_parameter(name, nn.Parameter(bits, requires_grad=False))
+        del weight  # before the next one is packed
+    experts.packed = packed  # type: ignore[assignment]
+    kind: Any = type(experts)
+    experts.__class__ = _quantized_class(kind, tuple(packed))
+
+
+class QuantizedExperts:
+    """What quantised experts have beside their own class."""
+
+    packed: dict[str, Packed]
+    _parameters: dict[str, nn.Parameter]
+
+    def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight that the forward uses, of the parameter's shape."""
+        bits = self._parameters[name]
+        return unpack(bits, *self.packed[name], dtype or bits.dtype)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The experts' own, over weights that live as long as it runs."""
+        device = hidden_states.device.type
+        half = torch.is_autocast_enabled(device)
+        lease = _Lease(self, torch.get_autocast_dtype(device) if half else hidden_states.dtype)
+        self.__dict__["lease"] = lease
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lease.note, lease.fetch):
+                return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.__dict__["lease"]
+            lease.weights.clear()
+
+
+@dataclass(frozen=True)
+class _Note:
+    """A part of a parameter's weight, in place of the tensor itself."""
+
+    name: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Lease:
+    """The weights of one forward, and the same ones again for its backward."""
+
+    def __init__(self, experts: QuantizedExperts, dtype: torch.dtype) -> None:
+        self.experts, self.dtype = experts, dtype
+        self.weights: dict[str, Tensor] = {}
+        self.notes: Counter[str] = Counter()  # not fetched yet
+        # Hooks replace those around them: what is not ours goes where activation checkpointing would have it.
+        self.outer: tuple[Callable[..., Any], Callable[..., Any]] | None = (
+            torch._C._autograd._top_saved_tensors_default_hooks(False)
+        )
+
+    def weight(self, name: str) -> Tensor:
+        if name not in self.weights:
+            self.weights[name] = self.experts.dequantize(name, self.dtype)
+        return self.weights[name]
+
+    def note(self, tensor: Tensor) -> Any:
+        """What autograd keeps of a tensor until the backward."""
+        for name, weight in self.weights.items():
+            if tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+                self.notes[name] += 1
+                return _Note(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return self.outer[0](tensor) if self.outer else tensor
+
+    def fetch(self, kept: Any) -> Tensor:
+        """The tensor again; the weight behind it is dropped when its last part has been fetched."""
+        if not isinstance(kept, _Note):
+            tensor: Tensor = self.outer[1](kept) if self.outer else kept
+            return tensor
+        weight = self.weight(kept.name)
+        self.notes[kept.name] -= 1
+        if self.notes[kept.name] <= 0:
+            self.weights.pop(kept.name, None)
+        return weight.as_strided(kept.size, kept.stride, kept.offset)
+
+
+@lru_cache(maxsize=32)
+def _quantized_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """`base` whose attributes of these names are weights within its forward, and the packed parameters without."""
+
+    def attribute(name: str) -> property:
+        def read(self: Any) -> Any:
+            lease = self.__dict__.get("lease")
+            return lease.weight(name) if lease else self._parameters[name]
+
+        return property(read)
+
+    return type(f"Quantized{base.__name__}", (QuantizedExperts, base), {name: attribute(name) for name in names})

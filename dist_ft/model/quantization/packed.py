@@ -1,0 +1,31 @@
+"""The record of a packed parameter: its scheme and the shape of the weight it stands for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Packed(NamedTuple):
+    """What a parameter of packed bits stands for; modules with such parameters have them by name in `packed`."""
+
+    scheme: str  # nf4 or int8
+    shape: tuple[int, ...]  # of the weight
+
+
+def find_packed(model: nn.Module) -> dict[str, Packed]:
+    """The parameters of a model that hold packed bits, by full name."""
+    return {
+        f"{name}.{parameter}" if name else parameter: entry
+        for name, module in model.named_modules()
+        for parameter, entry in getattr(module, "packed", {}).items()
+    }
+
+
+def shapes_of(module: nn.Module, *, recurse: bool = True) -> list[tuple[int, ...]]:
+    """The shapes of a module's parameters, packed ones as what they stand for."""
+    packed = find_packed(module)
+    return [
+        packed[name].shape if name in packed else tuple(p.shape) for name, p in module.named_parameters(recurse=recurse)
+    ]

@@ -1,0 +1,127 @@
+"""Weights as bytes: NF4 with double quantisation (Dettmers et al. 2023) and int8 rows (Dettmers et al. 2022).
+
+bitsandbytes quantises and dequantises; the layout is ours. Codes and statistics of a weight stand one after another in
+a flat tensor, viewed as the compute dtype, so that whoever casts parameters by dtype has nothing to cast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...errors import MachineError
+
+BLOCK = 64  # weights that share a statistic
+STATISTICS_BLOCK = 256  # statistics that share one of theirs (double quantisation)
+CHUNK = 2**28  # weights quantised at once: bounds the float32 copy, and kernels count in 32 bits
+
+
+def packed_bytes(scheme: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a packed weight of this shape, statistics included."""
+    return sum(sum(_part_bytes(scheme, rows, shape[-1])) for rows in _chunks(shape))
+
+
+def packed_size(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Elements of `dtype` that hold them."""
+    return math.ceil(packed_bytes(scheme, shape) / dtype.itemsize)
+
+
+def pack(weight: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
+    """The bits of `weight` [..., columns], flat and viewed as `dtype`."""
+    rows = weight.detach().reshape(-1, weight.shape[-1]).split(list(_chunks(tuple(weight.shape))))
+    parts = [part for chunk in rows for part in (_pack_nf4 if scheme == "nf4" else _pack_int8)(chunk.float())]
+    data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
+    room = packed_size(scheme, tuple(weight.shape), dtype) * dtype.itemsize
+    return functional.pad(data, (0, room - data.numel())).view(dtype)
+
+
+def unpack(bits: Tensor, scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The weight of this shape, in `dtype`, from the bits that `pack` made of it."""
+    data, start, found = bits.detach().view(torch.uint8), 0, []
+    for rows in _chunks(shape):
+        sizes = _part_bytes(scheme, rows, shape[-1])
+        parts = data[start : start + sum(sizes)].split(sizes)
+        found.append((_unpack_nf4 if scheme == "nf4" else _unpack_int8)(parts, (rows, shape[-1]), dtype))
+        start += sum(sizes)
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
+
+
+def import_bitsandbytes() -> Any:
+    """bitsandbytes.functional.
+
+    Raises:
+        MachineError: it is not installed.
+    """
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise MachineError.of(
+            "model.quantization", "needs the package bitsandbytes", "pip install bitsandbytes"
+        ) from error
+    return bitsandbytes.functional
+
+
+def _chunks(shape: tuple[int, ...]) -> Iterator[int]:
+    """Rows of each part that is quantised at once; almost always it is one."""
+    rows, most = math.prod(shape[:-1]), max(1, CHUNK // shape[-1])
+    yield from (min(most, rows - start) for start in range(0, rows, most))
+
+
+def _part_bytes(scheme: str, rows: int, columns: int) -> list[int]:
+    """Bytes of codes and statistics of a chunk, in their order."""
+    if scheme == "int8":
+        return [rows * columns, 4 * rows]
+    blocks = math.ceil(rows * columns / BLOCK)
+    return [math.ceil(rows * columns / 2), blocks, 4 * math.ceil(blocks / STATISTICS_BLOCK), 4]
+
+
+def _pack_nf4(weight: Tensor) -> list[Tensor]:
+    """Half-byte codes, 8-bit statistics of blocks, float32 statistics of those, and their float32 offset."""
+    codes, state = import_bitsandbytes().quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    return [codes, state.absmax, state.state2.absmax.float(), state.offset.float().reshape(1)]
+
+
+def _unpack_nf4(parts: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    bnb = import_bitsandbytes()
+    codes, absmax, scales, offset = parts
+    dynamic_map, nf4_values = _tables(codes.device)
+    statistics = bnb.QuantState(
+        absmax=_as_float(scales), code=dynamic_map, blocksize=STATISTICS_BLOCK, dtype=torch.float32
+    )
+    state = bnb.QuantState(
+        absmax=absmax.contiguous(), shape=torch.Size(shape), code=nf4_values,
+        blocksize=BLOCK, quant_type="nf4", dtype=dtype, offset=_as_float(offset)[0], state2=statistics,
+    )  # fmt: skip
+    weight: Tensor = bnb.dequantize_4bit(codes.reshape(-1, 1), state)
+    return weight.reshape(shape)
+
+
+@lru_cache(maxsize=4)
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 values of an 8-bit statistic, and the 16 of NF4."""
+    bnb = import_bitsandbytes()
+    return bnb.create_dynamic_map().to(device), bnb.get_4bit_type("nf4", device=device)
+
+
+def _pack_int8(weight: Tensor) -> list[Tensor]:
+    """Rows scaled to 127 by their largest magnitude, as bitsandbytes' `int8_vectorwise_quant` without outliers."""
+    statistics = weight.abs().amax(dim=1).clamp_min(1e-12)
+    return [torch.round(weight * (127.0 / statistics[:, None])).to(torch.int8), statistics]
+
+
+def _unpack_int8(parts: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    codes, statistics = parts[0].view(torch.int8).reshape(shape), _as_float(parts[1])
+    return (codes.float() * (statistics[:, None] / 127.0)).to(dtype)
+
+
+def _as_float(data: Tensor) -> Tensor:
+    """float32 values from bytes that may stand anywhere in memory."""
+    return data.clone().view(torch.float32)

@@ -1,0 +1,193 @@
+"""Differentially private training under data parallelism: clip each row's gradient, add up, add noise once.
+
+Which rank has a row, and in which micro-batch, changes nothing: clipped gradients of rows are summed over the whole
+step, and the noise is drawn alike on every rank from (seed, step).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..engine.ddp import Ddp
+from ..process import comm
+from ..state import Batch, LossFn, LossSum, ModelFactory, OptimFactory, StepStats
+from .hooks import attach_hooks
+from .mechanism import Privacy
+from .rows import (
+    TOLERANCE,
+    clip_factors,
+    get_chance,
+    is_proven_again,
+    refuse_batch_norm,
+    remove_hooks,
+    repeat_shared_positions,
+    row_weights,
+    set_chance,
+    split_rows,
+)
+
+
+class Private(Ddp):
+    """Ddp whose step is the mechanism of `privacy`; a row's gradient is that of the mean loss of its targets.
+
+    Rows' gradients come from Opacus's hooks, once these have proved right for the model: for every parameter what a
+    backward of each row alone gives. Else (relative positions, recomputed blocks) rows go one by one.
+    """
+
+    def __init__(self, privacy: Privacy, **options: Any) -> None:
+        super().__init__(**{**options, "max_grad_norm": 0.0})  # rows are clipped, and their noisy sum is not
+        self.privacy = privacy
+        self.hooks: Any = None
+        self.proven = False
+        self.rows = 0  # of the micro-batch that the model sees now
+
+    def setup(self, build_model: ModelFactory, build_optim: OptimFactory) -> None:
+        """Build as Ddp does; refuse a model that mixes rows."""
+        super().setup(build_model, build_optim)
+        refuse_batch_norm(self.model)
+        self.sums = [torch.zeros_like(parameter, dtype=torch.float32) for _, parameter in self.trained]
+        if self.privacy.hooks and not getattr(self.model, "is_gradient_checkpointing", False):
+            try:
+                self.hooks = attach_hooks(self.model)
+            except NotImplementedError as error:
+                self._give_up_hooks(str(error))
+            else:
+                repeat_shared_positions(self.model, lambda: self.rows)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Move to the device and take the weights of rank 0; gradients are summed in `step`, not in the backward."""
+        model.to(self.device)
+        if self.place.world_size > 1:
+            for tensor in model.parameters():
+                dist.broadcast(tensor.data, src=0)
+        return model
+
+    def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum:
+        """Add the rows' clipped gradients; `denominator` is not read, as the number of rows is itself private."""
+        self._set_training(True)
+        if not micro.samples:
+            return LossSum(torch.zeros(()), torch.zeros(()))
+        micro = micro.to(self.device)
+        if self.hooks is not None and len(micro.samples) > 1:
+            found = self._take_together(micro, loss)
+            if found is not None:
+                return found
+        return self._take_one_by_one(micro, loss)
+
+    def step(self, learning_rate: float) -> StepStats:
+        """Sum over ranks, add noise, divide by the expected number of rows, update."""
+        step = self._updates() + 1
+        noise = self.privacy.stream_noise(step, (total.shape for total in self.sums), self.device)
+        for (_, parameter), total, drawn in zip(self.trained, self.sums, noise, strict=True):
+            parameter.grad = (comm.total(total) + drawn).div_(self.privacy.expected_rows).to(parameter.dtype)
+            total.zero_()
+        self.proven = self.proven and not is_proven_again(step + 1)
+        stats = super().step(learning_rate)
+        return replace(stats, metrics={"train/epsilon": self.privacy.epsilon(step)})
+
+    def _take_one_by_one(self, micro: Batch, loss: LossFn) -> LossSum:
+        """A backward for each row."""
+        parameters = [parameter for _, parameter in self.trained]
+        parts = []
+        if self.hooks is not None:
+            self.hooks.disable_hooks()
+        for row, weight in zip(split_rows(micro), row_weights(micro), strict=True):
+            with self.precision():
+                result = loss(self.module, row)
+            result.loss.backward()
+            gradients = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
+            norm = torch.stack([g.double().square().sum() for _, g in gradients]).sum().sqrt()
+            factor = clip_factors(norm[None], weight[None], self.privacy.max_grad_norm)
+            for i, gradient in gradients:
+                self.sums[i].add_(gradient.float() * factor)
+            self.optimizer.zero_grad(set_to_none=True)
+            parts.append(result.loss.detach())
+        if self.hooks is not None:
+            self.hooks.enable_hooks()
+        return LossSum(torch.stack(parts).sum(), row_weights(micro).sum())
+
+    def _take_together(self, micro: Batch, loss: LossFn) -> LossSum | None:
+        """One backward, from which Opacus's hooks take the gradients of all rows; None where they are not sound."""
+        state = get_chance(self.device)
+        self.rows = len(micro.samples)
+        try:
+            with self.precision():
+                result = loss(self.module, micro)
+            assert result.losses is not None and result.documents is None, (
+                "the task tells no loss of each row's targets"
+            )
+            result.losses.sum().backward(retain_graph=not self.proven)
+            fault = self._find_fault(result.losses, micro.documents)
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever a model does that the hooks do not foresee; row by row, it shows itself
+            if self.proven:
+                raise
+            fault = f"{type(error).__name__}: {error}".splitlines()[0]
+        if fault is None:
+            self._add_clipped(row_weights(micro))
+        self._forget()
+        if fault is None:
+            self.proven = True
+            return LossSum(result.loss.detach(), result.weight)
+        self._give_up_hooks(fault)
+        set_chance(state, self.device)
+        return None
+
+    def _add_clipped(self, weights: Tensor) -> None:
+        taken = [(i, p.grad_sample) for i, (_, p) in enumerate(self.trained) if p.grad_sample is not None]  # type: ignore[attr-defined]
+        squares = torch.stack([gradient.float().flatten(1).square().sum(dim=1) for _, gradient in taken])
+        factors = clip_factors(squares.double().sum(dim=0).sqrt(), weights, self.privacy.max_grad_norm)
+        for i, gradient in taken:
+            self.sums[i].add_(torch.tensordot(factors, gradient.float(), dims=1))
+
+    def _find_fault(self, losses: Tensor, documents: Tensor) -> str | None:
+        """Why what the hooks left is not the rows' gradients; these are compared with autograd's where not proven."""
+        for name, parameter in self.trained:
+            gradients: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            if gradients is None and parameter.grad is None:
+                continue
+            if not isinstance(gradients, Tensor) or gradients.shape != (self.rows, *parameter.shape):
+                return f"{name} is not used once a row"
+        if self.proven:
+            return None
+        self.hooks.disable_hooks()
+        faults = (self._find_fault_of_row(losses[documents == row].sum(), row) for row in range(self.rows))
+        fault = next((found for found in faults if found), None)
+        self.hooks.enable_hooks()
+        return fault
+
+    def _find_fault_of_row(self, loss: Tensor, row: int) -> str | None:
+        """The same of one row, by a backward of its own."""
+        parameters = [parameter for _, parameter in self.trained]
+        true = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        total = math.sqrt(sum(float(g.square().sum()) for g in true if g is not None))
+        for (name, parameter), gradient in zip(self.trained, true, strict=True):
+            found: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            if found is None:
+                continue
+            norm = 0.0 if gradient is None else float(gradient.norm())
+            miss = float((found[row] if gradient is None else found[row].float() - gradient.float()).norm())
+            if not miss <= TOLERANCE[self.dtype] * (norm + 1e-3 * total):
+                return f"{name}'s gradient of a row is not what its own backward gives"
+        return None
+
+    def _give_up_hooks(self, reason: str) -> None:
+        if self.hooks is not None:
+            remove_hooks(self.model, self.hooks)
+            self.hooks = None
+        warnings.warn(f"gradients of rows are taken one by one, which is slower: {reason}", stacklevel=2)
+
+    def _forget(self) -> None:
+        """Clear what a backward left, also one that failed half-way."""
+        self.rows = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        for _, parameter in self.trained:
+            parameter.grad_sample = None  # type: ignore[attr-defined]

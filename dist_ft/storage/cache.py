@@ -1,0 +1,50 @@
+"""The root of the cache, and the hashes that name its folders."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config.run import RunConfig
+from .files import digest_file
+
+CODE_VERSION = 3  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
+_REMEMBERED_BYTES = 64 << 20
+
+
+def cache_root(config: RunConfig) -> Path:
+    """`data.cache_dir`, or `~/.cache/dist_ft`."""
+    return Path(config.data.cache_dir or "~/.cache/dist_ft").expanduser()
+
+
+def remembering_digest(root: Path) -> Callable[[Path], str]:
+    """`digest_file` that reads a large file once for each size and time of change."""
+
+    def digest(path: Path) -> str:
+        state = path.stat()
+        if state.st_size < _REMEMBERED_BYTES:
+            return digest_file(path)
+        seen = hash_of([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
+        memory = root / "digests" / seen
+        with contextlib.suppress(OSError):
+            if len(known := memory.read_text(encoding="ascii")) == 64:
+                return known
+        value = digest_file(path)
+        with contextlib.suppress(OSError):  # not remembering costs time only
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="ascii") as file:
+                file.write(value)
+            os.replace(file.name, memory)
+        return value
+
+    return digest
+
+
+def hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

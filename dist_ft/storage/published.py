@@ -1,0 +1,88 @@
+"""Folders of the cache that are published complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import MachineError
+
+_MANIFEST = "manifest.json"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether everything that was published in `folder` is there, by names and sizes."""
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def publish(folder: Path, build: Callable[[Path], None]) -> None:
+    """Have `build` fill a folder that appears as `folder` whole or not at all; only one process at a time builds it.
+
+    Raises:
+        MachineError: the cache cannot be written, or has no room.
+    """
+    from filelock import FileLock
+
+    with _disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if is_whole(folder):
+                return
+            for rest in (folder, *folder.parent.glob(f".{folder.name}-*")):  # torn, or of a process that was killed
+                shutil.rmtree(rest, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            try:
+                build(staging)
+                _finish(staging)
+                staging.rename(folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """See that the disk that will hold `folder` has room.
+
+    Raises:
+        MachineError: it has not.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        rule = f"has {free >> 20} MiB free where about {needed_bytes >> 20} MiB are needed"
+        raise MachineError.of(str(folder), rule, "make room, or set data.cache_dir to a folder on another disk")
+
+
+def _finish(folder: Path) -> None:
+    """Write the manifest and have the disk confirm every file."""
+    folder.chmod(0o755)  # users of a shared cache read it
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = folder / _MANIFEST
+    manifest.write_text(json.dumps({str(f.relative_to(folder)): f.stat().st_size for f in files}), encoding="utf-8")
+    for path in (*files, manifest):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            way_out = "make room, or set data.cache_dir to a folder on another disk"
+            raise MachineError.of(str(folder.parent), "there is no room left on the disk", way_out) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            way_out = "set data.cache_dir to a folder that you can write"
+            raise MachineError.of(str(folder.parent), f"cannot be written ({error.strerror})", way_out) from error
+        raise

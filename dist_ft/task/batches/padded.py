@@ -1,0 +1,48 @@
+"""Micro-batches of padded rows: what tasks of encoders and of classification heads share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...state import Example, Facts, Sample
+
+
+def pad_rows(rows: Sequence[np.ndarray], value: int) -> Tensor:
+    """[B, longest] int64, padded behind with `value`."""
+    padded = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
+    return padded
+
+
+def pad_inputs(segments: Sequence[Mapping[str, np.ndarray]], facts: Facts) -> dict[str, Any]:
+    """`input_ids`, `attention_mask` and, where the tokenizer has them, `token_type_ids`, each [B, longest]."""
+    inputs = {
+        "input_ids": pad_rows([segment["input_ids"] for segment in segments], facts.pad_id),
+        "attention_mask": pad_rows([np.ones(len(segment["input_ids"])) for segment in segments], 0),
+    }
+    if facts.has_token_types:
+        inputs["token_type_ids"] = pad_rows([segment["token_type_ids"] for segment in segments], 0)
+    return inputs
+
+
+def only_segments(samples: Sequence[Sample]) -> list[Mapping[str, np.ndarray]]:
+    """The one sequence of each sample."""
+    assert all(len(sample.segments) == 1 for sample in samples)
+    return [sample.segments[0] for sample in samples]
+
+
+def input_columns(facts: Facts) -> tuple[str, ...]:
+    """The columns that a tokenizer gives, of those that models read."""
+    return ("input_ids", "token_type_ids") if facts.has_token_types else ("input_ids",)
+
+
+def tokenize(tokenizer: Any, facts: Facts, text: str, pair: str | None = None, **options: Any) -> Example:
+    """A text, or a pair of them, with the tokenizer's special tokens."""
+    encoded = tokenizer(text, pair, return_attention_mask=False, verbose=False, **options)
+    return {name: list(encoded[name]) for name in input_columns(facts)}

@@ -1,0 +1,4 @@
+"""Metrics computed from the predictions of a whole split.
+
+Imports `state`.
+"""
