@@ -12,17 +12,17 @@ from torch import nn
 
 from .assess.reference import refer_to_start
 from .checkpoint.resume import restore, resume, save_checkpoint, settle_start
-from .config.plan import Plan
+from .config.plan import EXPORT, Plan
 from .config.run import RunConfig
-from .data.order.interleave import MixedOrder, quotas_of
+from .data.order.interleave import MixedOrder
 from .data.order.loader import Loader, split_batches
 from .data.order.order import Order, PoissonOrder, total_steps
+from .data.order.proportions import describe_mixture, quotas_of
 from .data.render.template import find_end_token
 from .data.render.tokenizer import open_tokenizer
 from .data.store.opened import Split
 from .errors import MachineError, RequestError
 from .export.card import card_of_run
-from .export.opened import EXPORT
 from .export.probe import take_probe
 from .export.write import export_run
 from .families import (
@@ -34,7 +34,6 @@ from .families import (
     model_factory,
     optim_factory,
 )
-from .inspect.mixture import describe_mixture
 from .loop import Run
 from .model.attention import AttentionChoice
 from .model.flops import StepCost, count_step_cost

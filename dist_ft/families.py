@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config.plan import Plan
+from .config.plan import START_FILE, Plan
 from .config.run import RunConfig
 from .errors import RequestError
 from .method.adapter import Adapter
@@ -23,7 +23,6 @@ from .method.lora import Lora
 from .method.p_tuning import PTuning
 from .method.prefix import Prefix
 from .method.prompt import Prompt
-from .method.start import START_FILE
 from .model.attention import AttentionChoice
 from .model.load import attention_of, load_model
 from .model.moe.policy import apply_policy, route_method

@@ -15,8 +15,8 @@ from pathlib import Path
 from .config.plan import read_plan
 from .config.run import RunConfig
 from .data.read.sets import ALONE, SPLITS, SplitName, name_in_mixture, sets_of
-from .data.render.added_tokens import NewTokens, find_new_tokens
 from .data.render.labels import find_labels
+from .data.render.new_tokens import NewTokens, find_new_tokens
 from .data.render.template import ChatTokenizer
 from .data.render.tokenizer import check_tokenizers, load_tokenizer
 from .data.store.identity import split_folder

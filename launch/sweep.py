@@ -22,10 +22,11 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from rich.console import Console
 from rich.table import Table
 
+from ..config.plan import METRICS_FILE
 from ..config.run import RunConfig
 from ..errors import MachineError, RequestError
 from ..state import LOWER_IS_BETTER
-from ..track.jsonl import METRICS_FILE, read_evaluations
+from ..track.jsonl import read_evaluations
 
 SUMMARY = "sweep.csv"
 SAMPLERS = ("tpe", "random", "grid", "cmaes")

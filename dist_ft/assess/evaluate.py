@@ -17,7 +17,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from ..config.plan import read_plan
+from ..config.plan import REFERENCE_FILE, read_plan
 from ..config.run import RunConfig
 from ..data.store.opened import Split
 from ..export.opened import find_export, find_trained_run
@@ -29,7 +29,7 @@ from ..state import Refers
 from ..task.table import TASKS
 from .abilities import LmEvalOptions, find_abilities, show_abilities
 from .forgetting import measure_forgetting, render_forgetting
-from .reference import REFERENCE_FILE, name_of, read_references, values_of, write_references
+from .reference import name_of, read_references, values_of, write_references
 from .scoring import Evaluation, evaluate_model, find_split, open_model, render_table, total, write_lines, write_result
 
 

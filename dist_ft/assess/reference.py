@@ -16,7 +16,7 @@ from typing import TextIO
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ..config.plan import Plan
+from ..config.plan import REFERENCE_FILE, Plan
 from ..data.order.loader import evaluation_batches
 from ..data.store.opened import Split
 from ..loop import evaluate
@@ -24,8 +24,6 @@ from ..prepare import Prepared
 from ..process import comm
 from ..process.place import Place
 from ..state import Engine, Prediction, Refers, Task
-
-REFERENCE_FILE = "reference.safetensors"  # in a run's folder: a tensor for each split, under the name of its data
 
 
 def refer_to_start(

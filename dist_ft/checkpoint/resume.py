@@ -6,16 +6,14 @@ import shutil
 from pathlib import Path
 from typing import TextIO
 
-from ..assess.reference import REFERENCE_FILE
 from ..config.method import LoraKeys
-from ..config.plan import Plan
+from ..config.plan import CHECKPOINTS, REFERENCE_FILE, START_FILE, Plan
 from ..errors import RequestError, TrainingError
-from ..method.start import START_FILE, read_start
+from ..method.start import read_start
 from ..process import comm
 from ..process.place import Place
 from ..state import Engine, Progress
 from . import store as checkpoint
-from .store import CHECKPOINTS
 
 
 def resume(plan: Plan, engine: Engine, place: Place, terminal: TextIO) -> Progress:

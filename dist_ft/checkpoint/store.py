@@ -27,7 +27,6 @@ from ..process import comm
 from ..state import NamedState, Progress
 from .reader import SafeReader
 
-CHECKPOINTS = "checkpoints"  # the folder of them in a run's
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ROOM_FACTOR = 1.1  # what must be free, in sizes of the checkpoint

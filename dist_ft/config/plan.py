@@ -18,7 +18,15 @@ from ..errors import Problem, RequestError
 from .run import RunConfig
 from .strict import Strict
 
+# What a run's folder holds, by name.
 RUN_FILE = "run.yaml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+EXPORT = "model"
+FAILURE_FILE = "failure.json"
+START_FILE = "start.safetensors"  # initial LoRA factors of PiSSA and OLoRA
+REFERENCE_FILE = "reference.safetensors"  # log-probabilities under the initial model, one tensor per split
+SEED_FILE = "noise_seed"  # of a private run; readable by its owner only
 
 
 class Plan(Strict):

@@ -11,20 +11,19 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint.store import CHECKPOINTS
 from ..config.model import ModelConfig
-from ..config.plan import Plan
+from ..config.plan import CHECKPOINTS, METRICS_FILE, Plan
 from ..data.order.order import PoissonOrder, total_steps
+from ..data.order.proportions import describe_mixture
 from ..data.read.sets import sets_of
 from ..data.store.opened import Split
 from ..families import architecture_of
-from ..inspect.mixture import describe_mixture
 from ..model.load import rename_base
 from ..prepare import Prepared
 from ..pretrained.source import is_hub_id
 from ..privacy.mechanism import find_privacy
 from ..state import CAUSAL_LM, Architecture
-from ..track.jsonl import METRICS_FILE, read_evaluations, read_metrics
+from ..track.jsonl import read_evaluations, read_metrics
 from .opened import name_base
 
 LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")

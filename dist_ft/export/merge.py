@@ -20,14 +20,14 @@ from torch import nn
 from ..checkpoint import store as checkpoint
 from ..checkpoint.reader import SafeReader
 from ..config.method import LoraKeys
-from ..config.plan import read_plan
+from ..config.plan import CHECKPOINTS, START_FILE, read_plan
 from ..config.run import RunConfig
 from ..config.strict import Strict
 from ..data.render.template import find_end_token
 from ..data.render.tokenizer import open_tokenizer
 from ..errors import RequestError
 from ..families import architecture_of, build_method, choose_attention, model_factory
-from ..method.start import START_FILE, read_start
+from ..method.start import read_start
 from ..prepare import Prepared, prepare
 from ..process.command import read_words, run_command, split_run
 from ..state import ModelFactory
@@ -125,9 +125,9 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
         return open_export(
             find_export(run_dir), config.model, prepared.model_dir, architecture_of(config, prepared.facts)
         )
-    path = run_dir / checkpoint.CHECKPOINTS / name
+    path = run_dir / CHECKPOINTS / name
     if not path.is_dir():
-        found = ", ".join(sorted(p.name for p in (run_dir / checkpoint.CHECKPOINTS).glob("*"))) or "none"
+        found = ", ".join(sorted(p.name for p in (run_dir / CHECKPOINTS).glob("*"))) or "none"
         raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
     if reason := checkpoint.verify(path.resolve()):
         raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.store import CHECKPOINTS
 from ..config.model import ModelConfig
-from ..config.plan import Plan
+from ..config.plan import CHECKPOINTS, EXPORT, Plan
 from ..errors import RequestError, TrainingError
 from ..method.adapter import is_bottleneck, load_adapter
 from ..model.load import auto_class, open_pretrained
@@ -23,7 +22,6 @@ from ..pretrained.source import is_hub_id
 from ..state import CAUSAL_LM, Architecture
 
 ADAPTER_CONFIG = "adapter_config.json"
-EXPORT = "model"
 AGAIN = "export anew from a checkpoint: dist-ft export run=… checkpoint=latest"
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from ..config.run import RunConfig
+from ..data.order.proportions import proportions
 from ..data.read.sets import key_of
 from ..data.store.opened import Split
-from .mixture import mixture_table
 
 
 def ledger_tables(config: RunConfig, split: Split, name: str) -> Iterator[Table]:
@@ -47,4 +47,16 @@ def ledger_table(split: Split, title: str) -> Table:
     share = ledger["supervised_tokens"] / max(1, ledger["tokens"])
     table.add_row("supervised tokens", f"{ledger['supervised_tokens']:,}", f"{share:.0%} of the tokens enter the loss")
     table.add_row("samples", f"{ledger['samples']:,}", ledger["layout"])
+    return table
+
+
+def mixture_table(config: RunConfig, train: Split) -> Table:
+    """The same as a table."""
+    table = Table(title="data.mixture over the run", title_justify="left", box=None)
+    table.add_column("")
+    for column in ("samples", "seen", "times each", "share of samples", "share of supervised tokens"):
+        table.add_column(column, justify="right")
+    for found in proportions(config, train):
+        shares = (f"{found.times:.2f}", f"{found.share:.2%}", f"{found.token_share:.2%}")
+        table.add_row(found.name, f"{found.samples:,}", f"{found.seen:,}", *shares)
     return table

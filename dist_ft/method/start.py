@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config.method import LoraKeys
+from ..config.plan import START_FILE
 from ..errors import Problem, RequestError
 from ..model.quantization.packed import find_packed
 from ..state import Weights
 
-START_FILE = "start.safetensors"  # in a run's folder
 ADAPTER = "default"
 Start = dict[str, Tensor]  # A and B, float32, by the names that the parameters have in the model
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.plan import Plan
+from ..config.plan import SEED_FILE, Plan
 from ..config.privacy import PrivacyConfig
 from ..data.order.chance import random_words
 from ..errors import RequestError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..data.order.order import PoissonOrder
 
 
-SEED_FILE = "noise_seed"  # in the run's folder, for its owner only
 DELTA_SHARE = 0.1  # of 1 / rows, where no delta is given
 
 

@@ -7,7 +7,6 @@ The environment is read here and nowhere else in the package (launch/environ.py 
 from __future__ import annotations
 
 import datetime
-import os
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, Store
 
 from ..errors import MachineError
-from .place import Place, environ
+from .place import Place, environ, publish_place
 
 PREPARATION_LIMIT = datetime.timedelta(days=7)  # tokenising may take long and no collective waits for it
 
@@ -26,10 +25,7 @@ def open_store(place: Place, timeout_s: float) -> Store:
     Raises:
         MachineError: the first worker cannot be reached, or its port is taken.
     """
-    # DeepSpeed reads these itself, also where srun or nobody set them.
-    os.environ.setdefault("RANK", str(place.rank))
-    os.environ.setdefault("WORLD_SIZE", str(place.world_size))
-    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
+    publish_place(place)
     if place.world_size == 1:
         return HashStore()
     where = f"{environ('MASTER_ADDR')}:{environ('MASTER_PORT')}"

@@ -14,10 +14,9 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
+from ..config.plan import FAILURE_FILE
 from ..errors import DistFtError, TrainingError
 from .place import Place
-
-FAILURE_FILE = "failure.json"
 
 
 def forget(run_dir: Path, started: float) -> None:

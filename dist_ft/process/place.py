@@ -77,3 +77,10 @@ def find_device(place: Place) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def publish_place(place: Place) -> None:
+    """Set RANK, WORLD_SIZE and LOCAL_RANK where no launcher did: DeepSpeed reads them itself."""
+    os.environ.setdefault("RANK", str(place.rank))
+    os.environ.setdefault("WORLD_SIZE", str(place.world_size))
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))

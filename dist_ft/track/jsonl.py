@@ -12,8 +12,6 @@ from typing import Any
 
 from ..state import Metrics
 
-METRICS_FILE = "metrics.jsonl"
-
 
 class JsonLines:
     """Appends metrics to `path`; what is logged of one step in several calls stands in one object.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..config.plan import Plan
-from ..export.opened import EXPORT
-from ..model.attention import AttentionChoice
+from ..config.plan import EXPORT, METRICS_FILE, Plan
 from ..state import Progress
-from .jsonl import METRICS_FILE, read_evaluations, read_metrics
+from .jsonl import read_evaluations, read_metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model.attention import AttentionChoice
 
 
 def describe(

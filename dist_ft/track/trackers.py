@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from ..config.plan import Plan
+from ..config.plan import METRICS_FILE, Plan
 from ..process.place import Place
 from ..state import Progress, Tracker
 from .compose import NullTracker, Trackers
-from .jsonl import METRICS_FILE, JsonLines
+from .jsonl import JsonLines
 from .progress import open_progress
 from .wandb import open_wandb
 

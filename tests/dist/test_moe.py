@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import BATCH, LEARNING_RATE, MAX_NORM, VOCAB, WEIGHT_DECAY, config_of
-from tests.unit.model.test_moe import build
+from tests.unit.model.moe.test_moe import build
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 

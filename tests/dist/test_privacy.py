@@ -19,7 +19,7 @@ from tests.dist.cases import metrics_of, run_case
 from tests.dist.conftest import config_of
 from tests.dist.heads import config_of as heads_config_of
 from tests.dist.heads import make_model, make_rows
-from tests.unit.test_private_fsdp import turn_rows
+from tests.unit.privacy.test_fsdp import turn_rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from dist_ft.config.plan import START_FILE
 from dist_ft.export.merge import main as export_again
-from dist_ft.method.start import START_FILE
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 from tests.dist.conftest import BATCH, LEARNING_RATE, MAX_NORM, WEIGHT_DECAY, config_of

@@ -19,7 +19,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 # spawn.py is the launcher of the tests' workers
-ENVIRONMENT_READERS = {"launch/environ.py", "dist_ft/comm.py", "dist_ft/testing/spawn.py"}
+ENVIRONMENT_READERS = {"launch/environ.py", "dist_ft/process/place.py", "dist_ft/testing/spawn.py"}
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60
 
 
@@ -67,7 +67,7 @@ def test_environment_is_read_in_two_places_only() -> None:
         if str(path.relative_to(ROOT)) not in ENVIRONMENT_READERS
         for line in environment_reads(ast.parse(path.read_text(encoding="utf-8")))
     ]
-    assert not found, f"read the environment in launch/environ.py or dist_ft/comm.py: {found}"
+    assert not found, f"read the environment in launch/environ.py or dist_ft/process/place.py: {found}"
 
 
 def test_files_and_functions_fit_in_the_head() -> None:

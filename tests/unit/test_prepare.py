@@ -16,9 +16,10 @@ import pytest
 from dist_ft.config.plan import make_plan, write_plan
 from dist_ft.config.run import RunConfig
 from dist_ft.data.read.formats import IGNORED_LABEL
-from dist_ft.data.store import identity as cache
+from dist_ft.data.store import identity
 from dist_ft.errors import DistFtError, MachineError, RequestError
 from dist_ft.prepare import Prepared, main, prepare
+from dist_ft.storage import published
 from dist_ft.storage.files import find_package
 
 CHAT = [{"role": "user", "content": "How do I reset it?"}, {"role": "assistant", "content": "Hold the button."}]
@@ -75,10 +76,10 @@ def test_rows_become_a_table_once(make_config: Any, tiny_tokenizer: Path) -> Non
     from transformers import AutoTokenizer
 
     config = make_config([{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}], task={"max_length": 100})
-    assert not cache.is_prepared(config)
+    assert not identity.is_prepared(config)
     said: list[str] = []
     prepared = prepare(config, said.append)
-    assert cache.is_prepared(config)
+    assert identity.is_prepared(config)
     ledger = check_sums(prepared)
     assert ledger["formats"] == ["messages"] and ledger["layout"] == "rows" and ledger["rows_read"] == 2
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
@@ -120,7 +121,7 @@ def caught_by(config: RunConfig) -> Any:
 def test_what_shapes_the_tokens_is_in_the_key_and_nothing_else(make_config: Any, tmp_path: Path) -> None:
     rows = [{"messages": CHAT}, {"messages": CHAT}]
     base = make_config(rows)
-    folder = cache.split_folder(base, "train")
+    folder = identity.split_folder(base, "train")
     same = [
         make_config(rows, train={"seed": 5, "max_steps": 3}),
         make_config(rows, data={"shuffle": False}),
@@ -133,25 +134,25 @@ def test_what_shapes_the_tokens_is_in_the_key_and_nothing_else(make_config: Any,
         make_config(rows, task={"chat_template": "chatml"}),
         make_config(rows, data={"format": "messages"}),
     ]
-    assert all(cache.split_folder(config, "train") == folder for config in same)
-    folders = {cache.split_folder(config, "train") for config in other}
+    assert all(identity.split_folder(config, "train") == folder for config in same)
+    folders = {identity.split_folder(config, "train") for config in other}
     assert len(folders) == len(other) and folder not in folders
     template = tmp_path / "t.jinja"
     keys = set()
     for text in ("a", "b"):
         template.write_text(text)
-        keys.add(cache.split_folder(make_config(rows, task={"chat_template": str(template)}), "train"))
+        keys.add(identity.split_folder(make_config(rows, task={"chat_template": str(template)}), "train"))
     assert len(keys) == 2
     make_config([{"messages": CHAT}])  # the same file with other content
-    assert cache.split_folder(base, "train") != folder
+    assert identity.split_folder(base, "train") != folder
 
 
 def test_another_tokenizer_is_another_key(make_config: Any, tiny_tokenizer: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
     config = make_config([{"messages": CHAT}], model={"tokenizer": str(tmp_path / "tokenizer")})
-    before = cache.split_folder(config, "train")
+    before = identity.split_folder(config, "train")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")
-    assert cache.split_folder(config, "train") != before
+    assert identity.split_folder(config, "train") != before
 
 
 def test_packing_follows_task_and_order(make_config: Any, shared: Path) -> None:
@@ -269,7 +270,7 @@ def test_the_hub_out_of_reach_names_the_way_out(make_config: Any) -> None:
 
 
 def test_no_room_is_the_machines_fault(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(published.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
     assert "MiB free" in problem(make_config([{"messages": CHAT}]), MachineError).rule
 
 
@@ -278,7 +279,7 @@ def test_a_torn_table_is_made_again(make_config: Any) -> None:
     table = Path(prepare(config).train.table) / "tokens-input_ids.npy"
     whole = table.read_bytes()
     table.write_bytes(whole[:-4])
-    assert not cache.is_prepared(config)
+    assert not identity.is_prepared(config)
     prepare(config)
     assert table.read_bytes() == whole
 

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
-from ...config.run import RunConfig
 from .order import Order
-
-
-def quotas_of(config: RunConfig, sizes: Mapping[str, int]) -> list[int]:
-    """What each set gets of every period's samples, see `share_out`; `sizes` are their samples by name."""
-    mixture = config.data.mixture or {}
-    weights = [mixture[name].weight for name in sizes]
-    given = [weight for weight in weights if weight is not None]
-    return share_out(list(sizes.values()), given or None, config.data.mixture_temperature)
-
 
 PERIOD = 1 << 16  # shares are kept exactly where they repeat after so many samples, and to 1 / PERIOD elsewhere
 

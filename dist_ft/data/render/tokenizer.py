@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config.run import RunConfig
-from ...config.task import TaskChoice
 from ...errors import RequestError
 from .added_tokens import add_tokens
+from .template_file import read_template
 
 
 def check_tokenizers(config: RunConfig, model_dir: str, tokenizer_dir: str) -> None:
@@ -41,26 +41,6 @@ def open_tokenizer(config: RunConfig, folder: str) -> Any:
         if not config.data.only_tokens:
             raise
         return None
-
-
-CHATML_FILE = Path(__file__).with_name("chatml.jinja")
-
-
-def read_template(task: TaskChoice) -> str | None:
-    """The text of `task.chat_template`; None where the tokenizer's own is meant.
-
-    Raises:
-        RequestError: the file cannot be read.
-    """
-    template: str | None = getattr(task, "chat_template", None)
-    if template is None:
-        return None
-    path = CHATML_FILE if template == "chatml" else Path(template).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        way_out = "name a Jinja file, or chatml"
-        raise RequestError.of("task.chat_template", f"{path} cannot be read ({error})", way_out) from error
 
 
 def load_tokenizer(config: RunConfig, folder: str) -> Any:

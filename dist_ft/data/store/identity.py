@@ -18,7 +18,7 @@ from ..read.augment import augment_identity
 from ..read.chosen import identity
 from ..read.sets import ALONE, SPLITS, SplitName, sets_of
 from ..read.sources import fingerprint
-from ..render.tokenizer import read_template
+from ..render.template_file import read_template
 
 _TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template.json")
 

@@ -116,7 +116,9 @@ def test_the_wrong_command_for_a_launcher(words, capsys):
     assert "dist-ft train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "module"), [("eval", "evaluate"), ("generate", "generate"), ("export", "merge")])
+@pytest.mark.parametrize(
+    ("command", "module"), [("eval", "assess.evaluate"), ("generate", "assess.generate"), ("export", "export.merge")]
+)
 def test_outcomes_take_a_run(words, started, monkeypatch, tmp_path, capsys, command, module):
     monkeypatch.setattr("dist_ft.data.store.identity.is_prepared", lambda config: True)
     monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)

@@ -18,7 +18,7 @@ from dist_ft.export.opened import open_export
 from dist_ft.export.probe import compare, probe_model
 from dist_ft.families import METHODS
 from tests.samples import given
-from tests.unit.test_export import TOKENS, Case
+from tests.unit.export.test_write import TOKENS, Case
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dist_ft.export.account import Account
 from dist_ft.method.shards import write_model
-from tests.unit.model.test_moe import CONFIGS, SIZES, build
+from tests.unit.model.moe.test_moe import CONFIGS, SIZES, build
 
 LIMIT = 8_000  # bytes
 

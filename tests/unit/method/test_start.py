@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 from transformers.pytorch_utils import Conv1D
 
 from dist_ft.config.method import LoraConfig
+from dist_ft.config.plan import START_FILE
 from dist_ft.errors import RequestError, TrainingError
 from dist_ft.export.merge import merge
 from dist_ft.export.opened import open_export
 from dist_ft.export.probe import compare, probe_model
 from dist_ft.method.lora import Lora
-from dist_ft.method.start import START_FILE
 from dist_ft.model.quantize import quantize
 from tests.samples import given
+from tests.unit.export.test_write import TOKENS, Case, train_a_little
 from tests.unit.method.test_methods import SIZES, llama, lora
-from tests.unit.test_export import TOKENS, Case, train_a_little
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(1, 9)[None]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dist_ft.model.flops import count_step_cost
 from dist_ft.model.quantize import quantize
-from tests.unit.model.test_moe import CONFIGS, SIZES, build
+from tests.unit.model.moe.test_moe import CONFIGS, SIZES, build
 
 BATCH, LENGTH = 3, 11
 DENSE = {

@@ -86,7 +86,7 @@ os.environ["WANDB_API_KEY"] = "planted-" + "a" * 32
 os.environ["HF_TOKEN"] = "planted-hub"
 print("planted-stdout")
 from pathlib import Path
-from dist_ft.schema import TrackConfig
+from dist_ft.config.track import TrackConfig
 from dist_ft.track.wandb import open_wandb
 settings = {{"seen": "visible-word", "api_key": "planted-value", "setup": ["export MY_TOKEN=planted-line"],
              "data": "https://me:planted-word@host/f?sig=1&token=planted-query", "note": "is planted-hub here"}}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.template import ChatTokenizer
-from dist_ft.data.render.tokenizer import CHATML_FILE
+from dist_ft.data.render.template_file import CHATML_FILE
 from dist_ft.errors import RequestError
 
 CHATML = (

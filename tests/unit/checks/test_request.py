@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_ft.checks import request as checks
+from dist_ft.checks import machine
 from dist_ft.checks.keys import READ_WHEN
 from dist_ft.checks.machine import check_machine
 from dist_ft.checks.request import check
@@ -288,9 +288,9 @@ def test_disk(tmp_path, monkeypatch):
     assert "is a file" in machine(f"output_dir={tmp_path}/rows.jsonl/x")[0]
     usage = os.statvfs(tmp_path)
     assert usage.f_bavail
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10 * 2**20}))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10 * 2**20}))
     assert "10 MiB are free" in machine(f"output_dir={tmp_path}/a")[0]
-    monkeypatch.setattr(checks.os, "access", lambda *_: False)
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
     assert "cannot be written to" in machine(f"output_dir={tmp_path}/a")[0]
 
 
@@ -321,7 +321,7 @@ def test_a_missing_library_is_told_before_workers_start(monkeypatch: pytest.Monk
 
     slurm = ["method=qlora", "launch=slurm", "launch.workers_per_node=1"]
     assert told("method=qlora") == []
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
     assert told("method=qlora") == told("method=lora", "model.quantization=int8") == ["model.quantization"]
     assert told(*slurm) == ["model.quantization"] and told(*slurm, "launch.setup=['module load ours']") == []
     assert told("method=lora") == []

@@ -24,7 +24,7 @@ from dist_ft.method.lora import Lora
 from dist_ft.model.quantize import quantize
 from dist_ft.state import Facts
 from tests.samples import given
-from tests.unit.test_export import TOKENS, train_a_little
+from tests.unit.export.test_write import TOKENS, train_a_little
 
 LEDGER = {"rows_read": 1200, "rows_kept": 1199, "tokens": 34567, "supervised_tokens": 8901}
 

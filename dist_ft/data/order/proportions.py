@@ -1,16 +1,14 @@
-"""How often a run sees each set of its mixture, and what share of samples and of supervised tokens it has."""
+"""How often a run sees each set of its mixture, and each set's share of samples and supervised tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rich.table import Table
-
-from ..config.run import RunConfig
-from ..data.order.interleave import Interleaving, quotas_of
-from ..data.order.order import total_steps
-from ..data.store.opened import Split
+from ...config.run import RunConfig
+from ..store.opened import Split
+from .interleave import Interleaving, share_out
+from .order import total_steps
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,9 @@ def describe_mixture(config: RunConfig, train: Split) -> Iterator[str]:
         )
 
 
-def mixture_table(config: RunConfig, train: Split) -> Table:
-    """The same as a table."""
-    table = Table(title="data.mixture over the run", title_justify="left", box=None)
-    table.add_column("")
-    for column in ("samples", "seen", "times each", "share of samples", "share of supervised tokens"):
-        table.add_column(column, justify="right")
-    for found in proportions(config, train):
-        shares = (f"{found.times:.2f}", f"{found.share:.2%}", f"{found.token_share:.2%}")
-        table.add_row(found.name, f"{found.samples:,}", f"{found.seen:,}", *shares)
-    return table
+def quotas_of(config: RunConfig, sizes: Mapping[str, int]) -> list[int]:
+    """What each set gets of every period's samples, see `share_out`; `sizes` are their samples by name."""
+    mixture = config.data.mixture or {}
+    weights = [mixture[name].weight for name in sizes]
+    given = [weight for weight in weights if weight is not None]
+    return share_out(list(sizes.values()), given or None, config.data.mixture_temperature)

@@ -24,8 +24,8 @@ from dist_ft.privacy.fsdp import PrivateFsdp
 from dist_ft.privacy.mechanism import Privacy
 from dist_ft.privacy.norms import RowNorms
 from dist_ft.process.place import Place
-from tests.unit.test_privacy import CPU, MODELS, batches, clipped_sum, make_model, make_privacy, make_task
-from tests.unit.test_privacy import make_engine as make_ddp
+from tests.unit.privacy.test_ddp import CPU, MODELS, batches, clipped_sum, make_model, make_privacy, make_task
+from tests.unit.privacy.test_ddp import make_engine as make_ddp
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,6 +20,7 @@ from torch.nn import functional
 from dist_ft.build import _find_privacy
 from dist_ft.checks.request import check
 from dist_ft.config.method import LoraConfig
+from dist_ft.config.plan import SEED_FILE
 from dist_ft.config.privacy import PrivacyConfig
 from dist_ft.config.task import Seq2SeqConfig, SequenceClassificationConfig
 from dist_ft.data.order.deal import deal
@@ -28,7 +29,7 @@ from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.method.lora import Lora
 from dist_ft.privacy.ddp import Private
-from dist_ft.privacy.mechanism import SEED_FILE, Privacy, build_privacy, settle_seed
+from dist_ft.privacy.mechanism import Privacy, build_privacy, settle_seed
 from dist_ft.process.place import Place
 from dist_ft.state import Batch, Facts, Sample
 from dist_ft.task.batches.tokens import collate_padded, sum_losses

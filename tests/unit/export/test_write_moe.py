@@ -18,8 +18,8 @@ from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
 from dist_ft.model.moe.policy import route_method
 from tests.samples import given
-from tests.unit.model.test_moe import CONFIGS, build
-from tests.unit.test_export import TOKENS, Case
+from tests.unit.export.test_write import TOKENS, Case
+from tests.unit.model.moe.test_moe import CONFIGS, build
 
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 VARIANTS: dict[str, tuple[dict[str, Any] | None, Any]] = {

@@ -19,7 +19,7 @@ from dist_ft.model.quantization import packing
 from dist_ft.model.quantization.packed import find_packed
 from dist_ft.model.quantization.packing import pack, packed_bytes, unpack
 from dist_ft.model.quantize import quantize
-from tests.unit.model.test_moe import CONFIGS, Separate, build
+from tests.unit.model.moe.test_moe import CONFIGS, Separate, build
 
 SCHEMES = ("nf4", "int8")
 IDS = torch.arange(1, 41).view(2, 20)

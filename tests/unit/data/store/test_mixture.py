@@ -16,13 +16,13 @@ from dist_ft.assess.turns import read_questions
 from dist_ft.build import build_loader, build_order
 from dist_ft.config.plan import make_plan, write_plan
 from dist_ft.config.run import RunConfig
+from dist_ft.data.order.proportions import describe_mixture, proportions
 from dist_ft.data.store.identity import is_prepared, split_folder
 from dist_ft.errors import RequestError
 from dist_ft.export.card import render_card
 from dist_ft.families import build_task
 from dist_ft.inspect import rows as view
 from dist_ft.inspect.ledger import ledger_tables
-from dist_ft.inspect.mixture import describe_mixture, proportions
 from dist_ft.prepare import prepare
 from dist_ft.process.place import Place
 from dist_ft.state import REFERENCE, Sample

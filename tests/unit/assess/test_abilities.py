@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dist_ft.assess import abilities, evaluate
 from dist_ft.config.plan import read_plan, write_plan
 from dist_ft.errors import MachineError, RequestError
-from tests.unit.test_outcome import make_run
+from tests.unit.assess.test_outcome import make_run
 
 CHOICES = ["team: billing", "team: technical", "sales"]
 ROWS = [

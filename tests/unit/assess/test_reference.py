@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dist_ft.assess import reference
-from dist_ft.assess.reference import REFERENCE_FILE, read_references, refer_to_start, write_references
+from dist_ft.assess.reference import read_references, refer_to_start, write_references
 from dist_ft.checkpoint.resume import settle_start
-from dist_ft.checkpoint.store import CHECKPOINTS
+from dist_ft.config.plan import CHECKPOINTS, REFERENCE_FILE
 from dist_ft.config.task import PreferenceConfig
 from dist_ft.data.store.opened import Split
 from dist_ft.data.store.pack import in_groups
