@@ -281,17 +281,17 @@ def test_template_file_must_exist():
 
 
 def test_disk(tmp_path, monkeypatch):
-    def machine(*words):
+    def problems(*words):
         return [problem.rule for problem in check_machine(compose(words).config)]
 
-    assert machine(f"output_dir={tmp_path}/a/b/c") == []
-    assert "is a file" in machine(f"output_dir={tmp_path}/rows.jsonl/x")[0]
+    assert problems(f"output_dir={tmp_path}/a/b/c") == []
+    assert "is a file" in problems(f"output_dir={tmp_path}/rows.jsonl/x")[0]
     usage = os.statvfs(tmp_path)
     assert usage.f_bavail
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10 * 2**20}))
-    assert "10 MiB are free" in machine(f"output_dir={tmp_path}/a")[0]
+    assert "10 MiB are free" in problems(f"output_dir={tmp_path}/a")[0]
     monkeypatch.setattr(machine.os, "access", lambda *_: False)
-    assert "cannot be written to" in machine(f"output_dir={tmp_path}/a")[0]
+    assert "cannot be written to" in problems(f"output_dir={tmp_path}/a")[0]
 
 
 @pytest.mark.parametrize(
