@@ -1,10 +1,11 @@
-"""Scores of the same training by dist-ft and by transformers' own Trainer: equal data, model, batch, rate and steps.
+"""Compare the scores of dist-ft and of the transformers Trainer after the same training.
 
     python benchmarks/against_trainer.py --data ../shared/data --steps 150 --seeds 3
 
-Three tasks: sentiment (rotten_tomatoes, accuracy) and names (wnut17, entity F1 by seqeval) with the MiniLM encoder, and
-translation (tatoeba_en_sv, loss of a token) with a small T5 that begins at random. Order of the rows, dropout and new
-heads are drawn by each system for itself, so that scores agree within the noise of seeds: both means, and Welch's t.
+Data, model, batch size, learning rate and steps are equal. Three tasks: sentiment classification (rotten_tomatoes,
+accuracy) and named entity recognition (wnut17, entity F1 by seqeval) with the MiniLM encoder, and translation
+(tatoeba_en_sv, loss per token) with a small randomly initialized T5. Each system draws row order, dropout and new heads
+itself, so scores agree only up to seed noise. The output has the means over seeds, and Welch's t.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ T5 = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, 
 
 
 def rows_of(data: Path, task: str, split: str, most: int) -> list[dict[str, Any]]:
-    """The first rows of a split."""
+    """Return the first `most` rows of a split."""
     with (data / SETS[task] / f"{split}.jsonl").open(encoding="utf-8") as lines:
         found = [json.loads(line) for line, _ in zip(lines, range(most), strict=False)]
     if task == "seq2seq":
@@ -39,7 +40,7 @@ def rows_of(data: Path, task: str, split: str, most: int) -> list[dict[str, Any]
 
 
 def write_inputs(folder: Path, data: Path, most: int) -> dict[str, str]:
-    """Rows of all tasks, and the models' folders."""
+    """Write the rows of all tasks, and return the model folder of each task."""
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
     from dist_ft.launch.compose import compose
@@ -60,7 +61,7 @@ def write_inputs(folder: Path, data: Path, most: int) -> dict[str, str]:
 
 
 def run_ours(folder: Path, task: str, model: str, steps: int, seed: int) -> float:
-    """The score after the last step of `dist-ft train`."""
+    """Return the score after the last step of `dist-ft train`."""
     out = folder / f"{task}-{seed}"
     words = [
         f"task={task}", f"task.max_length={LENGTH}", "task.overlong=truncate", "data=jsonl", "method=full", "track=off",
@@ -81,7 +82,7 @@ def run_ours(folder: Path, task: str, model: str, steps: int, seed: int) -> floa
 
 
 def run_theirs(folder: Path, task: str, model: str, steps: int, seed: int) -> float:
-    """The score after the last step of transformers' Trainer."""
+    """Return the score after the last step of the transformers Trainer."""
     import transformers
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -113,7 +114,7 @@ def run_theirs(folder: Path, task: str, model: str, steps: int, seed: int) -> fl
 def encoder_of(
     task: str, rows: list[dict[str, Any]], tokenizer: Any
 ) -> tuple[Callable[[dict[str, Any]], dict[str, Any]], list[str]]:
-    """How a row becomes token ids and labels, and the labels' names."""
+    """Return the function that turns a row into token ids and labels, and the label names."""
     options = {"truncation": True, "max_length": LENGTH}
     if task == "seq2seq":
 
@@ -140,7 +141,7 @@ def encoder_of(
 
 
 def measure(task: str, model: Any, collate: Any, rows: list[dict[str, Any]], labels: list[str]) -> float:
-    """The score over all rows, counted here."""
+    """Compute the score over all rows, independently of both systems."""
     import torch
     from seqeval.metrics import f1_score
 
@@ -164,10 +165,10 @@ def measure(task: str, model: Any, collate: Any, rows: list[dict[str, Any]], lab
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the three data sets")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the three data sets")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=2000, help="most training rows")
+    parser.add_argument("--rows", type=int, default=2000, help="maximum number of training rows")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

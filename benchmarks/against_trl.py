@@ -1,9 +1,10 @@
-"""Tokens per CPU-second of the default job (LoRA, SmolLM2-135M, support desk) beside TRL's SFTTrainer.
+"""Compare the tokens per CPU-second of the default job (LoRA, SmolLM2-135M, support_desk) with TRL's SFTTrainer.
 
     pip install trl==1.16.0 && python benchmarks/against_trl.py --steps 6 --repeats 3
 
-Both get the same token rows and labels, model, adapter, effective batch, micro-batch, optimizer and one thread, and
-take turns in processes of their own; the first step is not counted. Losses of both are printed: they must agree.
+Both use the same tokenized rows and labels, model, adapter, global batch, micro-batch, optimizer, and one thread. They
+run alternately, each in a process of its own; the first step is not counted. The losses of both are printed and must
+agree.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def cpu_seconds() -> float:
 
 
 def prepare_rows(folder: Path) -> dict[str, str]:
-    """Write the prepared training rows as token JSONL; both trainers read these."""
+    """Write the tokenized training rows as JSON Lines for both trainers."""
     from dist_ft.data.store.table import TokenTable
     from dist_ft.launch.compose import compose
     from dist_ft.prepare import prepare
@@ -131,7 +132,7 @@ def run_trl(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
 
 
 def measure(who: str, rows: str, model: str, steps: int) -> dict[str, Any]:
-    """One run in a process of its own."""
+    """Run one trainer in a separate process and return its record."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--only", who, "--rows", rows, "--model", model, "--steps", str(steps)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

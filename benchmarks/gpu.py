@@ -1,10 +1,10 @@
-"""Step time, tokens/s, model FLOPs utilisation and peak memory of whole training steps on one device.
+"""Measure step time, tokens/s, model FLOPs utilization and peak memory of training steps on one device.
 
     python benchmarks/gpu.py                 # one GPU: a random 1.1 B Llama, bfloat16
-    python benchmarks/gpu.py --tiny          # any machine: does everything at toy size
+    python benchmarks/gpu.py --tiny          # any machine: a toy model
 
-Weights and tokens are random (zeros are faster on GPUs). Each case is a process of its own, so that peak memory is its
-own; the first steps are not counted.
+Weights and tokens are random, because matrix products with zeros are faster on GPUs. Each case runs in a separate
+process, so that peak memory is measured for this case alone; the first steps are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WARM_UP = 3
 
 
 def make_inputs(folder: Path, size: str, documents: int, longest: int) -> None:
-    """A model of random weights, and documents of random tokens whose lengths vary as those of instructions do."""
+    """Write a model with random weights, and documents of random tokens with lengths like those of instructions."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,7 +56,7 @@ def make_inputs(folder: Path, size: str, documents: int, longest: int) -> None:
 
 
 def run_case(folder: Path, method: str, attention: str, checkpointing: bool, batch: int, steps: int) -> dict[str, Any]:
-    """Train in this process and return the median of the counted steps' metrics."""
+    """Train in this process and return the median of each metric over the counted steps."""
     import torch
 
     from dist_ft.build import build
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--case", help="method,attention,checkpointing: one case in this process")
+    parser.add_argument("--case", help="method,attention,checkpointing: run one case in this process")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     batch = 4 if given.tiny else 16

@@ -1,9 +1,10 @@
-"""What each rank holds: peak resident memory over the bare process, gradients and moments, by method and engine.
+"""Measure the memory of each rank by method and engine: peak resident memory, weights, gradients and optimizer state.
 
     python benchmarks/memory.py --methods lora qlora full --engines ddp fsdp zero1 zero2 zero3
 
-Two workers on this machine train a random 107 M Llama in bfloat16 for two steps of 8 short rows, so weights and not
-activations weigh. Each case has processes of its own. Bytes are counted as tests/dist/test_memory.py counts them.
+Two workers on this machine train a random 107 M Llama in bfloat16 for two steps of 8 short rows, so that weights and
+not activations dominate. Peaks are relative to the process before the model is built. Each case runs in separate
+processes. Bytes are counted as in tests/dist/test_memory.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/dist/held.py, which counts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for tests/dist/held.py, which counts bytes
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 16},
@@ -28,7 +29,7 @@ WORLD, MIB = 2, 2**20
 
 
 def make_inputs(folder: Path) -> int:
-    """A model in 16 bits and rows of random tokens; returns the model's parameters."""
+    """Write a bfloat16 model and rows of random tokens; return the number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp", "zero1", "zero2", "zero3"])
     words = parser.parse_args()
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is gone from the process at once
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory returns to the system at once
     with tempfile.TemporaryDirectory() as top:
         parameters = make_inputs(Path(top))
         print(f"{parameters:,} parameters, {2 * parameters / MIB:.0f} MiB in 16 bits; MiB of rank 0 / rank 1\n")

@@ -1,6 +1,6 @@
-"""What can go wrong, by who can mend it; the exit code of a command is that of its error.
+"""Errors that commands report without a traceback; each class defines the exit code of the command.
 
-A user's fault or a broken machine raises one of these; `assert` is for our own mistakes.
+Invalid input and an unsuitable environment raise one of these errors; `assert` is for bugs in this package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend: where it stands (a key, a file and line, a host), what rule it breaks, the way out."""
+    """One problem to report: where it is (a key, a file and line, a host), what is wrong, and how to fix it."""
 
     where: str
     rule: str
@@ -22,7 +22,7 @@ class Problem:
 
 
 class DistFtError(Exception):
-    """Base of the errors that a user sees without a traceback."""
+    """Base class of the errors that are shown without a traceback; holds one or more problems."""
 
     exit_code: int
     title: str
@@ -34,7 +34,7 @@ class DistFtError(Exception):
 
     @classmethod
     def of(cls, where: str, rule: str, way_out: str) -> DistFtError:
-        """The error of a single problem."""
+        """Create an error with a single problem."""
         return cls(Problem(where, rule, way_out))
 
     def __reduce__(self) -> tuple[type[DistFtError], tuple[Problem, ...]]:
@@ -42,28 +42,28 @@ class DistFtError(Exception):
 
 
 class RequestError(DistFtError):
-    """The request is wrong: configuration, data or model as the user named them. Nothing was started."""
+    """Invalid request: the configuration, the data or the model that the user specified. No worker was started."""
 
     exit_code = 2
-    title = "the request is wrong"
+    title = "invalid request"
 
 
 class MachineError(DistFtError):
-    """The environment is wrong: a missing package, host, port, disk or device."""
+    """Unsuitable environment: a problem with a package, host, port, disk or device."""
 
     exit_code = 3
-    title = "the environment is wrong"
+    title = "unsuitable environment"
 
 
 class TrainingError(DistFtError):
-    """Training failed after it had begun."""
+    """Failure after training has started."""
 
     exit_code = 4
     title = "training failed"
 
 
 class Stopped(DistFtError):
-    """Stopped on request with a checkpoint; the same command goes on from there."""
+    """Run stopped on request after saving a checkpoint; the same command resumes from it."""
 
     exit_code = 75
     title = "stopped on request"

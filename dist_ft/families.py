@@ -1,9 +1,11 @@
-"""The families by name: the only place that knows every task, method and engine, each by a literal table."""
+"""The families by name: the only module that knows every task, method and engine, each in a literal table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from .model.moe.policy import apply_policy, route_method
 from .model.noise import add_embedding_noise
 from .optim.adamw import build_adamw
 from .privacy.mechanism import Privacy
-from .process.place import Place
-from .state import Architecture, Engine, Facts, Method, ModelFactory, OptimFactory, Task
+from .process.place import Worker
+from .protocols import Engine, Method, OptimFactory, Task
+from .state import Anatomy, Architecture, BuiltModel, Facts
 from .task.table import TASKS
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -49,28 +52,33 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def architecture_of(config: RunConfig, facts: Facts) -> Architecture:
-    """What the task needs of a model."""
+    """Return what the task needs of a model."""
     found: Architecture = TASKS[config.task.name].architecture(config.task, facts)
     return replace(found, vocabulary=facts.resized_vocabulary, new_token_ids=facts.new_token_ids)
 
 
 def build_task(config: RunConfig, facts: Facts, *, padding_free: bool) -> Task:
-    """The task, laying out micro-batches for a model that takes documents without padding, or not.
+    """Build the task.
+
+    Args:
+        config: Of the run.
+        facts: Of its data.
+        padding_free: Whether the model takes documents without padding.
 
     Raises:
-        RequestError: packing was asked for with a model whose attention cannot keep documents apart.
+        RequestError: Packing is requested with a model whose attention cannot separate packed documents.
     """
     kind = TASKS[config.task.name]
-    seed = {"seed": config.train.seed} if getattr(kind, "uses_seed", False) else {}  # of what it draws at random
+    seed = {"seed": config.train.seed} if getattr(kind, "uses_seed", False) else {}
     task: Task = kind(config.task, facts, padding_free=padding_free, **seed)
     if task.layout.packs and not padding_free:
-        rule = f"{config.model.name_or_path}'s attention cannot keep packed documents apart"
+        rule = f"{config.model.name_or_path} cannot isolate packed documents from each other"
         raise RequestError.of("task.packing", rule, "set task.packing=false")
     return task
 
 
 def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
-    """The method of the configuration; `run_dir` is where it keeps what a run that goes on must know."""
+    """Build the method; `run_dir` is where it keeps what a resumed run must know."""
     method = METHODS[config.method.name](config.method)
     if isinstance(method, Lora) and run_dir is not None:
         method.start_file = run_dir / START_FILE
@@ -80,20 +88,20 @@ def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
 def choose_attention(
     config: RunConfig, folder: str, device: torch.device, architecture: Architecture
 ) -> AttentionChoice:
-    """How the model attends, and whether documents are laid out without padding.
+    """Choose the attention implementation, and whether documents are laid out without padding.
 
-    Not behind virtual tokens, nor where each row has a gradient of its own.
+    Rows are padded under virtual tokens and in private runs, in which each row has a gradient of its own.
     """
     attention = attention_of(config.model, folder, device, architecture)
     return attention.padded() if config.method.virtual_tokens or config.privacy.is_on else attention
 
 
-def build_engine(plan: Plan, place: Place, device: torch.device, privacy: Privacy | None = None) -> Engine:
-    """The engine of the configuration, keeping `privacy` where it is given; DeepSpeed is imported only for its own."""
+def build_engine(plan: Plan, worker: Worker, privacy: Privacy | None = None) -> Engine:
+    """Build the engine, with the mechanism of a private run if given; DeepSpeed is imported only for its engines."""
     config = plan.config
     options: dict[str, Any] = {
-        "device": device,
-        "place": place,
+        "device": worker.device,
+        "place": worker.place,
         "dtype": getattr(torch, config.model.dtype),
         "max_grad_norm": config.optim.max_grad_norm,
     }
@@ -122,40 +130,65 @@ def build_engine(plan: Plan, place: Place, device: torch.device, privacy: Privac
     return Zero(config.engine, **options)
 
 
-def model_factory(
-    config: RunConfig, folder: str, attention: AttentionChoice, architecture: Architecture, method: Method
-) -> ModelFactory:
-    """How every rank builds the same modules; see state.ModelFactory."""
+@dataclass(frozen=True)
+class ModelRecipe:
+    """How every rank builds the same modules: load, apply the method, set the router policy, keep float32 masters.
 
-    def build_model(weights: bool) -> nn.Module:
-        torch.manual_seed(config.train.seed)  # a new head, and what a method adds, start alike in every run
-        model = load_model(config.model, folder, attention, architecture, weights=weights)
-        embeddings = model.get_input_embeddings()
-        routed = route_method(config.method, config.moe, model)
-        torch.manual_seed(config.train.seed)
-        model = (method if routed is config.method else METHODS[routed.name](routed)).apply(model)
-        if weights and isinstance(method, Lora):
-            method.begin(model, getattr(torch, config.model.dtype))
-        if architecture.new_token_ids and not config.method.whole:
-            embeddings = model.get_input_embeddings()  # type: ignore[operator]  # now around the base's, uncalled
+    Args:
+        config: Of the run.
+        folder: The base model's files.
+        attention: The attention implementation.
+        architecture: What the task needs of the model.
+        method: Which weights are trained.
+    """
+
+    config: RunConfig
+    folder: str
+    attention: AttentionChoice
+    architecture: Architecture
+    method: Method
+
+    def build(self, *, weights: bool) -> BuiltModel:
+        """Build the model on the CPU; without weights, the modules are the same and parameters are undefined."""
+        config = self.config
+        torch.manual_seed(config.train.seed)  # a new head is initialized alike in every run
+        anatomy = load_model(config.model, self.folder, self.attention, self.architecture, weights=weights)
+        torch.manual_seed(config.train.seed)  # and so are the weights that the method adds
+        model = self._routed_method(anatomy).apply(anatomy)
+        if weights and isinstance(self.method, Lora):
+            self.method.begin(model, getattr(torch, config.model.dtype))
         if config.train.neftune_noise_alpha:
-            add_embedding_noise(model, embeddings, config.train.neftune_noise_alpha)
-        apply_policy(config.moe, config.method, model)
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:  # engines compute in model.dtype
-                # Without weights the memory is not even touched.
-                master = parameter.data.float() if weights else torch.empty_like(parameter.data, dtype=torch.float32)
-                parameter.data = master
-        return model
+            assert anatomy.embeddings is not None, "transformers' models have input embeddings"
+            add_embedding_noise(model, anatomy.part(anatomy.embeddings), config.train.neftune_noise_alpha)
+        apply_policy(config.moe, config.method, anatomy)
+        keep_masters(model, weights=weights)
+        return BuiltModel(model, anatomy)
 
-    return build_model
+    def build_meta(self, dtype: torch.dtype | None = None) -> BuiltModel:
+        """Build the same modules on the meta device: names, shapes and what is trained; in `dtype` if given."""
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the run itself shows peft's warnings
+            built = self.build(weights=False)
+        if dtype is not None:
+            built.model.to(dtype)
+        return built
+
+    def _routed_method(self, anatomy: Anatomy) -> Method:
+        """The method with the routers among its targets as `moe.router` says."""
+        routed = route_method(self.config.method, self.config.moe, anatomy)
+        return self.method if routed is self.config.method else METHODS[routed.name](routed)
+
+
+def keep_masters(model: nn.Module, *, weights: bool) -> None:
+    """Store trained parameters in float32; engines compute in `model.dtype`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            # Without weights the memory is not even touched.
+            master = parameter.data.float() if weights else torch.empty_like(parameter.data, dtype=torch.float32)
+            parameter.data = master
 
 
 def optim_factory(config: RunConfig, device: torch.device) -> OptimFactory:
-    """How an engine makes the optimizer over the parameters as it holds them."""
-
-    def build_optim(parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        fused = device.type in ("cpu", "cuda")
-        return build_adamw(config.optim, parameters, config.method.lr_scale, fused=fused)
-
-    return build_optim
+    """Return what an engine calls to build the optimizer over the parameters as it holds them."""
+    fused = device.type in ("cpu", "cuda")
+    return partial(build_adamw, config.optim, lr_scale=config.method.lr_scale, fused=fused)

@@ -1,6 +1,7 @@
-"""Everything that is done once, before any process group exists: conversion of packaged models, tokenising, packing.
+"""One-time preparation before any process group exists: model conversion and download, tokenization, packing.
 
-`python -m dist_ft.prepare RUN_YAML` does it for a plan; every worker calls `prepare` first, which then finds it done.
+`python -m dist_ft.prepare RUN_YAML` prepares a plan. Every worker also calls `prepare` first, which then only reads the
+cache.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .task.table import TASKS
 
 @dataclass(frozen=True)
 class Prepared:
-    """What workers read: folders on this machine."""
+    """Prepared model, tokenizer and splits, in folders on this machine."""
 
     model_dir: str
     tokenizer_dir: str
@@ -44,13 +45,13 @@ class Prepared:
 
     @property
     def facts(self) -> Facts:
-        """What the task knows of the data; what is of model and tokenizer is not cached with the data."""
+        """Facts for the task: those cached with the training split, completed with those of the model and tokenizer."""
         kept = Facts.of(self.train.ledger["facts"])
         start = decoder_start(Path(self.model_dir))
         return replace(kept, decoder_start_id=start, tokenizer_dir=self.tokenizer_dir, **asdict(self.new_tokens))
 
     def describe_shared(self, *names: SplitName) -> Iterator[str]:
-        """A line for each split, of `names` or of all, whose scores tell little as its rows stand in data.train too."""
+        """Yield a warning for each evaluation split, of `names` or of all, with rows that are also in data.train."""
         training = self.train.digests()
         for name in names or SPLITS[1:]:
             split: Split | None = getattr(self, name)
@@ -59,15 +60,15 @@ class Prepared:
 
 
 def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
-    """Convert, download, tokenise and pack what is not yet in the cache.
+    """Download, convert, tokenize and pack everything that is not in the cache yet.
 
     Args:
-        config: of the run.
-        say: called with a line now and then while it takes long.
+        config: Configuration of the run.
+        say: Callback for progress messages.
 
     Raises:
-        RequestError: model, tokenizer or data are wrong; every problem of a kind at once.
-        MachineError: a package is missing, or the cache cannot be written.
+        RequestError: The model, tokenizer or data is invalid; the error lists all problems of one kind.
+        MachineError: A package is missing, or the cache cannot be written.
     """
     model_dir, tokenizer_dir = prepare_model(config, say)
     check_tokenizers(config, model_dir, tokenizer_dir)
@@ -77,7 +78,7 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
     def encoder() -> ChatTokenizer:
         return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
 
-    found = cache(lambda: find_facts(config, encoder))  # of all sets; not looked for where everything is prepared
+    found = cache(lambda: find_facts(config, encoder))  # lazy: only computed if a split is not in the cache
     splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", found, encoder, say)}
     facts = Prepared(model_dir, tokenizer_dir, splits["train"], None, None, new).facts
     for name in SPLITS[1:]:
@@ -90,10 +91,14 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
 
 
 def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts:
-    """What the task needs of the data beyond its rows.
+    """Return what the task needs to know about the data and the tokenizer beyond the rows.
+
+    Args:
+        config: Configuration of the run.
+        encoder: Function that returns the ChatTokenizer.
 
     Raises:
-        RequestError: the labels are wrong.
+        RequestError: The labels are invalid.
     """
     task = TASKS[config.task.name]
     if not task.uses_facts:
@@ -122,7 +127,7 @@ def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts
 def _prepare_split(
     config: RunConfig, name: SplitName, facts: Callable[[], Facts], encoder: Callable[[], ChatTokenizer], say: Say
 ) -> Split:
-    """A split; of a mixture, each of its sets, which are prepared apart and so need not be again in another one."""
+    """Prepare a split; the datasets of a mixture are prepared separately, so that other mixtures can reuse them."""
     parts: dict[str, Split] = {}
     problems: list[Problem] = []
     for part, alone in sets_of(config, name).items():
@@ -159,28 +164,26 @@ def _prepare_set(
 
 
 def _split_problems(config: RunConfig, name: str, split: Split, size: int | None) -> list[Problem]:
-    """What can be wrong with a sound split for a model of `size` embeddings and this batch size."""
+    """Return the problems of a valid split with a model of `size` embeddings and the configured batch size."""
     problems = []
     ledger = split.ledger
     if size is not None and ledger["max_token_id"] >= size:
-        rule = (
-            f"token id {ledger['max_token_id']} is beyond the model's {size} embeddings: the tokens are another model's"
-        )
-        problems.append(Problem(f"data.{name}", rule, "use the model's own tokenizer (model.tokenizer)"))
+        rule = f"token id {ledger['max_token_id']} is out of range for a model with {size} embeddings"
+        problems.append(Problem(f"data.{name}", rule, "set model.tokenizer to the model's own tokenizer"))
     batch = config.train.global_batch_size
     if name == "train" and ledger["samples"] < batch:
         kind = "rows" if ledger["layout"] == "rows" else "packed rows (blocks)"
         key = "data.mixture" if split.parts else "data.train"
-        rule = f"one global batch takes {batch} {kind}, {key} has {ledger['samples']}"
+        rule = f"a global batch needs {batch} {kind}, but {key} has only {ledger['samples']}"
         problems.append(Problem("train.global_batch_size", rule, f"set it to at most {ledger['samples']}"))
     return problems
 
 
 def main(arguments: list[str]) -> int:
-    """Prepare the plan named first; returns the exit code."""
+    """Prepare the plan whose path is the only argument and return the exit code."""
     try:
         if len(arguments) != 1:
-            raise RequestError.of("RUN_YAML", "is missing", "python -m dist_ft.prepare runs/NAME/run.yaml")
+            raise RequestError.of("RUN_YAML", "is missing", "run python -m dist_ft.prepare runs/NAME/run.yaml")
         prepare(read_plan(arguments[0]).config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
     except DistFtError as error:
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)

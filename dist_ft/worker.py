@@ -13,13 +13,14 @@ from typing import TextIO
 from .config.plan import Plan, read_plan
 from .errors import DistFtError, MachineError, RequestError
 from .process.failure import forget, report
-from .process.place import Place, find_device, find_place
+from .process.place import Place, Worker, find_device, find_place
 
 
 def main(arguments: list[str]) -> int:
-    """Run the plan named first; what launchers append (`--local_rank=N`) stands in the environment too.
+    """Run the plan in `arguments[0]`; what launchers append (`--local_rank=N`) is also in the environment.
 
-    Returns the exit code: 0, or that of the error.
+    Returns:
+        The exit code: 0, or that of the error.
     """
     started = time.time()
     try:
@@ -36,56 +37,58 @@ def main(arguments: list[str]) -> int:
     forget(plan.run_dir, started)
     try:
         train(plan, place, terminal)
-    except BaseException as error:  # also KeyboardInterrupt: every rank's end is everyone's, with a code
+    except BaseException as error:  # also KeyboardInterrupt: a rank that ends ends the run, with an exit code
         return report(error, place, plan.run_dir, terminal)
     return 0
 
 
 def open_log(run_dir: Path, place: Place) -> TextIO:
-    """Send this process's output to logs/rank-<r>.log; rank 0's errors and progress stay on the terminal too.
+    """Redirect this process's output to logs/rank-<r>.log.
 
-    Returns the terminal (the standard error that the process was started with).
+    Returns:
+        The terminal: the standard error that the process was started with.
     """
     terminal = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / f"rank-{place.rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-    for descriptor in (1, 2):  # libraries written in C write there as well
+    for descriptor in (1, 2):  # C libraries write to the descriptors
         os.dup2(log, descriptor)
     os.close(log)
-    # Advice of libraries to their callers is ours to read, not the user's.
+    # These are addressed to this package, not to the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     return terminal
 
 
 def train(plan: Plan, place: Place, terminal: TextIO) -> None:
-    """Prepare, join the others, build, fit, export. Raises whatever goes wrong."""
+    """Prepare the data, join the other ranks, build the run, train and export."""
     from .process import lifeline
 
     lifeline.hold()
     from .prepare import prepare
 
-    prepared = prepare(plan.config)  # before any process group: no collective waits for it
+    prepared = prepare(plan.config)  # before the process group exists, so that no collective times out on it
     from .build import build
     from .loop import fit
     from .process import comm
     from .process.watchdog import Watchdog
-    from .track.messages import summarise
+    from .track.messages import summarize
 
     timeout_s = plan.config.train.timeout_s
     device = find_device(place)
     store = comm.open_store(place, timeout_s)
-    comm.join(place, store, device, 2 * timeout_s)  # later than the watchdog, which says more
+    comm.join(place, store, device, 2 * timeout_s)  # longer than the watchdog, which reports more
     watchdog = Watchdog(place, comm.connect_again(store), timeout_s, plan.run_dir, terminal)
     watchdog.start()
     with contextlib.closing(watchdog):
-        run = build(plan, prepared, place, device, terminal, watchdog.beat)
-        with contextlib.closing(run.tracker):
+        worker = Worker(place, device, terminal, watchdog.beat)
+        run = build(plan, prepared, worker)
+        with contextlib.closing(run.records.tracker):
             fit(run)
             watchdog.beat("export")
-            run.export()
-            if place.is_main:
-                print(summarise(plan, run.progress.step), file=terminal, flush=True)
+            run.records.export()
+            for line in summarize(plan, run.progress.step):
+                worker.say(line)
         comm.barrier()
     comm.leave()
 
@@ -94,5 +97,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Communication libraries' threads now and then abort an interpreter that ends in the ordinary way.
+    # Threads of communication libraries sometimes abort an interpreter that exits normally.
     os._exit(code)

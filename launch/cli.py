@@ -1,4 +1,7 @@
-"""`dist-ft COMMAND`: composes, checks, plans, and starts. Everything slow is imported by the command that needs it."""
+"""Entry point of the command line, `dist-ft COMMAND`.
+
+Imports that take long are made inside the command that needs them, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,22 @@ if TYPE_CHECKING:
     from .launcher import Launcher
 
 CONFIG_EPILOG = """\
-words:
-  GROUP=CHOICE    a file of conf/GROUP: model, task, data, method, engine, optim, track, launch, experiment
-  KEY=VALUE       a key by dots: method.r=8, train.max_steps=100, data.train=rows.jsonl
+arguments:
+  GROUP=CHOICE    select a file of conf/GROUP: model, task, data, method, engine, optim, track, launch, experiment
+  KEY=VALUE       set a dotted key: method.r=8, train.max_steps=100, data.train=rows.jsonl
 """
 RUN_EPILOG = """\
-words:
-  run=FOLDER      the folder of a run, such as run=runs/first
-  KEY=VALUE       further settings of this command
+arguments:
+  run=FOLDER      the folder of a run, for example run=runs/first
+  KEY=VALUE       options of this command
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; a user's fault is shown without a traceback, ours with one."""
+    """Run a command and return its exit code.
+
+    User errors are printed without a traceback; an unexpected exception is a bug and is not caught.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     from ..errors import DistFtError
@@ -43,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dist-ft: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # of `dist-ft schema | head`
+    except BrokenPipeError:  # for example `dist-ft schema | head`
         import os
 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,12 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train where it is typed; the run's exit code."""
+    """Train on this machine or on the hosts of a hostfile, and return the exit code of the run."""
     config, plan, launcher = _plan(options)
     from ..errors import RequestError
 
     if config.launch.name == "slurm":
-        raise RequestError.of("launch=slurm", "is a scheduler's", "hand it over with `dist-ft submit launch=slurm …`")
+        raise RequestError.of(
+            "launch=slurm", "is not supported by `dist-ft train`", "use `dist-ft submit launch=slurm …`"
+        )
     _write(plan)
     print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
     if code := _prepare(plan):
@@ -67,14 +75,14 @@ def train(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Train many times with values that a search chooses."""
+    """Run a hyperparameter search, one training run for each trial."""
     from .sweep import read_words, sweep
 
     return sweep(read_words(options.words), *_many(options))
 
 
 def stages(options: argparse.Namespace) -> int:
-    """Train several times, each run starting from the model of the one before."""
+    """Train several stages, each starting from the model that the previous stage exported."""
     from pathlib import Path
 
     from .process import run_module
@@ -87,7 +95,7 @@ def stages(options: argparse.Namespace) -> int:
 
 
 def _many(options: argparse.Namespace) -> tuple[Callable[[Sequence[str]], RunConfig], Callable[[Sequence[str]], int]]:
-    """How a command that trains several times checks the words of a run, and how it trains."""
+    """Return the functions with which `sweep` and `stages` check the arguments of a run, and train it."""
     from .process import run_module
 
     def check(words: Sequence[str]) -> RunConfig:
@@ -101,13 +109,13 @@ def _many(options: argparse.Namespace) -> tuple[Callable[[Sequence[str]], RunCon
 
 
 def submit(options: argparse.Namespace) -> int:
-    """Hand a run to a scheduler."""
+    """Submit a run to SLURM."""
     config, plan, launcher = _plan(options)
     from ..errors import RequestError
 
     if config.launch.name != "slurm":
-        way_out = "train here with `dist-ft train`, or choose launch=slurm"
-        raise RequestError.of(f"launch={config.launch.name}", "has no scheduler to submit to", way_out)
+        way_out = "use `dist-ft train`, or set launch=slurm"
+        raise RequestError.of(f"launch={config.launch.name}", "is not supported by `dist-ft submit`", way_out)
     _write(plan)
     if code := _prepare(plan):
         return code
@@ -118,12 +126,12 @@ def submit(options: argparse.Namespace) -> int:
     print(f"job {job.identity}: {plan.config.run_name}, {_workers(plan)}")
     print(f"  follow   {job.follow}")
     print(f"  workers  {_short(plan.run_dir)}/logs/rank-<r>.log")
-    print(f"  state    squeue --job {job.identity}        end it: scancel {job.identity}")
+    print(f"  status   squeue --job {job.identity}        cancel: scancel {job.identity}")
     return 0
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Show what a run would be; writes nothing into the run's folder and starts no worker."""
+    """Show the plan of a run without writing into its folder or starting a worker."""
     _, made, launcher = _plan(options)
     from .show import show_plan
 
@@ -132,7 +140,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def data(options: argparse.Namespace) -> int:
-    """Show rows as the model sees them."""
+    """Show rows as the model sees them, after rendering and tokenization."""
     own = [word for word in options.words if word.partition("=")[0] in ("rows", "split", "width")]
     options.words = [word for word in options.words if word not in own]
     _, made, _ = _plan(options)
@@ -140,37 +148,37 @@ def data(options: argparse.Namespace) -> int:
 
 
 def outcome(options: argparse.Namespace) -> int:
-    """`eval`, `generate` and `export`: work on a finished or running run's folder."""
+    """Run `eval`, `generate` or `export` on the folder of a run."""
     from ..config.plan import read_plan
     from ..errors import RequestError
     from .process import run_module
 
     runs = [word.partition("=")[2] for word in options.words if word.startswith("run=")]
     if len(runs) != 1 or not runs[0]:
-        raise RequestError.of("run", "must be given once", f"dist-ft {options.command} run=runs/NAME")
-    read_plan(runs[0])  # a wrong name is said here, at once
+        raise RequestError.of("run", "must be given exactly once", f"use `dist-ft {options.command} run=runs/NAME`")
+    read_plan(runs[0])  # reports a wrong folder before the slow imports
     rest = [word for word in options.words if not word.startswith("run=")]
     wrong = [word for word in rest if "=" not in word]
     if wrong:
-        raise RequestError.of(wrong[0], "is not KEY=VALUE", f"see `dist-ft {options.command} --help`")
+        raise RequestError.of(wrong[0], "is not of the form KEY=VALUE", f"see `dist-ft {options.command} --help`")
     module = {
         "eval": "dist_ft.assess.evaluate",
         "generate": "dist_ft.assess.generate",
         "export": "dist_ft.export.merge",
     }[options.command]
-    # The file that was named, not where the plan says it was written: a run's folder may have been moved.
+    # Use the given path and not the one in the plan, because the folder may have been moved since.
     return run_module([module, _run_file(runs[0]), *rest])
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Look at this machine."""
+    """Diagnose this machine."""
     from .process import run_module
 
     return run_module(["dist_ft.diagnosis.doctor", *options.words])
 
 
 def schema(_options: argparse.Namespace) -> int:
-    """Print the JSON Schema of a configuration."""
+    """Print the JSON Schema of the configuration."""
     from ..config.run import json_schema
 
     print(json.dumps(json_schema(), indent=2))
@@ -180,36 +188,36 @@ def schema(_options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dist-ft",
-        description="Fine-tunes language models on one machine or many. A run that exits 0 trained what you meant.",
-        epilog="exit codes: 0 done, 2 the request is wrong, 3 the environment is wrong, 4 training failed, "
-        "75 stopped with a checkpoint (run again to go on)",
+        description="Fine-tune language models on one or several machines. A run that exits 0 trained what you meant.",
+        epilog="exit codes: 0 success, 2 invalid request, 3 unsuitable environment, 4 training failed, "
+        "75 stopped with a checkpoint (run the same command again to resume)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
-        ("train", train, "train here, or on the hosts of a hostfile"),
-        ("submit", submit, "hand a run to SLURM"),
-        ("sweep", sweep, "train many times and find the best values: KEY=choice(A,B) trials=20 metric=loss"),
-        ("stages", stages, "train several times, each run starting from the model of the one before"),
-        ("plan", plan, "show what a run would be, and start nothing"),
-        ("data", data, "show rows as the model sees them, supervised tokens coloured (rows=3)"),
+        ("train", train, "train on this machine, or on the hosts of a hostfile"),
+        ("submit", submit, "submit a run to SLURM"),
+        ("sweep", sweep, "search hyperparameters: KEY=choice(A,B) trials=20 metric=loss"),
+        ("stages", stages, "train several stages, each starting from the model of the previous one"),
+        ("plan", plan, "show the plan of a run and start nothing"),
+        ("data", data, "show rows as the model sees them, with supervised tokens in color (rows=3)"),
     ):
         command = _command(commands, name, run, text, CONFIG_EPILOG)
-        command.add_argument("--config-dir", metavar="DIR", help="a folder with groups of your own (model/mine.yaml)")
+        command.add_argument("--config-dir", metavar="DIR", help="folder with your own groups (DIR/model/mine.yaml)")
         if name == "stages":
-            command.add_argument("file", metavar="FILE", help="a YAML file of stages, see the README")
+            command.add_argument("file", metavar="FILE", help="YAML file that lists the stages, see the README")
         command.add_argument("words", nargs="*", metavar="KEY=VALUE")
         if name == "plan":
-            command.add_argument("--brief", action="store_true", help="without the tables of model and data")
+            command.add_argument("--brief", action="store_true", help="omit the tables of the model and the data")
     for name, text in (
-        ("eval", "evaluate a run's model on its validation or test data"),
-        ("generate", "answer a prompt, or chat, with a run's model (prompt='…')"),
-        ("export", "write a run's model as a Hugging Face folder"),
+        ("eval", "evaluate the model of a run on its validation or test data"),
+        ("generate", "answer a prompt, or chat, with the model of a run (prompt='…')"),
+        ("export", "write the model of a run as a Hugging Face folder"),
     ):
         _command(commands, name, outcome, text, RUN_EPILOG).add_argument("words", nargs="*", metavar="KEY=VALUE")
     _command(
-        commands, "doctor", doctor, "look at versions, devices, kernels, disk and network of this machine", None
+        commands, "doctor", doctor, "check versions, devices, kernels, disk and network of this machine", None
     ).add_argument("words", nargs="*", metavar="KEY=VALUE")
-    _command(commands, "schema", schema, "print the JSON Schema of a configuration, for editors", None)
+    _command(commands, "schema", schema, "print the JSON Schema of the configuration, for editors", None)
     return parser
 
 
@@ -232,7 +240,7 @@ def _command(
 
 
 def _plan(options: argparse.Namespace) -> tuple[RunConfig, Plan, Launcher]:
-    """Compose, check, resolve and plan; every problem that can be known is raised at once."""
+    """Compose and check the configuration and make the plan; raise all problems together."""
     from ..checks.machine import check_machine
     from ..checks.request import check
     from ..config.plan import make_plan
@@ -279,12 +287,12 @@ def _write(made: Plan) -> None:
         write_plan(made)
     except OSError as error:
         raise MachineError.of(
-            str(made.run_dir), f"cannot be written: {error}", "make room, or set output_dir"
+            str(made.run_dir), f"cannot be written: {error}", "free disk space, or set output_dir"
         ) from error
 
 
 def _prepare(made: Plan) -> int:
-    """Convert the model and tokenise the data before anything is started, unless it is done; an exit code."""
+    """Convert the model and tokenize the data unless the cache has them; return an exit code."""
     from ..data.store.identity import is_prepared
     from .process import run_module
 
@@ -294,7 +302,7 @@ def _prepare(made: Plan) -> int:
 
 
 def _module(module: str, made: Plan, words: list[str]) -> int:
-    """Run a module on a plan that is in a temporary folder: nothing is written into the run's own."""
+    """Run a module on a plan in a temporary folder, so that nothing is written into the folder of the run."""
     import tempfile
     from pathlib import Path
 

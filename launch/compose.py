@@ -1,7 +1,7 @@
-"""From YAML files and `key=value` words to a checked configuration, with every problem at once.
+"""Compose the configuration of a run from YAML files and `key=value` arguments, and report all problems together.
 
-Hydra parses the words and composes the chosen files; values are put in here and not by Hydra, which stops at the first
-wrong one and lets `+typo=1` through. Beside cli.py this is the only module that knows Hydra.
+Hydra parses the arguments and composes the selected files. Values are set by this module and not by Hydra, because
+Hydra stops at the first wrong value and accepts `+typo=1`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .paths import CONF_DIR, settle_paths
 COMMAND_LINE = "command line"
 ROOT = "train"
 MISSING = "???"
-GLOBAL_GROUPS = {"experiment": "experiment@_global_"}  # its files set keys of all sections, not of one of its own
-RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:X} and the like reach outside the configuration
+GLOBAL_GROUPS = {"experiment": "experiment@_global_"}  # files of this group set keys of every section
+RESOLVER = re.compile(r"\$\{[^}]*:")  # resolvers such as ${oc.env:X} read values from outside the configuration
 
 
 @dataclass
 class Words:
-    """The user's words, sorted: which group gets which choice, which key which value."""
+    """The arguments of the user: choices by group, values by dotted key, and the problems of parsing them."""
 
     choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -45,21 +45,21 @@ class Words:
 
 @dataclass(frozen=True)
 class Composed:
-    """A valid configuration and, for every key that the user set, where."""
+    """A valid configuration, and the origin of every key that the user set (key → command line or file)."""
 
     config: RunConfig
     origins: dict[str, str]
 
 
 def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Composed:
-    """Compose the configuration of `words` (`group=choice`, `key=value`).
+    """Compose and validate the configuration.
 
     Args:
-        words: what was typed.
-        config_dir: a folder with the user's own groups (`model/mine.yaml`), found before ours.
+        words: Arguments of the command line, `group=choice` or `key=value`.
+        config_dir: Folder with the user's own groups (`model/mine.yaml`); its files take precedence over `conf/`.
 
     Raises:
-        RequestError: with every problem of the words and values.
+        RequestError: With all problems of the arguments and values.
     """
     user_dir = _user_dir(config_dir)
     groups = list_groups(user_dir)
@@ -85,7 +85,7 @@ def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Compo
 
 
 def list_groups(user_dir: Path | None = None) -> dict[str, list[str]]:
-    """Every group and its choices: the folders of the configuration and their files."""
+    """Return the choices of every group: one folder for each group, one YAML file for each choice."""
     groups: dict[str, set[str]] = {}
     for root in (CONF_DIR, user_dir):
         if root is not None:
@@ -95,14 +95,14 @@ def list_groups(user_dir: Path | None = None) -> dict[str, list[str]]:
 
 
 def sort_words(words: Sequence[str], groups: dict[str, list[str]]) -> Words:
-    """Tell group choices from values, and refuse what is neither."""
+    """Sort arguments into group choices and values; record a problem for any other argument."""
     found = Words()
     parser = OverridesParser.create()
     for word in words:
         try:
             override = parser.parse_override(word)
         except (OverrideParseException, HydraException):
-            found.problems.append(Problem(word, "not understood", "write key=value, quoted: 'key=\"some text\"'"))
+            found.problems.append(Problem(word, "cannot be parsed", "write key=value, quoted: 'key=\"some text\"'"))
             continue
         if problem := _refuse(word, override, groups):
             found.problems.append(problem)
@@ -119,31 +119,31 @@ def sort_words(words: Sequence[str], groups: dict[str, list[str]]) -> Words:
 
 
 def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Problem | None:
-    """What Hydra would take and we do not; None for an ordinary word."""
+    """Return the problem of an argument that Hydra accepts but this project does not; None if it is valid."""
     key = override.key_or_group
     if override.is_delete():
-        return Problem(word, "a key cannot be deleted", f"set it instead: {key}=null, or {key}=VALUE")
+        return Problem(word, "keys cannot be deleted", f"set {key}=null or {key}=VALUE")
     if override.is_add():
-        return Problem(word, "keys are not added: every key is known", f"write {word.lstrip('+')}")
+        return Problem(word, "keys cannot be added to the schema", f"write {word.lstrip('+')}")
     if override.package is not None:
-        return Problem(word, "groups have fixed places here", f"write {key}={override.value()}")
+        return Problem(word, "packages (`group@package`) are not supported", f"write {key}={override.value()}")
     if override.is_sweep_override():
-        return Problem(word, "`train` is one run", f'sweep with `dist-ft sweep`; for a list write {key}="[a, b]"')
+        return Problem(word, "is a sweep over several values", f'use `dist-ft sweep`; for a list write {key}="[a, b]"')
     return _refuse_choice(word, key, override.value(), groups)
 
 
 def _refuse_choice(word: str, key: str, value: Any, groups: dict[str, list[str]]) -> Problem | None:
-    """A group without such a choice, or a choice that is not made by its group."""
+    """Return the problem of an unknown choice or group, or of a choice made by `group.name`; None if there is none."""
     if key in groups:
         if isinstance(value, dict | list):
-            return Problem(word, f"{key} is a group", f"choose it by name and set its keys by dots: {key}.KEY=VALUE")
+            return Problem(word, f"{key} is a group", f"select a choice by name, and set its keys with {key}.KEY=VALUE")
         if str(value) not in groups[key]:
             close = keys.nearest(str(value), groups[key], cutoff=0.5)
             hint = f"did you mean {key}={close}? " if close else ""
             return Problem(word, f"{key} has no choice {value!r}", f"{hint}known: {', '.join(groups[key])}")
     section, _, rest = key.partition(".")
     if rest == "name" and section in groups and section in RunConfig.model_fields:
-        return Problem(word, "a choice is made by its group", f"write {section}={value}")
+        return Problem(word, "the choice of a group cannot be set by its name key", f"write {section}={value}")
     if "/" in key:
         close = keys.nearest(key, groups)
         return Problem(word, "unknown group", f"did you mean {close}=?" if close else f"known: {', '.join(groups)}")
@@ -151,7 +151,7 @@ def _refuse_choice(word: str, key: str, value: Any, groups: dict[str, list[str]]
 
 
 def _settle_length(tree: keys.Tree, origins: dict[str, str]) -> None:
-    """Drop the less deliberate of max_steps and num_train_epochs: a default before a file's before a typed one."""
+    """Keep one of max_steps and num_train_epochs: the command line wins over a file, and a file over the default."""
     ranks = {}
     for key in ("train.max_steps", "train.num_train_epochs"):
         if keys.get_value(tree, key) is not None:
@@ -167,12 +167,14 @@ def _user_dir(config_dir: str | Path | None) -> Path | None:
         return None
     path = Path(config_dir).expanduser().absolute()
     if not path.is_dir():
-        raise RequestError.of(f"--config-dir {config_dir}", "no such folder", "name a folder with model/mine.yaml …")
+        raise RequestError.of(
+            f"--config-dir {config_dir}", "does not exist", "name a folder with groups (model/*.yaml)"
+        )
     return path
 
 
 def _compose_files(choices: dict[str, str], user_dir: Path | None, problems: list[Problem]) -> keys.Tree | None:
-    """The composed files as plain dictionaries, interpolations unresolved; None where Hydra cannot read them."""
+    """Return the composed files as nested dictionaries with unresolved interpolations; None if Hydra fails."""
     words = [f"{GLOBAL_GROUPS.get(group, group)}={choice}" for group, choice in choices.items()]
     if user_dir is not None:
         words.append(f"hydra.searchpath=['{user_dir.as_uri()}']")
@@ -181,7 +183,7 @@ def _compose_files(choices: dict[str, str], user_dir: Path | None, problems: lis
             config = hydra_compose(config_name=ROOT, overrides=words)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         place = str(user_dir) if user_dir else "configuration files"
-        problems.append(Problem(place, f"cannot be composed: {error}", "mend the file that is named"))
+        problems.append(Problem(place, f"cannot be composed: {error}", "correct the file named in the message"))
         return None
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
@@ -191,17 +193,17 @@ def _compose_files(choices: dict[str, str], user_dir: Path | None, problems: lis
 def _put_values(tree: keys.Tree, values: dict[str, Any], problems: list[Problem]) -> None:
     for key, value in values.items():
         if blocked := keys.set_value(tree, key, value):
-            problems.append(keys.unknown_key(key, tree, f"{key} ({COMMAND_LINE}; {blocked} is a plain value)"))
+            problems.append(keys.unknown_key(key, tree, f"{key} ({COMMAND_LINE}; {blocked} has no keys of its own)"))
 
 
 def _file_origins(choices: dict[str, str], user_dir: Path | None) -> dict[str, str]:
-    """Where the user set keys by files: those of the experiment and of the own folder."""
+    """Return the origins of the keys that the user set through files: experiments, and files of `--config-dir`."""
     origins: dict[str, str] = {}
     for group, choice in choices.items():
         own = user_dir / group / f"{choice}.yaml" if user_dir else None
         file = own if own is not None and own.is_file() else CONF_DIR / group / f"{choice}.yaml"
         if file != own and group != "experiment":
-            continue  # one of our choices as it is: the user chose the group, not each of its values
+            continue  # a choice from conf/: the user selected it as a whole and did not set its individual keys
         text = file.read_text(encoding="utf-8")
         tree = yaml.safe_load(text) or {}
         tree.pop("defaults", None)
@@ -212,18 +214,18 @@ def _file_origins(choices: dict[str, str], user_dir: Path | None) -> dict[str, s
 
 
 def _resolve(tree: keys.Tree, origins: dict[str, str], problems: list[Problem]) -> keys.Tree:
-    """Replace `${key}` by the key's value; refuse what reaches outside the configuration."""
+    """Resolve `${key}` interpolations, and reject resolvers that read values from outside the configuration."""
     for key, value in keys.leaves(tree).items():
         if RESOLVER.search(str(value)):
             where = f"{key} ({origins[key]})" if key in origins else key
-            rule = "`${NAME:…}` reads what is outside the configuration, and a run's file would keep it"
-            problems.append(Problem(where, rule, "write the value itself; secrets stay in the environment"))
+            rule = "`${NAME:…}` reads a value from outside the configuration, which run.yaml would then store"
+            problems.append(Problem(where, rule, "write the value itself, and keep secrets in the environment"))
             _remove(tree, key)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         first_line = str(error).splitlines()[0]
-        problems.append(Problem("${…}", first_line, "name an existing key, as in ${train.seed}"))
+        problems.append(Problem("${…}", first_line, "use the name of an existing key, for example ${train.seed}"))
         raise RequestError(*problems) from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}

@@ -1,4 +1,4 @@
-"""Workers on the hosts of a hostfile, by DeepSpeed's own multi-node launcher over pdsh and ssh."""
+"""Launcher for the hosts of a hostfile, through DeepSpeed's multi-node launcher over pdsh and ssh."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from .hosts import check_hosts, choose_hosts, read_hostfile, sweep_hosts
 from .launcher import WORKER_MODULE, Rendered, shell_lines, write_rendered
 
 SCRIPT, HOSTFILE, ENV_FILE = "launch.sh", "hostfile", "workers.env"
-PLAIN = re.compile(r"^[\w@+=:,./-]+$")  # what no shell changes, nor pdsh, which replaces % words
-# A host that falls silent would be waited for without end.
+PLAIN = re.compile(r"^[\w@+=:,./-]+$")  # characters that neither a shell nor pdsh (which expands %) changes
+# Without these options, ssh waits forever for a host that stops responding.
 KEEP_ALIVE = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
 
 
 class HostfileLauncher:
-    """Launches over ssh, in the foreground."""
+    """Start workers over ssh, in the foreground."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def resolve(self, config: RunConfig) -> tuple[int, int]:
-        """Nodes and workers a node, from the hostfile.
+        """Return the number of nodes and of workers on each node, from the hostfile.
 
         Raises:
-            RequestError: the hostfile is wrong or too small, or a path has characters that a remote shell would change.
+            RequestError: If the hostfile is invalid or too small, or a remote shell would change a path.
         """
         launch = _launch(config)
         taken, workers = choose_hosts(read_hostfile(launch.hostfile), launch.nodes, launch.workers_per_node)
-        # DeepSpeed pastes these into a command for a remote shell as they are.
+        # DeepSpeed inserts these values unquoted into a command for a remote shell.
         paths = {"output_dir": config.output_dir, "current folder": self.site.cwd, "python": self.site.python}
         pasted = {**paths, "launch.master_addr": launch.master_addr or "x"}
         problems = [
-            Problem(key, f"{value!r} has characters that a remote shell would change", "use letters, digits and ._-/")
+            Problem(key, f"{value!r} contains characters that a remote shell changes", "use letters, digits and ._-/")
             for key, value in pasted.items()
             if not PLAIN.match(value)
         ]
@@ -48,7 +48,7 @@ class HostfileLauncher:
         return len(taken), workers
 
     def render(self, plan: Plan) -> Rendered:
-        """`launch.sh`, the hostfile of the hosts that are used, and the workers' environment."""
+        """Render `launch.sh`, the hostfile with the selected hosts, and the environment of the workers."""
         launch = _launch(plan.config)
         folder = plan.run_dir
         hosts = read_hostfile(launch.hostfile)[: plan.nodes]
@@ -65,14 +65,14 @@ class HostfileLauncher:
             "PDSH_RCMD_TYPE": "ssh",
         }
         if not self.site.devices:
-            env["DS_ACCELERATOR"] = "cpu"  # of the launcher here; each host's workers find their own
+            env["DS_ACCELERATOR"] = "cpu"  # for the launcher on this machine; workers detect their own accelerator
         lines = [
             "#!/bin/bash",
-            f"# Trains {plan.config.run_name} on {plan.nodes} hosts with {plan.workers_per_node} workers each. Run by",
-            "# `dist-ft train`, which looks at every host first; can be run by hand.",
+            f"# Trains {plan.config.run_name} on {plan.nodes} hosts with {plan.workers_per_node} workers each.",
+            "# `dist-ft train` checks every host and then runs this script, which can also be run by hand.",
             f"cd {shlex.quote(self.site.cwd)} || exit 3",
             *export_lines(env),
-            "# DeepSpeed hands on what begins so, and pastes it into a command unquoted; workers.env has it quoted.",
+            "# DeepSpeed forwards variables with these prefixes unquoted; workers.env has them quoted instead.",
             'for name in ${!PYTHON*} ${!MLFLOW*} ${!MV2*} ${!UCX*} ${!NCCL*}; do unset "$name"; done',
             *(line for line in export_lines(self._own_path()) if line),
             f"exec {shell_lines(command)}",
@@ -85,15 +85,18 @@ class HostfileLauncher:
         return Rendered(files, ("bash", str(folder / SCRIPT)), start=" ".join(map(shlex.quote, command)))
 
     def submit(self, plan: Plan) -> int:
-        """Look at every host, then train in the foreground; returns the run's exit code.
+        """Check every host, then train in the foreground.
+
+        Returns:
+            The exit code of the run.
 
         Raises:
-            MachineError: pdsh is missing, or a host cannot run workers, with the way out for each.
+            MachineError: If pdsh is missing, or with one problem for each host that cannot run workers.
         """
         launch = _launch(plan.config)
         if shutil.which("pdsh") is None:
-            rule = "DeepSpeed's launcher for several hosts needs the program pdsh on this machine"
-            raise MachineError.of("launch", rule, "apt-get install pdsh (or your system's package of that name)")
+            rule = "the program pdsh is not installed; DeepSpeed's launcher for several hosts requires it"
+            raise MachineError.of("launch", rule, "run `apt-get install pdsh`, or install your system's pdsh package")
         hosts = read_hostfile(launch.hostfile)[: plan.nodes]
         problems = check_hosts(
             hosts,
@@ -110,22 +113,23 @@ class HostfileLauncher:
         return process.run(rendered, plan.run_dir, sweep=lambda: sweep_hosts(hosts, plan.run_file))
 
     def _own_path(self) -> dict[str, str]:
-        """PYTHONPATH again, for the launcher itself, where it is harmless."""
+        """Return PYTHONPATH for the launcher itself, because the script unsets it; only if it needs no quoting."""
         path = self.site.environment.get("PYTHONPATH", "")
         return {"PYTHONPATH": path} if path and PLAIN.match(path) else {}
 
     def _worker_environment(self, plan: Plan) -> dict[str, str]:
-        """What workers elsewhere need, escaped for the double quotes that DeepSpeed puts around it."""
+        """Return the environment of the workers, escaped for the double quotes that DeepSpeed puts around values."""
         given = {name: value for name, value in self.site.environment.items() if name != "PDSH_SSH_ARGS_APPEND"}
         escaped = {name: _escape(value) for name, value in given.items()}
         if "OMP_NUM_THREADS" not in escaped:
             workers = plan.workers_per_node
-            escaped["OMP_NUM_THREADS"] = f"$(($(nproc) >= {workers} ? $(nproc) / {workers} : 1))"  # of that host
+            # The shell of each host evaluates this expression with its own number of cores.
+            escaped["OMP_NUM_THREADS"] = f"$(($(nproc) >= {workers} ? $(nproc) / {workers} : 1))"
         return escaped
 
 
 def _escape(value: str) -> str:
-    """A value as it must stand between double quotes in a shell, behind pdsh's own replacement of %."""
+    """Escape a value for double quotes in a shell, and `%` for pdsh."""
     if PLAIN.match(value):
         return value
     return re.sub(r'([\\"$`])', r"\\\1", value).replace("%", "%%")

@@ -1,7 +1,7 @@
-"""The machine and the environment as launchers see them; the only place of `launch` that reads `os.environ`.
+"""Machine and environment of the launchers; the only module of `launch` that reads `os.environ`.
 
-Workers inherit this process's environment where they are its children. Where they are not (another host, a job), only
-what is named here reaches them, and secrets do not: a file or a command line would show them to others.
+Workers that are child processes inherit the environment. Workers on other hosts receive only the variables listed
+here, and never secrets, because files and command lines can be read by other users.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ NAMES = (
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF",
 )
-# Set for one process by whoever started this one; a worker elsewhere that had them would take itself for another.
+# These variables describe a single process, so they must not be passed on to other workers.
 PER_PROCESS = ("HF_TOKEN_PATH", "TORCHELASTIC_", "TORCH_NCCL_TRACE")
 
-# What marks a worker; a launcher inside a job's shell starts a group of its own.
+# These variables identify a worker; a launcher that itself runs inside a job must not pass them to its workers.
 WORKER_MARKS = (
     "RANK",
     "WORLD_SIZE",
@@ -62,21 +62,21 @@ WORKER_MARKS = (
 
 @dataclass(frozen=True)
 class Site:
-    """What rendering needs to know of the machine where the user types; given as a value so that rendering is pure."""
+    """Properties of the submitting machine that rendering needs; passed as a value so that rendering stays pure."""
 
     python: str
     cwd: str
     cores: int
-    devices: tuple[int, ...] = ()  # ids of the GPUs that workers may use here
-    environment: Mapping[str, str] = field(default_factory=dict)  # for workers elsewhere, without secrets
+    devices: tuple[int, ...] = ()  # ids of the GPUs visible to workers on this machine
+    environment: Mapping[str, str] = field(default_factory=dict)  # for workers on other machines, without secrets
 
     def threads(self, workers: int) -> int:
-        """Threads of each of `workers` processes on this machine: its cores shared out, at least one."""
+        """Return the number of threads for each of `workers` processes on this machine, at least 1."""
         return max(1, self.cores // workers)
 
 
 def find_site(environ: Mapping[str, str] | None = None) -> Site:
-    """This machine, without importing torch (2.4 s)."""
+    """Describe this machine, without importing torch, which takes 2.4 s."""
     environ = os.environ if environ is None else environ
     return Site(
         python=sys.executable,
@@ -88,19 +88,20 @@ def find_site(environ: Mapping[str, str] | None = None) -> Site:
 
 
 def find_devices(environ: Mapping[str, str]) -> tuple[int, ...]:
-    """Ids of the visible GPUs: those of CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists.
+    """Return the ids of the visible GPUs: those in CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists.
 
-    A name (`GPU-…`, `MIG-…`) in CUDA_VISIBLE_DEVICES counts by its place, as CUDA numbers what is visible from 0.
+    A name (`GPU-…`, `MIG-…`) in CUDA_VISIBLE_DEVICES is replaced by its position, as CUDA numbers visible devices
+    from 0.
     """
     listed = _listed_devices()
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return tuple(range(listed))
     words = [word.strip() for word in visible.split(",") if word.strip()]
-    if "-1" in words:  # CUDA ignores what follows
+    if "-1" in words:  # CUDA ignores all entries after -1
         words = words[: words.index("-1")]
     if not listed:
-        return ()  # ids of devices that are not there: left over from a job, or a CPU machine made to look like one
+        return ()  # a CPU machine where CUDA_VISIBLE_DEVICES is set nevertheless
     return tuple(int(word) if word.isdigit() else place for place, word in enumerate(words))
 
 
@@ -115,12 +116,12 @@ def _listed_devices() -> int:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of this name holds what nobody else may read."""
+    """Return whether a variable with this name holds a secret."""
     return SECRET.search(name) is not None
 
 
 def shared_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that workers on other machines need too, sorted; neither secrets nor anything of several lines."""
+    """Return the variables to pass to workers on other machines, sorted, without secrets and multi-line values."""
     found = {}
     for name, value in sorted(environ.items()):
         wanted = name in NAMES or name.startswith(PREFIXES)
@@ -130,11 +131,11 @@ def shared_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `extra` and without what marks a worker, for a child."""
+    """Return the environment for a child process: this one's without the variables of a worker, plus `extra`."""
     own = {name: value for name, value in os.environ.items() if name not in WORKER_MARKS}
     return {**own, **extra}
 
 
 def export_lines(environment: Mapping[str, str]) -> list[str]:
-    """`export NAME=VALUE` lines of a shell script."""
+    """Return the `export NAME=VALUE` lines of a shell script."""
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]

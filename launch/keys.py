@@ -1,4 +1,4 @@
-"""The dotted keys of a configuration: which exist for the chosen groups, which is nearest, what a value breaks."""
+"""Dotted keys of a configuration: the valid keys, the closest match to a typo, and problems found by the schema."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIXTURE = "data.mixture"
 
 
 def members(annotation: Any) -> list[type[BaseModel]]:
-    """The record types that an annotation stands for: one, those of a union, or none for a plain value."""
+    """Return the pydantic models in a type annotation: one, those of a union, or none for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     found = [members(part) for part in typing.get_args(annotation) if not isinstance(part, str | FieldInfo)]
@@ -27,7 +27,7 @@ def members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def names(record: type[BaseModel]) -> tuple[str, ...]:
-    """The values of a record's `name`, by which its group is chosen."""
+    """Return the literal values of the `name` field of a model, which select it in its group."""
     field = record.model_fields.get("name")
     if field is None or typing.get_origin(field.annotation) is not Literal:
         return ()
@@ -35,7 +35,7 @@ def names(record: type[BaseModel]) -> tuple[str, ...]:
 
 
 def chosen(config: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
-    """The record of each section of `config`; None for a top-level value, the first where the choice is unknown."""
+    """Return the pydantic model of each section: None for a top-level value, the first one if the choice is unknown."""
     found: dict[str, type[BaseModel] | None] = {}
     for section, field in RunConfig.model_fields.items():
         records = members(field.annotation)
@@ -46,7 +46,7 @@ def chosen(config: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
 
 
 def valid_keys(config: Mapping[str, Any]) -> list[str]:
-    """Every dotted key that the choices of `config` know."""
+    """Return all dotted keys that are valid for the choices in `config`."""
     keys = []
     for section, record in chosen(config).items():
         keys += [section] if record is None else [f"{section}.{key}" for key in record.model_fields]
@@ -54,7 +54,7 @@ def valid_keys(config: Mapping[str, Any]) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known word most like `word`, by whole dotted name or by last part; None if none is like it."""
+    """Return the closest match to `word`, comparing whole dotted names and then last parts; None if there is none."""
     known = list(known)
     if close := difflib.get_close_matches(word, known, n=1, cutoff=cutoff):
         return close[0]
@@ -66,13 +66,13 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 
 def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
-    """What is wrong with a key that the chosen schema does not know, and where it may belong."""
+    """Return the problem of an unknown key, naming the closest valid key or the choice that it belongs to."""
     above = key.rpartition(".")[0]
     of_augment = above.startswith("data.") and above.endswith(".augment")
     if of_augment or key.startswith(f"{MIXTURE}."):
         here = list((AugmentConfig if of_augment else DataSet).model_fields)
         close = nearest(key, [f"{above}.{name}" for name in here])
-        way_out = f"did you mean {close}?" if close else f"known are {', '.join(here)}"
+        way_out = f"did you mean {close}?" if close else f"valid keys: {', '.join(here)}"
         return Problem(where, "unknown key", way_out)
     section, _, rest = key.partition(".")
     head = rest.partition(".")[0]
@@ -82,20 +82,24 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
         if owners:
             choices = " or ".join(f"{section}={name}" for name in owners)
             now = config.get(section)
-            current = f"{section}={now['name']}" if isinstance(now, dict) and "name" in now else "the present choice"
-            rule = f"this key belongs to {choices}; {current} does not read it"
-            return Problem(where, rule, f"remove it, or choose {choices}")
+            current = f"{section}={now['name']}" if isinstance(now, dict) and "name" in now else "the current choice"
+            rule = f"this key belongs to {choices} and is not supported with {current}"
+            return Problem(where, rule, f"remove it, or set {choices}")
     known = valid_keys(config) if rest else list(RunConfig.model_fields)
     close = nearest(key, known)
     if close is not None:
         return Problem(where, "unknown key", f"did you mean {close}?")
     record = chosen(config).get(section)
     options = [f"{section}.{name}" for name in record.model_fields] if record else list(RunConfig.model_fields)
-    return Problem(where, "unknown key", f"known here: {', '.join(options)}")
+    return Problem(where, "unknown key", f"valid keys: {', '.join(options)}")
 
 
 def set_value(tree: Tree, key: str, value: Any) -> str | None:
-    """Set a dotted key in nested dictionaries; the dotted prefix that stands in the way if one is a plain value."""
+    """Set a dotted key in nested dictionaries.
+
+    Returns:
+        None if the key was set, or the dotted prefix that already has a plain value.
+    """
     *path, last = key.split(".")
     for depth, part in enumerate(path):
         below = tree.setdefault(part, {})
@@ -107,7 +111,7 @@ def set_value(tree: Tree, key: str, value: Any) -> str | None:
 
 
 def get_value(tree: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key, None where there is none."""
+    """Return the value of a dotted key, or None if it is not set."""
     value: Any = tree
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -117,7 +121,7 @@ def get_value(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value, down to the depth of the schema's fields (a dictionary that is one field stays whole)."""
+    """Flatten sections to dotted keys; a dictionary that is the value of one schema field is kept whole."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
@@ -129,7 +133,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def schema_problems(error: ValidationError, config: Mapping[str, Any], origins: Mapping[str, str]) -> list[Problem]:
-    """The errors of the schema, one problem a key, with the key's origin, its value and what is allowed."""
+    """Convert pydantic errors to one problem for each key, with its origin, its value and the allowed values."""
     found: dict[str, list[Any]] = {}
     for item in error.errors(include_url=False):
         found.setdefault(_field_of(item["loc"]), []).append(item)
@@ -143,31 +147,31 @@ def schema_problems(error: ValidationError, config: Mapping[str, Any], origins: 
             problems.append(missing_key(key))
         elif items[0]["type"].startswith("union_tag"):
             options = [name for record in members(RunConfig.model_fields[key].annotation) for name in names(record)]
-            problems.append(Problem(where, "no such choice", f"choose one of {', '.join(options)}"))
+            problems.append(Problem(where, "unknown choice", f"set one of {', '.join(options)}"))
         else:
             problems.append(_wrong_value(key, where, items))
     return problems
 
 
 def missing_key(key: str) -> Problem:
-    """A key without a value that only the user can give."""
-    return Problem(key, "must be given", f"say {key}=VALUE")
+    """Return the problem of a required key without a value."""
+    return Problem(key, "is required", f"set {key}=VALUE")
 
 
 def _field_of(loc: tuple[int | str, ...]) -> str:
-    """The dotted key of an error's location: section and field, without the union's tags and what is inside a value."""
+    """Return the dotted key of a pydantic error location, without union tags and positions inside a value."""
     section, *rest = [str(part) for part in loc]
     records = members(RunConfig.model_fields[section].annotation) if section in RunConfig.model_fields else []
     if len(records) > 1 and rest and any(rest[0] in names(record) for record in records):
         rest = rest[1:]
-    depth = 3 if f"{section}.{rest[0] if rest else ''}" == MIXTURE else 1  # a set of a mixture has keys of its own
-    if section == "data" and rest[depth - 1 : depth] == ["augment"]:  # and so has what augments it
+    depth = 3 if f"{section}.{rest[0] if rest else ''}" == MIXTURE else 1  # data.mixture.NAME.KEY
+    if section == "data" and rest[depth - 1 : depth] == ["augment"]:  # `augment` has keys as well
         depth += 1
     return ".".join([section, *rest[:depth]]) if records else section
 
 
 def _wrong_value(key: str, where: str, items: list[Any]) -> Problem:
-    """A value of the wrong type or out of range."""
+    """Return the problem of a value with the wrong type or out of range."""
     value = items[0]["input"]
     rules, options = [], []
     for item in items:
@@ -180,15 +184,15 @@ def _wrong_value(key: str, where: str, items: list[Any]) -> Problem:
     close = difflib.get_close_matches(str(value), options, n=1)
     rule = " or ".join(dict.fromkeys(rules))
     if key == "run_name":
-        rule, close = "must be letters, digits, `.`, `_` and `-`, at most 120, a letter or digit first", []
-    way_out = f"did you mean {key}={close[0]}?" if close else f"correct it: {key}=VALUE"
-    return Problem(where, f"{value!r} is wrong: it {rule}", way_out)
+        rule, close = "must be at most 120 letters, digits, `.`, `_` or `-`, and start with a letter or digit", []
+    way_out = f"did you mean {key}={close[0]}?" if close else f"set a valid value: {key}=VALUE"
+    return Problem(where, f"{value!r} is invalid: it {rule}", way_out)
 
 
 def _rule_of(message: str) -> str:
-    """The schema's message as the end of a sentence that begins with `it`."""
+    """Turn a pydantic message into the end of a sentence that starts with `it`."""
     if message.startswith("Input should be "):
         return "must be " + message.removeprefix("Input should be ").replace(
             ", unable to parse string as an integer", ""
         )
-    return "is refused: " + message
+    return "is rejected: " + message

@@ -1,4 +1,4 @@
-"""What a launcher is: it resolves the number of workers, renders a plan to text, and runs what was rendered."""
+"""Launcher protocol: resolve the number of workers, render a plan to text, and start the rendered command."""
 
 from __future__ import annotations
 
@@ -19,33 +19,37 @@ WORKER_MODULE = "dist_ft.worker"
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text of a plan: files of the run's folder, and the command that runs them from anywhere."""
+    """A rendered plan: files for the folder of the run, and the command that executes them."""
 
-    files: Mapping[str, str]  # name in the run's folder → content
+    files: Mapping[str, str]  # file name in the folder of the run → content
     command: tuple[str, ...]
-    env: Mapping[str, str] = field(default_factory=dict)  # beside the environment of who runs the command
-    start: str = ""  # the command inside the files that becomes workers, for people
+    env: Mapping[str, str] = field(default_factory=dict)  # variables to add to the environment of the command
+    start: str = ""  # the command inside the script that starts the workers, for display
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that was handed to a scheduler."""
+    """A run that was submitted to a scheduler."""
 
     identity: str
-    follow: str  # a command that shows its output
+    follow: str  # command that follows the output of the job
     log: Path
 
 
 class Launcher(Protocol):
-    """Turns a plan into processes. `render` is pure: text out, nothing touched."""
+    """Interface of a launcher.
+
+    `resolve` returns the number of nodes and of workers on each node. `render` is pure: it returns text and changes
+    nothing. `submit` starts the run and returns a job, or the exit code of a run in the foreground.
+    """
 
     def resolve(self, config: RunConfig) -> tuple[int, int]: ...
     def render(self, plan: Plan) -> Rendered: ...
-    def submit(self, plan: Plan) -> Job | int: ...  # a job, or the exit code of a run in the foreground
+    def submit(self, plan: Plan) -> Job | int: ...
 
 
 def write_rendered(plan: Plan, rendered: Rendered) -> None:
-    """Write the files into the run's folder, each whole or not at all; scripts become executable."""
+    """Write the rendered files atomically into the folder of the run, and make scripts executable."""
     (plan.run_dir / LOG_DIR).mkdir(parents=True, exist_ok=True)
     for name, text in rendered.files.items():
         path = plan.run_dir / name
@@ -56,7 +60,7 @@ def write_rendered(plan: Plan, rendered: Rendered) -> None:
 
 
 def shell_lines(command: list[str]) -> str:
-    """A command for a script, quoted, with one option a line where it is long."""
+    """Quote a command for a shell script; a long command gets one option per line."""
     lines: list[list[str]] = [[]]
     for word in command:
         if word.startswith("--") or (word == "-m" and len(lines) > 1):

@@ -1,4 +1,4 @@
-"""Workers on this machine: one alone, under torchrun (ddp, fsdp), or under DeepSpeed's launcher (zero*)."""
+"""Launcher for this machine: a single process, torchrun (ddp, fsdp), or DeepSpeed's launcher (zero*)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ FREE_PORT = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print
 
 
 class LocalLauncher:
-    """Launches on the machine where the user types."""
+    """Start workers on this machine, in the foreground."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def resolve(self, config: RunConfig) -> tuple[int, int]:
-        """Nodes and workers a node: one worker a GPU, two on a CPU machine, unless told.
+        """Return the number of nodes (1) and of workers; the default is one worker per GPU, or two without GPUs.
 
         Raises:
-            RequestError: more workers than GPUs.
+            RequestError: If there are more workers than GPUs.
         """
         launch = _launch(config)
         gpus = len(self.site.devices)
@@ -43,13 +43,13 @@ class LocalLauncher:
         return 1, launch.workers_per_node
 
     def render(self, plan: Plan) -> Rendered:
-        """`launch.sh`, which becomes the launcher's process."""
+        """Render `launch.sh`, whose process is replaced by that of the launcher (`exec`)."""
         command, port_line = self._command(plan)
         env = self._environment(plan)
         lines = [
             "#!/bin/bash",
-            f"# Trains {plan.config.run_name}: {_count(plan.world_size)} here, {plan.config.engine.name}. Run by",
-            "# `dist-ft train`, which also ends what is left when a worker fails; can be run by hand.",
+            f"# Trains {plan.config.run_name}: {_count(plan.world_size)} on this machine, {plan.config.engine.name}.",
+            "# `dist-ft train` runs this script and cleans up after a failure; it can also be run by hand.",
             f"cd {shlex.quote(self.site.cwd)} || exit 3",
             *export_lines(env),
             *port_line,
@@ -62,15 +62,15 @@ class LocalLauncher:
         """Train in the foreground.
 
         Returns:
-            The run's exit code.
+            The exit code of the run.
 
         Raises:
-            MachineError: the port is taken, or DeepSpeed is missing.
+            MachineError: If the port is in use, or DeepSpeed is not installed.
         """
         launch = _launch(plan.config)
         if uses_deepspeed(plan) and importlib.util.find_spec("deepspeed") is None:
-            rule = f"engine={plan.config.engine.name} needs the package deepspeed"
-            raise MachineError.of("engine.name", rule, "pip install deepspeed, or choose engine=fsdp")
+            rule = f"deepspeed is not installed; engine={plan.config.engine.name} requires it"
+            raise MachineError.of("engine.name", rule, "run `pip install deepspeed`, or set engine=fsdp")
         if launch.port and plan.world_size > 1 and (problem := port_problem("launch.port", launch.port)):
             raise MachineError(problem)
         rendered = self.render(plan)
@@ -85,7 +85,7 @@ class LocalLauncher:
         return env
 
     def _command(self, plan: Plan) -> tuple[str, list[str]]:
-        """The command in shell words, and the lines that it needs before it."""
+        """Return the shell command, and the script lines that must precede it."""
         python, run_file, workers = self.site.python, str(plan.run_file), plan.world_size
         port = _launch(plan.config).port
         if workers == 1:
@@ -95,12 +95,12 @@ class LocalLauncher:
                 *(python, "-m", "dist_ft.launch.torchrun"),
                 *("--nnodes=1", f"--nproc-per-node={workers}"),
                 *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={plan.config.run_name}"),
-                "--local-addr=127.0.0.1",  # not this machine's name, which need not resolve
+                "--local-addr=127.0.0.1",  # the name of this machine may not resolve
                 *("-m", WORKER_MODULE, run_file),
             ]
             return shell_lines(words), []
-        # The part of DeepSpeed's launcher that starts a machine's workers. The part before it (`deepspeed`) overrules
-        # CUDA_VISIBLE_DEVICES, and leaves the workers running when it is told to end.
+        # Use the part of DeepSpeed's launcher that starts the workers of one machine. Its front end (`deepspeed`)
+        # overrides CUDA_VISIBLE_DEVICES, and leaves workers running when it is terminated.
         devices = list(self.site.devices[:workers]) or list(range(workers))
         world = {"localhost": devices}
         encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
@@ -121,7 +121,7 @@ def _count(workers: int) -> str:
 
 
 def uses_deepspeed(plan: Plan) -> bool:
-    """Whether the engine is DeepSpeed's."""
+    """Return whether the engine is a DeepSpeed engine (ZeRO 1-3)."""
     return plan.config.engine.name.startswith("zero")
 
 

@@ -1,4 +1,4 @@
-"""Where things are: our own folders, files inside packages, and what the user named by a relative path."""
+"""Resolve paths: folders of this package, `package:` sources, and relative paths of the user."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..config.task import InstructionConfig
 from ..errors import RequestError
 
 PACKAGE = "package:"
-CONF_DIR = Path(__file__).parent.parent / "conf"  # beside dist_ft/launch when installed, above it in a checkout
+CONF_DIR = Path(__file__).parent.parent / "conf"  # dist_ft/conf when installed, conf/ in a checkout
 SLURM_DIR = Path(__file__).parent.parent / "slurm"
 
 
 def settle_paths(config: RunConfig) -> RunConfig:
-    """Make the paths of existing local things absolute, so that workers find them wherever they start.
+    """Make paths of existing files and folders absolute, so that workers find them from any working directory.
 
-    What does not exist here is left as it is: it may be a hub id. `package:PACKAGE/FILE` of a data source becomes the
-    path of that file in the installed package.
+    A path that does not exist is kept unchanged, because it may be a hub id. A data source `package:PACKAGE/FILE`
+    becomes the path of that file in the installed package.
 
     Raises:
-        RequestError: a package that is named is not installed.
+        RequestError: If a named package is not installed.
     """
     data: dict[str, object] = _settle_splits(config.data, "data")
     if config.data.mixture is not None:
@@ -68,13 +68,13 @@ def _settle_source(key: str, source: str) -> str:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        way_out = f"install the package {package!r}, or name a file"
-        raise RequestError.of(key, f"{source}: there is no such Python package", way_out)
+        way_out = f"install the Python package {package!r}, or name a file"
+        raise RequestError.of(key, f"{source}: the Python package is not installed", way_out)
     return str(Path(spec.submodule_search_locations[0]).resolve() / inside)
 
 
 def _settle(path: str | None) -> str | None:
-    """The absolute path (or glob) of something that is there; anything else unchanged."""
+    """Return the absolute form of an existing path or matching glob; return anything else unchanged."""
     if path is None:
         return None
     expanded = str(Path(path).expanduser())

@@ -1,4 +1,4 @@
-"""TCP ports of this machine: is one free, and who holds it."""
+"""TCP ports of this machine: check whether a port is free, and find the process that uses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LISTEN = "0A"
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen on this port now, on every address."""
+    """Return whether a server can currently listen on this port on all addresses."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as TCPStore does
         try:
@@ -24,7 +24,7 @@ def is_free(port: int) -> bool:
 
 
 def holder(port: int) -> str | None:
-    """`process NAME (pid N)` of who listens on a port, where /proc tells."""
+    """Return `process NAME (pid N)` for the process that listens on a port, or None if /proc does not show it."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
@@ -41,9 +41,9 @@ def holder(port: int) -> str | None:
 
 
 def port_problem(key: str, port: int) -> Problem | None:
-    """The problem of a port that is taken; None where it is free."""
+    """Return a problem if the port is in use, else None."""
     if is_free(port):
         return None
     who = holder(port)
     rule = f"port {port} is in use" + (f" by {who}" if who else "")
-    return Problem(key, rule, f"end that process, or set {key} to a free port")
+    return Problem(key, rule, f"stop that process, or set {key} to a free port")

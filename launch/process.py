@@ -1,7 +1,8 @@
-"""Runs what was rendered and answers for it: nothing that was started is left behind, and the exit code is true.
+"""Run a rendered command in the foreground, leave no process behind, and return the exit code of the run.
 
-torchrun gives its workers sessions of their own, so a process group does not hold them. This process becomes their
-reaper instead (prctl(2), PR_SET_CHILD_SUBREAPER): whatever loses its parent becomes its child, and can be found.
+torchrun starts each worker in a session of its own, so that killing a process group does not reach them. This process
+therefore becomes their subreaper (prctl(2), PR_SET_CHILD_SUBREAPER): orphaned descendants become its children and can
+be found.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from .environ import child_environment
 from .launcher import FAILURE_FILE, LOG_DIR, Rendered
 
 PASSED_ON = (0, 2, 3, 4, 75)
-GRACE_S = 8.0  # from the first failure, or the request to stop, to the end of all: ten seconds in the worst case
+GRACE_S = 8.0  # from the first failure or stop request to SIGKILL, so that everything has ended within ten seconds
 POLL_S = 0.1
-MARK = "DIST_FT_LAUNCH"  # in the environment of everything that one launch has started
+MARK = "DIST_FT_LAUNCH"  # environment variable that identifies all processes of one launch
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass
 class Stop:
-    """Which signal asked to stop, and whether it came twice."""
+    """Signal handler that records the last stop signal, and whether there was more than one."""
 
     signum: int | None = None
     again: bool = False
@@ -44,16 +45,17 @@ class Stop:
 
 
 def run(rendered: Rendered, run_dir: Path, *, sweep: Callable[[], None] | None = None, grace_s: float = GRACE_S) -> int:
-    """Run a rendered command to its end and return the exit code of the run.
+    """Run a rendered command and return the exit code of the run.
 
     Args:
-        rendered: what to run; its files are written already.
-        run_dir: the run's folder, where a failing worker leaves `failure.json`.
-        sweep: ends what this process cannot reach, on other hosts; called after a run that did not end by itself.
-        grace_s: seconds between asking and forcing.
+        rendered: Command to run; its files must already be written.
+        run_dir: Folder of the run, where a failing worker writes `failure.json`.
+        sweep: Ends processes on other hosts; called after a run that failed, was stopped or was killed.
+        grace_s: Seconds between SIGTERM and SIGKILL.
 
     Returns:
-        The code of the first worker that failed, 128 + N for a run that signal N ended without a checkpoint.
+        0 on success, the exit code of the first worker that failed, or 128 + N if signal N stopped the run before it
+        could write a checkpoint.
     """
     failure_file = run_dir / FAILURE_FILE
     failure_file.unlink(missing_ok=True)
@@ -74,19 +76,19 @@ def run(rendered: Rendered, run_dir: Path, *, sweep: Callable[[], None] | None =
 
 
 def run_module(words: list[str]) -> int:
-    """Run `python -m WORDS` to its end in the foreground, so that it reads the keyboard; its exit code."""
+    """Run `python -m WORDS` in the foreground process group, so that it can read the terminal; return its exit code."""
     command = [sys.executable, "-m", *words]
     child = subprocess.Popen(command, preexec_fn=_leash(os.getpid(), own_group=False))  # noqa: PLW1509
-    with _handlers(Stop()):  # Ctrl-C reaches the child by itself; this process waits for what it makes of it
+    with _handlers(Stop()):  # the terminal sends Ctrl-C to the child too, so this process only waits for it
         status = child.wait()
     return status if status >= 0 else 128 - status
 
 
 def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:
-    """The exit code of a run whose launcher ended with `status`; says what is known where no worker could.
+    """Return the exit code of a run whose launcher ended with `status`, and print an error if no worker reported one.
 
-    Launchers turn codes into 1 or those of the signals by which they ended the others, so the failed worker's own
-    file decides.
+    Launchers replace the exit code of a worker by 1, or by that of the signal with which they killed the other
+    workers. The code in `failure.json` therefore takes precedence.
     """
     if status == 0:
         return 0
@@ -97,17 +99,19 @@ def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:
     logs = f"see {run_dir / LOG_DIR}"
     signum = -status if status < 0 else status - 128 if 128 < status < 128 + 65 else 256 - status
     if status in (137, 247, -9):
-        report = Problem("workers", "one was killed (SIGKILL) and left no report", f"out of memory? {logs} and dmesg")
+        report = Problem(
+            "workers", "a worker was killed (SIGKILL) without a report", f"check memory use, {logs} and dmesg"
+        )
     elif status < 0 or status > 128:
-        report = Problem("workers", f"one died of signal {signum} and left no report", logs)
+        report = Problem("workers", f"a worker was killed by signal {signum} without writing a report", logs)
     else:
-        report = Problem("launcher", f"it ended with exit code {status}, and no worker left a report", logs)
+        report = Problem("launcher", f"exited with code {status}, and no worker wrote a report", logs)
     show_error(TrainingError(report))
     return TrainingError.exit_code
 
 
 def show_error(error: DistFtError) -> None:
-    """Print an error as users see it."""
+    """Print the problems of an error to stderr."""
     print(f"dist-ft: {error.title}", file=sys.stderr)
     for problem in error.problems:
         print(f"  {problem}", file=sys.stderr)
@@ -115,14 +119,14 @@ def show_error(error: DistFtError) -> None:
 
 
 def _wait(child: subprocess.Popen[bytes], stop: Stop, failure_file: Path, mark: str, grace_s: float) -> bool:
-    """Wait for the launcher's end, ask it to end when a worker failed or the user wishes; True if it was forced."""
+    """Wait for the launcher to exit; terminate it after a failure or a stop signal. Return whether it was killed."""
     deadline: float | None = None
     asked = False
     while child.poll() is None:
         failed = failure_file.exists()
         if (failed or stop.signum is not None) and deadline is None:
             deadline = time.monotonic() + grace_s
-        # After a failure the launcher gets a moment to see it by itself: it knows best how to end its workers.
+        # After a failure, give the launcher a quarter of the grace period to end its workers itself.
         late = deadline is not None and time.monotonic() > deadline - 0.75 * grace_s
         if not asked and (stop.signum is not None or late):
             asked = True
@@ -139,14 +143,14 @@ def _wait(child: subprocess.Popen[bytes], stop: Stop, failure_file: Path, mark: 
 
 
 def _leash(parent: int, *, own_group: bool = True) -> Callable[[], None]:
-    """For the child between fork and exec: its own process group, and TERM when this process dies, even of KILL."""
+    """Return a preexec function: own process group, and SIGTERM when this process dies, even by SIGKILL."""
 
     def attach() -> None:
         if own_group:
             os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the line above
+        if os.getppid() != parent:  # the parent died before PR_SET_PDEATHSIG took effect
             os._exit(1)
 
     return attach
@@ -163,7 +167,7 @@ def _handlers(stop: Stop) -> Iterator[None]:
 
 
 def _end_all(mark: str) -> None:
-    """Kill what is left of a launch, until nothing is; only descendants of this process that bear its mark."""
+    """Kill all descendants of this process that carry the mark of a launch, until none is left."""
     for _ in range(50):
         left = marked_descendants(mark)
         for pid in left:
@@ -178,7 +182,7 @@ def _end_all(mark: str) -> None:
 
 
 def marked_descendants(mark: str) -> list[int]:
-    """Living processes below this one that were started by the launch `mark`."""
+    """Return the ids of running descendants of this process whose environment has the mark of the launch."""
     parents = _parents()
     own = os.getpid()
     word = f"{MARK}={mark}".encode()
@@ -195,7 +199,7 @@ def marked_descendants(mark: str) -> list[int]:
 
 
 def _parents() -> dict[int, int]:
-    """Process id → parent's, of everything that runs (zombies are left out); empty where there is no /proc."""
+    """Return process id → parent's id for all running processes except zombies; empty without /proc."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -205,7 +209,8 @@ def _parents() -> dict[int, int]:
     return found
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # before a fork: no imports after it
+# Loaded here because a child must not load libraries between fork and exec.
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def _prctl(option: int, value: int) -> None:

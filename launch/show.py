@@ -1,4 +1,4 @@
-"""A plan as text: what would run, what every `auto` became, where set values came from, and the exact command."""
+"""Print a plan: the run, the batch arithmetic, resolved `auto` values, origins of set keys, and the command."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def show_plan(plan: Plan, rendered: Rendered) -> None:
 
 
 def run_lines(plan: Plan) -> Iterator[str]:
-    """Name, folder, and the choice of each group."""
+    """Yield the name and folder of the run and the choice of each group."""
     config = plan.config
     yield f"{config.run_name} in {plan.run_dir}"
     yield f"model {config.model.name_or_path} ({config.model.dtype})"
     yield f"task {config.task.name}, method {config.method.name}"
-    yield f"engine {config.engine.name}, launch {config.launch.name}, git {plan.git_sha or 'not a checkout'}"
+    yield f"engine {config.engine.name}, launch {config.launch.name}, git {plan.git_sha or 'not a git checkout'}"
     yield f"workers {plan.world_size} = {plan.nodes} nodes × {plan.workers_per_node}"
 
 
 def batch_lines(plan: Plan) -> Iterator[str]:
-    """The arithmetic of a step."""
+    """Yield the batch sizes, tokens and length of training."""
     train = plan.config.train
     unit = "blocks" if getattr(plan.config.task, "packing", False) else "rows"
     yield (
-        f"{train.global_batch_size} {unit} a step = {plan.world_size} workers × {train.per_device_train_batch_size} "
-        f"{unit} a micro-batch × {plan.accumulation_steps} micro-batches"
+        f"{train.global_batch_size} {unit} per step = {plan.world_size} workers × {train.per_device_train_batch_size} "
+        f"{unit} per micro-batch × {plan.accumulation_steps} micro-batches"
     )
-    yield f"at most {train.global_batch_size * plan.config.task.max_length} tokens a step"
+    yield f"at most {train.global_batch_size * plan.config.task.max_length} tokens per step"
     yield f"for {train.max_steps} steps" if train.max_steps else f"for {train.num_train_epochs} epochs"
 
 
 def auto_lines(plan: Plan) -> Iterator[str]:
-    """What became of settings that were left to the system, as far as it is known before the start."""
+    """Yield the values of `auto` keys, as far as they are known before the start."""
     config = plan.config
     if getattr(config.launch, "workers_per_node", None) in ("auto", None):
         yield f"launch.workers_per_node → {plan.workers_per_node}"
@@ -60,13 +60,13 @@ def auto_lines(plan: Plan) -> Iterator[str]:
             for folder in plan.run_dir.glob("checkpoints/step-*")
             if folder.name.removeprefix("step-").isdigit()
         )
-        yield "train.resume → " + (f"goes on after step {steps[-1]} if that is sound" if steps else "starts anew")
+        yield "train.resume → " + (f"resumes after step {steps[-1]} if it is valid" if steps else "starts from step 0")
     if config.track.wandb == "auto":
-        yield "track.wandb → online if the first worker finds a key, offline otherwise"
+        yield "track.wandb → online if rank 0 finds an API key, offline otherwise"
 
 
 def origin_lines(plan: Plan) -> Iterator[str]:
-    """Keys that the user set, with value and place."""
+    """Yield the keys that the user set, with their values and origins."""
     tree = plan.config.model_dump(mode="json")
     for key, origin in plan.origins.items():
         value: Any = tree

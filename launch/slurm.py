@@ -1,4 +1,4 @@
-"""A SLURM job: `job.sbatch` is rendered from slurm/train.sbatch, tried with `sbatch --test-only`, and submitted."""
+"""Launcher for SLURM: render `job.sbatch` from slurm/train.sbatch, check it with `sbatch --test-only`, submit it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .paths import SLURM_DIR
 SCRIPT = "job.sbatch"
 TEMPLATE = SLURM_DIR / "train.sbatch"
 OPTION = re.compile(r"^[a-z][a-z0-9-]*$")
-# What the plan decides; set twice, the job and the plan would disagree.
+# sbatch options that the plan sets; a second value in launch.sbatch would make the job differ from the plan.
 OURS = {
     "nodes": "launch.nodes",
     "ntasks-per-node": "launch.workers_per_node",
@@ -45,23 +45,23 @@ OURS = {
 
 
 class Template(string.Template):
-    """Placeholders are `@{name}`, and nothing else is special: a shell's own `$` and `@` stay as they are."""
+    """Template with placeholders of the form `@{name}`; `$` and all other uses of `@` are left to the shell."""
 
     delimiter = "@"
     pattern = r"@\{(?P<braced>[a-z_]+)\}|(?P<escaped>(?!))|(?P<named>(?!))|(?P<invalid>(?!))"  # type: ignore[assignment]  # compiled by the base
 
 
 class SlurmLauncher:
-    """Hands a run to SLURM."""
+    """Submit runs to SLURM."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def resolve(self, config: RunConfig) -> tuple[int, int]:
-        """Nodes and workers a node, as they were given.
+        """Return the number of nodes and of workers on each node, as configured.
 
         Raises:
-            RequestError: an sbatch option that is none, that the plan decides, or a value of several lines.
+            RequestError: If an sbatch option is unknown or set by the plan, or a value has several lines.
         """
         launch = _launch(config)
         problems = []
@@ -70,11 +70,11 @@ class SlurmLauncher:
             if not OPTION.match(name):
                 problems.append(Problem(where, "is not the long name of an sbatch option", "see `man sbatch`"))
             elif name in OURS:
-                problems.append(Problem(where, "the plan decides it", f"set {OURS[name]}"))
+                problems.append(Problem(where, "is set by the plan", f"set {OURS[name]} instead"))
             elif not value.isprintable():
-                problems.append(Problem(where, "has characters that end a line", "write it in one line"))
+                problems.append(Problem(where, "contains line breaks or control characters", "write it on one line"))
         problems += [
-            Problem(f"launch.{key}", "has characters that end a line", "write it in one line")
+            Problem(f"launch.{key}", "contains line breaks or control characters", "write it on one line")
             for key in ("mem", "time", "partition", "account", "qos", "constraint")
             if not (getattr(launch, key) or "").isprintable()
         ]
@@ -83,7 +83,7 @@ class SlurmLauncher:
         return launch.nodes, launch.workers_per_node
 
     def render(self, plan: Plan) -> Rendered:
-        """`job.sbatch`."""
+        """Render `job.sbatch`."""
         launch = _launch(plan.config)
         words = [self.site.python, "-u", "-m", WORKER_MODULE, str(plan.run_file)]
         start = " ".join(map(shlex.quote, words))
@@ -104,13 +104,13 @@ class SlurmLauncher:
         return Rendered({SCRIPT: text}, ("sbatch", "--parsable", str(plan.run_dir / SCRIPT)), start=f"srun {start}")
 
     def submit(self, plan: Plan) -> Job:
-        """Write the job, let SLURM judge it, and submit it.
+        """Write the job script, check it with `sbatch --test-only`, and submit it.
 
         Raises:
-            MachineError: there is no SLURM here, or it refuses the job; with its words.
+            MachineError: If sbatch is not installed, or SLURM rejects the job; with SLURM's message.
         """
         if shutil.which("sbatch") is None:
-            raise MachineError.of("launch=slurm", "there is no sbatch on this machine", "submit from a login node")
+            raise MachineError.of("launch=slurm", "sbatch is not installed on this machine", "submit from a login node")
         rendered = self.render(plan)
         write_rendered(plan, rendered)
         script = str(plan.run_dir / SCRIPT)
@@ -121,14 +121,14 @@ class SlurmLauncher:
 
 
 def directives(plan: Plan) -> list[str]:
-    """The `#SBATCH` lines of a plan."""
+    """Return the `#SBATCH` lines of a plan."""
     launch = _launch(plan.config)
     log = str(plan.run_dir / LOG_DIR / "job-%j.log").replace(str(plan.run_dir), str(plan.run_dir).replace("%", "%%"))
     gpus = plan.workers_per_node if launch.gpus_per_node is None else launch.gpus_per_node
     options: dict[str, object] = {
         "job-name": plan.config.run_name,
         "output": log,
-        "open-mode": "append",  # a requeued job goes on in the same log
+        "open-mode": "append",  # a requeued job continues the same log
         "nodes": plan.nodes,
         "ntasks-per-node": plan.workers_per_node,
         "gpus-per-node": gpus or None,
@@ -153,9 +153,7 @@ def _sbatch(command: list[str]) -> str:
     if run.returncode:
         said = run.stderr.strip() or run.stdout.strip() or f"exit code {run.returncode}"
         script = Path(command[-1])
-        raise MachineError.of(
-            str(script), f"SLURM refuses the job: {said}", "correct launch.* (see `sinfo`), or the job by hand"
-        )
+        raise MachineError.of(str(script), f"SLURM rejects the job: {said}", "correct the launch.* keys (see `sinfo`)")
     return run.stdout
 
 

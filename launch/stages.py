@@ -1,6 +1,6 @@
-"""Several trainings one after another, each starting from the model that the one before has made.
+"""Several training runs in sequence, each starting from the model that the previous one exported.
 
-A file of stages names them in their order, with the words of each:
+A YAML file lists the stages in order, with the arguments of each:
 
     run_name: books-then-answers
     words: [model=smollm2, method=full]
@@ -27,13 +27,13 @@ from ..errors import Problem, RequestError
 Check = Callable[[Sequence[str]], RunConfig]
 Run = Callable[[Sequence[str]], int]
 
-EXPORT, MERGED = "model", "merged"  # folders of a run: what it exported, and that put into its base
-ORIGIN = ".started-from.sha256"  # beside a run's folder
+EXPORT, MERGED = "model", "merged"  # folders of a run: its export, and its adapter merged into the base model
+ORIGIN = ".started-from.sha256"  # suffix of a file next to the folder of the run
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class StagesFile(Strict):
-    """What a file of stages holds."""
+    """Schema of a stages file."""
 
     run_name: Annotated[str, Field(pattern=NAME)]
     output_dir: str | None = None
@@ -43,7 +43,7 @@ class StagesFile(Strict):
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: its folder, and its words but for the model it starts from."""
+    """One training run: its folder, and its arguments except those that set the initial model."""
 
     name: str
     folder: Path
@@ -51,20 +51,24 @@ class Stage:
 
 
 def read_stages(path: Path, more: Sequence[str] = ()) -> list[Stage]:
-    """The stages of a file; `more` are words for every one of them.
+    """Read the stages of a file.
+
+    Args:
+        path: YAML file with the stages.
+        more: Arguments that are added to every stage.
 
     Raises:
-        RequestError: there is no such file, or it is not one of stages.
+        RequestError: If the file does not exist or is invalid.
     """
     try:
         content = StagesFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise RequestError.of(str(path), "cannot be read", "name a YAML file of stages") from error
+        raise RequestError.of(str(path), "cannot be read", "name a YAML file with stages") from error
     except yaml.YAMLError as error:
-        raise RequestError.of(str(path), f"is not YAML ({error})", "see the README, Stages") from error
+        raise RequestError.of(str(path), f"is not valid YAML ({error})", "see Stages in the README") from error
     except ValidationError as error:
         problems = [
-            Problem(f"{path}: {'.'.join(map(str, found['loc']))}", found["msg"], "see the README, Stages")
+            Problem(f"{path}: {'.'.join(map(str, found['loc']))}", found["msg"], "see Stages in the README")
             for found in error.errors()
         ]
         raise RequestError(*problems) from None
@@ -78,19 +82,19 @@ def read_stages(path: Path, more: Sequence[str] = ()) -> list[Stage]:
 
 
 def run_stages(stages: Sequence[Stage], check: Check, train: Run, export: Run) -> int:
-    """Train stage after stage; given again after an interruption, it goes on where it was.
+    """Train the stages in order. After an interruption, the same call resumes where it stopped.
 
     Args:
-        stages: in their order.
-        check: composes and checks words, raising a RequestError for wrong ones.
-        train: `dist-ft train` with words; its exit code.
-        export: `dist-ft export` with words; its exit code.
+        stages: Stages in training order.
+        check: Composes and checks arguments; raises RequestError if they are invalid.
+        train: Runs `dist-ft train` with arguments and returns its exit code.
+        export: Runs `dist-ft export` with arguments and returns its exit code.
 
     Returns:
-        0, or the code of the stage that failed: the later ones are not started.
+        0, or the exit code of the first stage that failed. Later stages are not started.
 
     Raises:
-        RequestError: the words of a stage are wrong; nothing was started then.
+        RequestError: If the arguments of a stage are invalid; in this case no stage was started.
     """
     problems = list(_problems(stages, check))
     if problems:
@@ -110,21 +114,21 @@ def run_stages(stages: Sequence[Stage], check: Check, train: Run, export: Run) -
 
 
 def _keep_origin(stage: Stage, model: Path) -> None:
-    """Remember which weights a stage starts from; it must not go on from a checkpoint over others.
+    """Record the digest of the initial weights of a stage, so that it is not resumed on top of different weights.
 
     Raises:
-        RequestError: the stage was begun from other weights.
+        RequestError: If the stage was started from different weights.
     """
     kept, digest = stage.folder.with_name(stage.folder.name + ORIGIN), _digest(model)
     if kept.exists() and kept.read_text(encoding="utf-8") != digest:
-        rule = "was begun from another model than the stage before it now gives"
-        way_out = f"remove {stage.folder} and those after it, or set another run_name"
+        rule = "was started from a different model than the previous stage now provides"
+        way_out = f"remove {stage.folder} and the folders of later stages, or set another run_name"
         raise RequestError.of(f"stage {stage.name}", rule, way_out)
     kept.write_text(digest, encoding="utf-8")
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 of a folder's weights."""
+    """Return the SHA-256 of the weights in a folder."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as content:
@@ -134,7 +138,7 @@ def _digest(folder: Path) -> str:
 
 
 def _start_from(model: Path | None) -> list[str]:
-    """The words by which a stage takes up the model of the one before, which brings its tokenizer."""
+    """Return the arguments that set the initial model; its tokenizer is in the same folder."""
     if model is None:
         return []
     return [
@@ -146,7 +150,7 @@ def _start_from(model: Path | None) -> list[str]:
 
 
 def _whole_model(stage: Stage, export: Run) -> tuple[Path, int]:
-    """The folder of the model that a stage made, an adapter put into its base; and an exit code."""
+    """Return the folder of the trained model, with an adapter merged into the base model, and an exit code."""
     if (stage.folder / EXPORT / "config.json").exists():
         return stage.folder / EXPORT, 0
     merged = stage.folder / f"{MERGED}-{_digest(stage.folder / EXPORT)[:12]}"
@@ -156,9 +160,10 @@ def _whole_model(stage: Stage, export: Run) -> tuple[Path, int]:
 
 
 def _problems(stages: Sequence[Stage], check: Check) -> Iterator[Problem]:
-    """Every problem of every stage, before the first is started."""
+    """Yield the problems of all stages, so that they are reported before the first stage starts."""
     for number, stage in enumerate(stages):
-        # Whether a later one may go on is seen when it does: only then is it known from which model.
+        # Checks of an existing folder need the initial model, which is not yet known for later stages. Check those
+        # stages with a new folder; `train` repeats the checks.
         elsewhere = [f"output_dir='{stage.folder}.new'"] if number else []
         try:
             check([*stage.words, *elsewhere])

@@ -1,6 +1,6 @@
-"""Many runs of one configuration: Hydra's multirun, whose Optuna sweeper chooses values from what earlier runs scored.
+"""Hyperparameter search with Hydra's multirun and its Optuna sweeper.
 
-Each run is a `dist-ft train` of its own in a folder of its own. Values are words of Hydra: `choice(4, 8)`,
+Each trial is a separate `dist-ft train` in its own folder. Search spaces use Hydra's syntax: `choice(4, 8)`,
 `interval(0.1, 0.9)`, `range(1, 9, 2)`, `tag(log, interval(1e-5, 1e-3))`.
 """
 
@@ -30,7 +30,7 @@ from ..track.jsonl import read_evaluations
 
 SUMMARY = "sweep.csv"
 SAMPLERS = ("tpe", "random", "grid", "cmaes")
-HOPELESS = (2, 3, 128 + 2, 128 + 15)  # no other values would help, or the user wants an end
+HOPELESS = (2, 3, 128 + 2, 128 + 15)  # codes that end the search: invalid request or environment, SIGINT, SIGTERM
 
 Check = Callable[[Sequence[str]], RunConfig]
 Train = Callable[[Sequence[str]], int]
@@ -38,7 +38,7 @@ Train = Callable[[Sequence[str]], int]
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: what was chosen, and what came of it."""
+    """One run of a search: its chosen values, score (None after a failure), exit code, duration and folder."""
 
     number: int
     values: dict[str, str]
@@ -50,7 +50,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched: words for every run, sweeps by key, and how."""
+    """A search: arguments for every run, the search space of each key, and the options of the command."""
 
     fixed: tuple[str, ...]
     swept: dict[str, Override]
@@ -60,15 +60,15 @@ class Search:
 
     @property
     def lower_is_better(self) -> bool:
-        """Of the metric."""
+        """Return whether a lower value of the metric is better."""
         return self.metric.partition("/")[0] in LOWER_IS_BETTER
 
 
 def read_words(words: Sequence[str]) -> Search:
-    """Sort the words of the command.
+    """Parse the arguments of `dist-ft sweep`.
 
     Raises:
-        RequestError: an own word is wrong, or nothing is swept.
+        RequestError: If an option is invalid, or no key has several values.
     """
     own: dict[str, str] = {}
     fixed, swept = [], {}
@@ -79,43 +79,45 @@ def read_words(words: Sequence[str]) -> Search:
             continue
         try:
             override = OverridesParser.create().parse_override(word)
-        except Exception as error:  # the parser's own, of several kinds
-            raise RequestError.of(word, "not understood", "write KEY=choice(A,B) or KEY=interval(LOW,HIGH)") from error
+        except Exception as error:  # Hydra's parser raises several unrelated types
+            raise RequestError.of(
+                word, "cannot be parsed", "write KEY=choice(A,B) or KEY=interval(LOW,HIGH)"
+            ) from error
         if override.is_sweep_override():
             swept[override.key_or_group] = override
         else:
             fixed.append(word)
     if not swept:
-        raise RequestError.of("dist-ft sweep", "nothing is swept", "give a key several values: method.r=choice(4,8)")
+        raise RequestError.of("dist-ft sweep", "no key has several values", "write for example method.r=choice(4,8)")
     trials, sampler = own.get("trials", "20"), own.get("sampler", "tpe")
     if not (trials.isdigit() and int(trials) > 0):
-        raise RequestError.of(f"trials={trials}", "is not a number of runs", "trials=20")
+        raise RequestError.of(f"trials={trials}", "must be a positive integer", "set for example trials=20")
     if sampler not in SAMPLERS:
-        raise RequestError.of(f"sampler={sampler}", "unknown", f"known: {', '.join(SAMPLERS)}")
+        raise RequestError.of(f"sampler={sampler}", "unknown sampler", f"set one of {', '.join(SAMPLERS)}")
     return Search(tuple(fixed), swept, int(trials), own.get("metric", "loss").removeprefix("eval/"), sampler)
 
 
 def sweep(search: Search, check: Check, train: Train) -> int:
-    """Run the trials and show what they scored.
+    """Run the trials and print their scores.
 
     Args:
-        search: what is searched.
-        check: composes and checks words, raising a RequestError for wrong ones.
-        train: runs `dist-ft train` with words to its end; its exit code.
+        search: Search to run.
+        check: Composes and checks arguments; raises RequestError if they are invalid.
+        train: Runs `dist-ft train` with arguments and returns its exit code.
 
     Returns:
-        0 if a run came to its end, else the code of the last.
+        0 if at least one trial succeeded and the search was not stopped, else the exit code of the last trial.
 
     Raises:
-        RequestError: a value of the sweep makes a wrong configuration; there is no validation data; the folder exists.
-        MachineError: the sweeper is not installed.
+        RequestError: If a value of the search space is invalid, there is no validation data, or the folder exists.
+        MachineError: If the Optuna sweeper is not installed.
     """
     config = _check_all(search, check)
     folder = Path(config.output_dir)
     if folder.exists():
-        raise RequestError.of(f"output_dir={folder}", "exists already", "set another run_name or output_dir")
+        raise RequestError.of(f"output_dir={folder}", "already exists", "set another run_name or output_dir")
     if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
-        raise MachineError.of("hydra-optuna-sweeper", "is not installed", "pip install 'dist-ft[sweep]'")
+        raise MachineError.of("hydra-optuna-sweeper", "is not installed", "run `pip install 'dist-ft[sweep]'`")
     trials: list[Trial] = []
     problems: list[RequestError] = []
 
@@ -133,7 +135,7 @@ def sweep(search: Search, check: Check, train: Train) -> int:
         values = dict(word.split("=", 1) for word in chosen)
         try:
             score = last_score(where, search.metric) if code == 0 else None
-        except RequestError as problem:  # Hydra would go on with the next trial
+        except RequestError as problem:  # exit, because Hydra would continue with the next trial
             problems.append(problem)
             sys.exit(problem.exit_code)
         trials.append(Trial(number, values, score, code, time.monotonic() - started, where))
@@ -141,12 +143,12 @@ def sweep(search: Search, check: Check, train: Train) -> int:
         if code in HOPELESS:
             sys.exit(code)
         if score is None:
-            raise RuntimeError(f"trial {number} ended with {code}")
+            raise RuntimeError(f"trial {number} exited with code {code}")
         return score
 
     try:
         _multirun(search, folder, config.train.seed, run_trial)
-    except SystemExit:  # ours, or Optuna's where no trial has a score
+    except SystemExit:  # raised in run_trial, or by Optuna if no trial has a score
         if problems:
             raise problems[0] from None
         if not trials:
@@ -157,26 +159,26 @@ def sweep(search: Search, check: Check, train: Train) -> int:
 
 
 def last_score(folder: Path, metric: str) -> float:
-    """What the run's last evaluation gave, which is of the model that it exports.
+    """Return the metric of the last evaluation of a run, which is that of the exported model.
 
     Raises:
-        RequestError: no evaluation has this metric.
+        RequestError: If the evaluation does not have this metric.
     """
     _, last = read_evaluations(folder / METRICS_FILE)
     if f"eval/{metric}" not in last:
         known = ", ".join(name.removeprefix("eval/") for name in last if name != "step")
-        raise RequestError.of(f"metric={metric}", "the evaluation has none", f"name one of {known}")
+        raise RequestError.of(f"metric={metric}", "is not a metric of the evaluation", f"set one of {known}")
     return last[f"eval/{metric}"]
 
 
 def ranked(search: Search, trials: Sequence[Trial]) -> list[Trial]:
-    """The best first, those without a score last."""
+    """Sort trials from best to worst, followed by those without a score."""
     sign = 1 if search.lower_is_better else -1
     return sorted(trials, key=lambda t: (t.score is None, sign * t.score if t.score is not None else 0.0, t.number))
 
 
 def write_summary(path: Path, search: Search, trials: Sequence[Trial]) -> None:
-    """A table of the trials so far, the best first."""
+    """Write the trials so far to a CSV file, best first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)
@@ -188,7 +190,7 @@ def write_summary(path: Path, search: Search, trials: Sequence[Trial]) -> None:
 
 
 def show(search: Search, trials: Sequence[Trial]) -> None:
-    """The same for a terminal."""
+    """Print a table of the trials, best first."""
     table = Table("trial", *search.swept, f"eval/{search.metric}", "seconds", title=str(trials[0].folder.parent))
     for trial in ranked(search, trials):
         values = [_short(trial.values.get(key, "")) for key in search.swept]
@@ -198,7 +200,7 @@ def show(search: Search, trials: Sequence[Trial]) -> None:
 
 
 def _short(value: str) -> str:
-    """A measure with four digits; anything else as it is."""
+    """Format a number with four significant digits; return any other text unchanged."""
     try:
         return f"{float(value):.4g}"
     except ValueError:
@@ -206,7 +208,7 @@ def _short(value: str) -> str:
 
 
 def _check_all(search: Search, check: Check) -> RunConfig:
-    """Check each value of a sweep beside the first ones of the others."""
+    """Check each value of the search space together with the first values of the other keys."""
     values = {key: _samples(override) for key, override in search.swept.items()}
     first = {key: f"{key}={found[0]}" for key, found in values.items()}
     config = check([*search.fixed, *first.values()])
@@ -214,12 +216,12 @@ def _check_all(search: Search, check: Check) -> RunConfig:
         for value in found[1:]:
             check([*search.fixed, *{**first, key: f"{key}={value}"}.values()])
     if not config.data.has("validation"):
-        raise RequestError.of("data.validation", "is not given, and runs are compared by it", "set data.validation")
+        raise RequestError.of("data.validation", "is required to compare trials", "set data.validation")
     return config
 
 
 def _samples(override: Override) -> list[str]:
-    """Every value of a choice or range, the ends of an interval."""
+    """Return all values of a choice or range, or both ends of an interval."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [str(value.start), str(value.end)]
@@ -227,7 +229,7 @@ def _samples(override: Override) -> list[str]:
 
 
 def _multirun(search: Search, folder: Path, seed: int, run_trial: Callable[[], float]) -> None:
-    """Hydra's part: an empty configuration, to which the sweeper adds the keys it chooses."""
+    """Run Hydra's multirun on an empty configuration, to which the sweeper adds the chosen keys."""
     import optuna
 
     settings = {
@@ -247,6 +249,6 @@ def _multirun(search: Search, folder: Path, seed: int, run_trial: Callable[[], f
         settings["hydra.sweeper.sampler.seed"] = seed
     words = [f"{key}={value}" for key, value in settings.items()]
     swept = [f"+{override.input_line}" for override in search.swept.values()]
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # we tell of trials ourselves
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # run_trial prints each trial already
     with patch.object(sys, "argv", ["dist-ft sweep", "--multirun", *words, *swept]):
         hydra.main(version_base="1.3", config_path=None)(lambda _: run_trial())()

@@ -1,7 +1,7 @@
-"""`torchrun` with a quiet end: `python -m dist_ft.launch.torchrun ARGUMENTS`, with torchrun's own arguments.
+"""Run `torchrun` without its own traceback: `python -m dist_ft.launch.torchrun ARGUMENTS`, with torchrun's arguments.
 
-torchrun ends every failure with exit code 1 and 40 lines of traceback under the worker's own report. This hands back
-the code of the worker that failed first and leaves the report alone.
+After a failure, torchrun exits with code 1 and prints 40 lines of traceback below the report of the worker. This
+module returns the exit code of the worker that failed first and prints nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 
 
 def main() -> int:
-    """Run torchrun in this process; returns the first failed worker's exit code, 128 + N for signal N."""
-    logging.disable(logging.ERROR)  # of this process only: what it says repeats what a worker said or raises
+    """Run torchrun in this process and return the exit code of the first failed worker, 128 + N for signal N."""
+    logging.disable(logging.ERROR)  # in this process only: its messages repeat those of the failed worker
     try:
-        # By name, as everything of torch: this package imports none.
+        # Run by name, because no module of dist_ft.launch imports torch.
         runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
     except Exception as error:
         kind = type(error).__name__
@@ -23,7 +23,7 @@ def main() -> int:
             _, failure = error.get_first_failure()  # type: ignore[attr-defined]
             code = int(failure.exitcode)
             return code if code >= 0 else 128 - code
-        if kind == "SignalException":  # this process was told to end, and has ended its workers
+        if kind == "SignalException":  # this process received a signal and has terminated its workers
             return 128 + int(error.sigval)  # type: ignore[attr-defined]
         raise
     return 0

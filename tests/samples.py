@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from dist_ft.state import Sample
+from dist_ft.model.anatomy import find_anatomy
+from dist_ft.state import BuiltModel, Sample
 
 
 def given(token_ids: Iterable[int]) -> dict[str, torch.Tensor]:
     """What a model is given of at most 64 tokens."""
     return {"input_ids": torch.tensor([[int(token) for token in token_ids][:64]])}
+
+
+def on_meta(build: Callable[[bool], Any]) -> Any:
+    """The modules that `build(False)` gives, on the meta device."""
+    with torch.device("meta"):
+        return build(False)
+
+
+def anatomized(model: Any) -> BuiltModel:
+    """A model to which no method was applied, with its anatomy."""
+    return BuiltModel(model, find_anatomy(model))
+
+
+def apply_method(method: Any, model: Any) -> BuiltModel:
+    """The model with a method applied, and its anatomy."""
+    anatomy = find_anatomy(model)
+    return BuiltModel(method.apply(anatomy), anatomy)
 
 
 def samples_of(segments: Iterable[Sequence[Mapping[str, np.ndarray]]]) -> list[Sample]:

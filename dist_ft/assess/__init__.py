@@ -1,4 +1,4 @@
-"""Commands that judge a run's model: evaluate, generate, predict, general abilities, forgetting.
+"""Commands that assess the model of a run: evaluation, generation, prediction, general abilities and forgetting.
 
-Imports everything but `build` and `worker`.
+May import every module except `build` and `worker`.
 """

@@ -1,4 +1,4 @@
-"""General abilities: a run's base and tuned model on tasks of lm-eval, EleutherAI's harness (Gao et al. 2021)."""
+"""General abilities of the base and tuned model on tasks of lm-eval, EleutherAI's harness (Gao et al. 2021)."""
 
 from __future__ import annotations
 
@@ -35,51 +35,51 @@ from ..state import CAUSAL_LM, Facts
 from .scoring import open_model, write_lines, write_result
 from .turns import speaks_chat
 
-RANDOM_SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command, which its published numbers were drawn with
-BOOTSTRAP_DRAWS = 1000  # of standard errors that have no formula
+RANDOM_SEED, OTHER_SEED = 0, 1234  # defaults of lm-eval's command line, to reproduce published scores
+BOOTSTRAP_DRAWS = 1000  # for standard errors of metrics without a closed form
 
 
 class LmEvalOptions(Strict):
-    """What `dist-ft eval` takes for lm-eval."""
+    """Options of `dist-ft eval` for lm-eval."""
 
-    lm_eval: str | None = Field(None, description="tasks of lm-eval for base and tuned model: TASK[,TASK]")
-    lm_eval_path: str | None = Field(None, description="folder with task files of your own")
-    lm_eval_limit: Count | None = Field(None, description="only so many rows of each task")
-    lm_eval_num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="examples before each question")
-    lm_eval_chat: bool | None = Field(None, description="ask through the chat template; if not given, as the run did")
+    lm_eval: str | None = Field(None, description="lm-eval tasks for the base and tuned model: TASK[,TASK]")
+    lm_eval_path: str | None = Field(None, description="folder with your own task files")
+    lm_eval_limit: Count | None = Field(None, description="maximum number of rows per task")
+    lm_eval_num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="few-shot examples per question")
+    lm_eval_chat: bool | None = Field(None, description="use the chat template; defaults to whether the run used it")
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """Tasks that were asked for, and what lm-eval reads them with."""
+    """Requested lm-eval tasks and the options with which they are loaded and evaluated."""
 
     names: tuple[str, ...]
-    manager: Any  # lm_eval.tasks.TaskManager, which knows them
+    manager: Any  # lm_eval.tasks.TaskManager in which the tasks are registered
     limit: int | None
     num_fewshot: int | None
     chat: bool | None
 
     def load(self) -> dict[str, Any]:
-        """The tasks with their rows, new ones each time: they keep what they were asked.
+        """Load the tasks and their rows; each call returns new tasks, because they store their requests.
 
         Raises:
-            RequestError: a task's file is wrong, its rows are not there, or it runs code that models write.
+            RequestError: If a task file or its data cannot be loaded, or the task executes code written by the model.
         """
         where = f"lm_eval={','.join(self.names)}"
         try:
             loaded: dict[str, Any] = self.manager.load(list(self.names))
-        except Exception as error:  # a task is a program of its own: its file, its data, and Python beside them
+        except Exception as error:  # a task may run any Python code and read any data
             reason = (str(error).strip().splitlines() or [""])[0]
-            way_out = "see the task's file and its data; without a network both must be on this machine"
+            way_out = "check the task file and its data; without network access, both must be on this machine"
             raise RequestError.of(where, f"cannot be loaded ({type(error).__name__}: {reason})", way_out) from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or task.get_config("unsafe_code"):
-                rule = f"{name} runs the code that a model writes"
-                raise RequestError.of(where, rule, "use lm-eval's own command in a container, on the run's export")
+                rule = f"{name} executes code written by the model, which is not supported"
+                raise RequestError.of(where, rule, "run lm-eval itself on the exported model, in a container")
             own = task.get_config("num_fewshot")
             if self.num_fewshot is not None and own == 0 and self.num_fewshot:
-                rule = f"the file of {name} says num_fewshot: 0, which lm-eval lets stand"
-                raise RequestError.of(f"lm_eval_num_fewshot={self.num_fewshot}", rule, "remove it")
+                rule = f"the task file of {name} sets num_fewshot: 0, which lm-eval does not override"
+                raise RequestError.of(f"lm_eval_num_fewshot={self.num_fewshot}", rule, "remove lm_eval_num_fewshot")
             task.set_config("num_fewshot", (own or 0) if self.num_fewshot is None else self.num_fewshot)
             task.set_fewshot_seed(seed=OTHER_SEED)
         return loaded
@@ -87,7 +87,7 @@ class Abilities:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one model comes to: by task its scores under lm-eval's names, and what it said of every row."""
+    """Results of one model: scores by task and lm-eval metric name, and the answers to all rows."""
 
     scores: Mapping[str, Mapping[str, float]]
     shots: Mapping[str, int]
@@ -97,54 +97,54 @@ class Outcome:
 
 
 def find_abilities(config: RunConfig, options: LmEvalOptions) -> Abilities | None:
-    """The tasks that `lm_eval` names; None where none was asked for.
+    """Find and load the tasks named by `lm_eval`; return None if `lm_eval` is not set.
 
     Raises:
-        RequestError: there is no such task or folder, or the run's model is no causal language model.
-        MachineError: lm-eval is not installed.
+        RequestError: If a task or folder does not exist, or the model of the run is not a causal language model.
+        MachineError: If lm-eval is not installed.
     """
     if options.lm_eval is None:
         if given := sorted(options.model_fields_set & LmEvalOptions.model_fields.keys()):
-            raise RequestError.of(given[0], "nothing reads it: no task is named", "set lm_eval=TASK")
+            raise RequestError.of(given[0], "has no effect unless lm_eval is set", "set lm_eval=TASK, or remove it")
         return None
     where = f"lm_eval={options.lm_eval}"
     names = tuple(dict.fromkeys(name.strip() for name in options.lm_eval.split(",") if name.strip()))
     if not names:
-        raise RequestError.of(where, "names no task", "such as lm_eval=hellaswag,arc_easy")
+        raise RequestError.of(where, "names no tasks", "name tasks, for example lm_eval=hellaswag,arc_easy")
     if architecture_of(config, Facts()) != CAUSAL_LM:
-        rule = f"lm-eval asks models that go on from a text, and that of task={config.task.name} does not"
-        raise RequestError.of(where, rule, "remove it; it is for causal language models")
+        rule = f"lm-eval requires a causal language model, but the model of task={config.task.name} is not one"
+        raise RequestError.of(where, rule, "remove lm_eval")
     if find_spec("lm_eval") is None:
-        raise MachineError.of(where, "the package lm_eval is not installed", "pip install 'dist-ft[lm-eval]'")
+        raise MachineError.of(where, "the package lm_eval is not installed", "run pip install 'dist-ft[lm-eval]'")
     folder = options.lm_eval_path
     if folder is not None and not Path(folder).is_dir():
-        raise RequestError.of(f"lm_eval_path={folder}", "is no folder", "name one with task files (.yaml)")
+        raise RequestError.of(f"lm_eval_path={folder}", "is not a folder", "set it to a folder with task files (.yaml)")
     manager = _find_manager(names, folder)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         near = {near: None for name in unknown for near in difflib.get_close_matches(name, manager.all_tasks, n=3)}
-        way_out = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists its own"
-        way_out += "" if folder else "; for your own set lm_eval_path=FOLDER"
-        raise RequestError.of(where, f"lm-eval knows no task {', '.join(unknown)}", way_out)
+        way_out = f"did you mean {', '.join(near)}?" if near else "run `lm-eval ls tasks` to list the available tasks"
+        way_out += "" if folder else "; for your own tasks set lm_eval_path=FOLDER"
+        raise RequestError.of(where, f"lm-eval has no task {', '.join(unknown)}", way_out)
     found = Abilities(names, manager, options.lm_eval_limit, options.lm_eval_num_fewshot, options.lm_eval_chat)
     with _hushed(Counter()):
-        found.load()  # what is wrong with them is better said before anything is computed
+        found.load()  # report invalid tasks before anything is computed
     return found
 
 
 def measure_abilities(
     abilities: Abilities, config: RunConfig, prepared: Prepared, run_dir: Path, which: str
 ) -> tuple[dict[str, Outcome], dict[str, Any]]:
-    """What each model comes to, the base beside the tuned one, and how they were asked.
+    """Evaluate the models on the tasks and return their results by model, and the settings of the evaluation.
 
     Args:
-        abilities: the tasks.
-        config: of the run.
-        prepared: the run's data and tokenizer.
-        run_dir: its folder.
-        which: `export`, beside which the base is measured too; or `base` alone.
+        abilities: tasks to evaluate.
+        config: configuration of the run.
+        prepared: prepared data and tokenizer of the run.
+        run_dir: folder of the run.
+        which: `export` to evaluate the base model and the export, `base` to evaluate the base model only.
 
     Raises:
-        RequestError: the run has no tokenizer, or none with the chat template that was asked for.
+        RequestError: If the run has no tokenizer, or the tokenizer lacks the requested chat template.
     """
     tokenizer = open_tokenizer(config, prepared.tokenizer_dir)
     if tokenizer is None:
@@ -152,13 +152,13 @@ def measure_abilities(
     spoken = speaks_chat(config, tokenizer, prepared.train.ledger["formats"])
     chat = spoken if abilities.chat is None else abilities.chat
     if chat and not tokenizer.chat_template:
-        raise RequestError.of("lm_eval_chat=true", "the run's tokenizer has no chat template", "remove it")
+        raise RequestError.of("lm_eval_chat=true", "the run's tokenizer has no chat template", "set lm_eval_chat=false")
     wanted = [which] if which == "base" or config.model.from_scratch else ["base", which]
     device, found, told = find_device(Place()), {}, Counter[str]()
     for name in wanted:
         model, _ = open_model(name, config, prepared, run_dir, device, padded=True)
         found[name] = _measure(abilities, config, model, tokenizer, told, chat=chat)
-        del model  # one at a time
+        del model  # keep only one model in memory
     how = {
         "lm_eval": importlib.metadata.version("lm_eval"),
         "chat_template": chat,
@@ -171,17 +171,21 @@ def measure_abilities(
 def show_abilities(
     abilities: Abilities, config: RunConfig, prepared: Prepared, run_dir: Path, which: str, console: Console
 ) -> dict[str, dict[str, float]]:
-    """Measure, print, write lm-eval.json and what was said of every row; by model its scores as `TASK/SCORE`."""
+    """Evaluate the tasks, print the scores and write lm-eval.json and all answers.
+
+    Returns:
+        The scores by model and `TASK/SCORE`.
+    """
     found, how = measure_abilities(abilities, config, prepared, run_dir, which)
-    asked = "through the chat template" if how["chat_template"] else "as plain text"
-    first = ", " + f"the first {abilities.limit} rows of each" if abilities.limit else ""
-    console.print(f"\nlm-eval {how['lm_eval']}: asked {asked}{first}", render_abilities(found), sep="\n")
+    asked = "with the chat template" if how["chat_template"] else "as plain text"
+    first = ", " + f"first {abilities.limit} rows of each task" if abilities.limit else ""
+    console.print(f"\nlm-eval {how['lm_eval']}: prompts {asked}{first}", render_abilities(found), sep="\n")
     for text in how["warnings"]:
-        console.print(f"lm-eval warns: {text}", markup=False)
+        console.print(f"lm-eval warning: {text}", markup=False)
     write_result(run_dir / "lm-eval.json", summary(found, how))
     for name, outcome in found.items():
         write_lines(run_dir / f"predictions-lm-eval{'' if name == which else f'-{name}'}.jsonl", outcome.samples)
-    console.print(f"every row's answer: {run_dir}/predictions-lm-eval*.jsonl", markup=False)
+    console.print(f"answers to all rows: {run_dir}/predictions-lm-eval*.jsonl", markup=False)
     return {
         name: {f"{task}/{score}": value for task, scores in outcome.scores.items() for score, value in scores.items()}
         for name, outcome in found.items()
@@ -189,7 +193,7 @@ def show_abilities(
 
 
 def render_abilities(found: Mapping[str, Outcome]) -> Table:
-    """A row a score, a column a model; standard errors behind the scores that have one."""
+    """Render a table with one row per score and one column per model; scores are followed by their standard errors."""
     table = Table(box=None)
     table.add_column("")
     for which in found:
@@ -202,7 +206,7 @@ def render_abilities(found: Mapping[str, Outcome]) -> Table:
 
 
 def summary(found: Mapping[str, Outcome], how: Mapping[str, Any]) -> dict[str, Any]:
-    """What lm-eval.json holds."""
+    """Return the content of lm-eval.json."""
     first = next(iter(found.values()))
     tasks = {
         name: {"version": first.versions.get(name), "num_fewshot": first.shots.get(name), "rows": first.rows.get(name)}
@@ -212,7 +216,7 @@ def summary(found: Mapping[str, Outcome], how: Mapping[str, Any]) -> dict[str, A
 
 
 def _find_manager(names: Sequence[str], folder: str | None) -> Any:
-    """A reader of tasks that knows `names` if there is one: lm-eval's own are many, and looked through if need be."""
+    """Return a task manager; the tasks of lm-eval, slow to index, are left out if `folder` contains all `names`."""
     from lm_eval.tasks import TaskManager
 
     with _hushed(Counter()):
@@ -231,11 +235,11 @@ def _measure(
 
     ends = {find_end_token(tokenizer, config.task), tokenizer.eos_token_id} - {None}
     if (generation := getattr(model, "generation_config", None)) is not None:
-        generation.eos_token_id = sorted(ends) or None  # what ends an answer in training ends it here
+        generation.eos_token_id = sorted(ends) or None  # answers must end at the same tokens as in training
     options = {"tokenizer": tokenizer, "batch_size": config.train.per_device_eval_batch_size}
     with _hushed(Counter()):
         harness = HFLM(pretrained=model, **options)
-        if config.method.virtual_tokens:  # these stand in front of the text; both models are shown as much of it
+        if config.method.virtual_tokens:  # they use up positions, so both models get the same shorter context
             length = harness.max_length - getattr(config.method, "num_virtual_tokens", 0)
             harness = HFLM(pretrained=model, max_length=length, **options)
         tasks = abilities.load()
@@ -262,13 +266,13 @@ def _measure(
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by name: lm-eval's `NAME,FILTER`, without the filter `none`."""
+    """Return the numeric results by lm-eval's `NAME,FILTER`, without the filter `none`."""
     numbers = {name: value for name, value in values.items() if "," in name and isinstance(value, (int, float))}
     return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
 
 
 def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of one row; values that JSON does not know become text."""
+    """Return the fields of a sample that are written to disk; values that JSON does not support become strings."""
     kept = {key: sample[key] for key in ("doc_id", "filter", "doc", "target", "filtered_resps") if key in sample}
     scores = {name: sample[name] for name in sample.get("metrics", ()) if name in sample}
     row: dict[str, Any] = json.loads(json.dumps({"task": task, **kept, **scores}, default=str))
@@ -296,7 +300,7 @@ class _Tally(logging.Handler):
 
 @contextlib.contextmanager
 def _hushed(told: Counter[str]) -> Iterator[None]:
-    """Keep lm-eval's bars, prints and warnings off the terminal; what it warns of is counted in `told`."""
+    """Suppress lm-eval's progress bars, prints and warnings; the warnings are counted in `told`."""
     logger, tally = logging.getLogger("lm_eval"), _Tally(told)
     propagates, level = logger.propagate, logger.level
     logger.propagate = False

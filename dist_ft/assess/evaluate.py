@@ -1,6 +1,6 @@
-"""Loss and task score of a run's model on a split, beside the base's: the numbers that the run itself logs.
+"""Evaluation of a run's model, and optionally of its base model, on a split with the metrics that the run logs.
 
-`python -m dist_ft.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base] [general=TEXT]
+`python -m dist_ft.assess.evaluate RUN_YAML [split=validation|test] [baseline=true] [model=export|base] [general=TEXT]
 [lm_eval=TASK[,TASK]]`
 """
 
@@ -25,7 +25,7 @@ from ..families import build_task
 from ..prepare import Prepared, prepare
 from ..process.command import read_words, run_command, split_run
 from ..process.place import Place, find_device
-from ..state import Refers
+from ..protocols import Refers
 from ..task.table import TASKS
 from .abilities import LmEvalOptions, find_abilities, show_abilities
 from .forgetting import measure_forgetting, render_forgetting
@@ -34,18 +34,18 @@ from .scoring import Evaluation, evaluate_model, find_split, open_model, render_
 
 
 class EvaluateOptions(LmEvalOptions):
-    """What `dist-ft eval` takes."""
+    """Options of `dist-ft eval`."""
 
-    split: Literal["validation", "test"] = Field("validation", description="which data")
-    baseline: bool = Field(False, description="true evaluates the base model too")
-    model: Literal["export", "base"] = Field("export", description="the run's export, or what it was trained from")
-    general: str | None = Field(None, description="general text, to see how much of it was forgotten")
+    split: Literal["validation", "test"] = Field("validation", description="split to evaluate on")
+    baseline: bool = Field(False, description="true also evaluates the base model")
+    model: Literal["export", "base"] = Field("export", description="export of the run, or its base model")
+    general: str | None = Field(None, description="general text (file, folder, glob or Hub id) to measure forgetting")
 
 
 def evaluate_run(
     config: RunConfig, prepared: Prepared, run_dir: Path, options: EvaluateOptions
 ) -> dict[str, Evaluation]:
-    """What each model comes to: `base`, `export`, or both."""
+    """Evaluate `base`, `export` or both on the split, and return the results by model."""
     split = find_split(prepared, options.split)
     wanted = ["base", options.model] if options.baseline and options.model != "base" else [options.model]
     device = find_device(Place())
@@ -55,14 +55,15 @@ def evaluate_run(
         model, attention = open_model(which, config, prepared, run_dir, device)
         task = build_task(config, prepared.facts, padding_free=attention.padding_free)
         found[which] = evaluate_model(model, task, split, config.train.per_device_eval_batch_size)
-        del model  # one at a time
+        del model  # keep only one model in memory
     return found
 
 
 def refer_to_base(config: RunConfig, prepared: Prepared, run_dir: Path, split: Split, device: torch.device) -> Split:
-    """The split with what the run compares with; of data that the run did not see, by the base, and kept as well.
+    """Return the split with the reference log-probabilities that the task needs.
 
-    That is the model as the run started: methods whose start is another are refused by checks.py.
+    If the run did not compute them for this split, they are computed with the base model and stored. The base model is
+    the initial model of the run: checks/combinations.py rejects methods that start from another model.
     """
     if not issubclass(TASKS[config.task.name], Refers):
         return split
@@ -78,13 +79,13 @@ def refer_to_base(config: RunConfig, prepared: Prepared, run_dir: Path, split: S
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate, print, and write eval-<split>.json and lm-eval.json into the run's folder."""
-    run_file, words = split_run(arguments, "evaluate")
+    """Run `dist-ft eval`: print the results and write eval-<split>.json and lm-eval.json to the folder of the run."""
+    run_file, words = split_run(arguments, "assess.evaluate")
     options = read_words(EvaluateOptions, words)
     plan = read_plan(run_file)
     run_dir = find_trained_run(plan, run_file)
     if options.model == "export":
-        find_export(run_dir)  # better said before data is prepared
+        find_export(run_dir)  # report a missing export before the data is prepared
     abilities = find_abilities(plan.config, options)
     prepared = prepare(plan.config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
     console = Console(highlight=False, soft_wrap=True)
@@ -93,7 +94,7 @@ def main(arguments: list[str]) -> None:
         result = show_split(plan.config, prepared, run_dir, options, console)
     if options.general:
         general, text = measure_forgetting(plan.config, run_dir, options.general)
-        title = f"\ngeneral: {text.ledger['supervised_tokens']:,} tokens of {options.general}"
+        title = f"\ngeneral text: {text.ledger['supervised_tokens']:,} supervised tokens of {options.general}"
         console.print(title, *render_forgetting(general), sep="\n")
         result["general"] = {which: dict(metrics) for which, metrics in general.items()}
     if abilities is not None:
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> None:
 def show_split(
     config: RunConfig, prepared: Prepared, run_dir: Path, options: EvaluateOptions, console: Console
 ) -> dict[str, Any]:
-    """Evaluate on the split, print, write every row's prediction; what eval-<split>.json holds of it."""
+    """Evaluate on the split, print the results, write the predictions and return the content of eval-<split>.json."""
     found = evaluate_run(config, prepared, run_dir, options)
     ledger = find_split(prepared, options.split).ledger
     title = f"{options.split}: {ledger['samples']:,} samples, {ledger['supervised_tokens']:,} supervised tokens"
@@ -120,7 +121,7 @@ def show_split(
             suffix = "" if which == options.model else f"-{which}"
             path = run_dir / f"predictions-{options.split}{suffix}.jsonl"
             write_lines(path, result.predictions)
-            console.print(f"every row's prediction: {path}")
+            console.print(f"predictions of all rows: {path}")
     details = {which: dict(result.details) for which, result in found.items() if result.details}
     return {
         "metrics": {which: dict(result.metrics) for which, result in found.items()},
@@ -131,11 +132,11 @@ def show_split(
 
 
 def class_table(details: Mapping[str, Any]) -> Table:
-    """A row a class; behind it the class that it is most often mistaken for."""
+    """Render a table with the scores of each class and the class with which it is most often confused."""
     table = Table(box=None)
     for column in ("", "precision", "recall", "f1", "rows"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_column("taken for")
+    table.add_column("confused with")
     for number, (name, scores) in enumerate(details["per_class"].items()):
         figures = (f"{scores[key]:.3f}" for key in ("precision", "recall", "f1"))
         table.add_row(name, *figures, f"{scores['support']:.0f}", _mistaken(details, number))

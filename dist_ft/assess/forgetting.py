@@ -1,4 +1,4 @@
-"""What a run has unlearned: the loss of its base and of its tuned model on general text that it did not train on."""
+"""Forgetting: the loss of the base and the tuned model on general text that was not used in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .scoring import evaluate_model, open_model, render_table
 
 
 def config_of(config: RunConfig, source: str) -> RunConfig:
-    """The run's model over plain text: in full blocks, or text by text where rows must be padded."""
+    """Return a configuration of the run's model for plain text, packed unless the run requires padded rows."""
     content = config.model_dump(mode="json")
     length = config.task.max_length
     padded = config.method.virtual_tokens or config.privacy.is_on
@@ -26,42 +26,42 @@ def config_of(config: RunConfig, source: str) -> RunConfig:
     if padded:
         content["task"]["overlong"] = "truncate"
     content["data"] = {"train": source, "format": "text", "cache_dir": config.data.cache_dir}
-    content["train"]["global_batch_size"] = content["train"]["per_device_train_batch_size"] = 1  # a short text will do
+    content["train"]["global_batch_size"] = content["train"]["per_device_train_batch_size"] = 1  # allows short texts
     return RunConfig.model_validate(content)
 
 
 def measure_forgetting(config: RunConfig, run_dir: Path, source: str) -> tuple[dict[str, Metrics], Split]:
-    """Metrics on text of `base` and `export`, and the text as it was prepared.
+    """Compute the metrics of `base` and `export` on general text; also return the prepared text.
 
     Args:
-        config: of the run.
-        run_dir: its folder.
-        source: a file, folder, glob or hub id with rows of text.
+        config: configuration of the run.
+        run_dir: folder of the run.
+        source: file, folder, glob or Hub id with rows of text.
 
     Raises:
-        RequestError: the run's model is no causal language model, or the text is wrong.
+        RequestError: If the model of the run is not a causal language model or the text cannot be prepared.
     """
     if architecture_of(config, Facts()) != CAUSAL_LM:
-        rule = f"a model of task={config.task.name} gives no probability to plain text"
-        raise RequestError.of(f"general={source}", rule, "remove it; it is for causal language models")
+        rule = f"a causal language model is required, but the model of task={config.task.name} is not one"
+        raise RequestError.of(f"general={source}", rule, "remove general")
     general = config_of(config, source)
     try:
         prepared = prepare(general)
     except RequestError as error:
-        raise RequestError.of(f"general={source}", str(error), "name text: data=text's formats") from error
+        raise RequestError.of(f"general={source}", str(error), "set general to text that data=text can read") from error
     device, found = find_device(Place()), {}
     for which in ("base", "export"):
         model, attention = open_model(which, config, prepared, run_dir, device)
         task = build_task(general, prepared.facts, padding_free=attention.padding_free)
         size = config.train.per_device_eval_batch_size
         found[which] = evaluate_model(model, task, prepared.train, size).metrics
-        del model  # one at a time
+        del model  # keep only one model in memory
     return found, prepared.train
 
 
 def render_forgetting(found: Mapping[str, Metrics]) -> tuple[Table, str]:
-    """The table, and a sentence."""
+    """Render the metrics as a table, and the change of the loss as a sentence."""
     change = found["export"]["loss"] - found["base"]["loss"]
-    what = "was forgotten" if change > 0 else "was learned besides"
+    what = "forgotten" if change > 0 else "gained"
     factor = found["export"]["perplexity"] / found["base"]["perplexity"]
-    return render_table(found), f"{abs(change):.4f} nats a token {what} (perplexity × {factor:.3f})"
+    return render_table(found), f"{abs(change):.4f} nats per token {what} (perplexity × {factor:.3f})"

@@ -1,9 +1,9 @@
-"""Answers of a run's model, of its base, or of both side by side: one prompt, several, or a chat.
+"""Answers of a run's model, its base model or both to one prompt, several prompts or a chat.
 
-What models say that write no text of their own (labels, tags, spans) is in predict.py.
+Predictions of tasks that do not generate free text (labels, tags, spans) are implemented in predict.py.
 
-`python -m dist_ft.generate RUN_YAML [prompt="…"] [prompts=FILE|validation:3] [model=export|base|both]
-[max_new_tokens=128] [temperature=0] [chat=true]`. Without a prompt it reads them from standard input, and remembers.
+`python -m dist_ft.assess.generate RUN_YAML [prompt="…"] [prompts=FILE|validation:3] [model=export|base|both]
+[max_new_tokens=128] [temperature=0] [chat=true]`. Without a prompt, prompts are read from standard input as a chat.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ Kind = TypeVar("Kind", Question, Asked)
 
 
 class GenerateOptions(Strict):
-    """What `dist-ft generate` takes."""
+    """Options of `dist-ft generate`."""
 
     prompt: str | None = Field(
-        None, description="text, or a JSON object of what the task asks with; none begins a chat"
+        None, description="text, or a JSON object with the fields of the task; if not set, a chat starts"
     )
-    prompts: str | None = Field(None, description="a file with a prompt a line, or SPLIT:N for rows of the run's data")
-    model: Literal["export", "base", "both"] = Field("export", description="whose answers")
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="most tokens of an answer")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="0 takes the most probable token")
-    chat: bool | None = Field(None, description="through the chat template; as in training if not given")
-    seed: int = Field(0, description="of sampling")
+    prompts: str | None = Field(None, description="file with one prompt per line, or SPLIT:N for rows of the data")
+    model: Literal["export", "base", "both"] = Field("export", description="models that answer")
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="maximum number of tokens of an answer")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="sampling temperature; 0 decodes greedily")
+    chat: bool | None = Field(None, description="use the chat template; defaults to whether the run used it")
+    seed: int = Field(0, description="seed of sampling")
 
 
 class Speaker:
-    """A model that answers.
+    """Model that generates answers.
 
     Args:
-        name: shown beside its answers.
-        model: of transformers or peft.
-        tokenizer: of the run.
-        end_token_id: what it was taught to end an answer with.
-        options: of generation.
+        name: name shown with the answers.
+        model: transformers or PEFT model.
+        tokenizer: tokenizer of the run.
+        end_token_id: id of the token that ends an answer in training, or None.
+        options: generation options.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class Speaker:
 
     @torch.no_grad()
     def answer(self, question: Question) -> str:
-        """The text of the answer.
+        """Generate the answer to a question.
 
         Raises:
-            RequestError: prompt and answer are longer than the model can take.
+            RequestError: If prompt and answer together exceed the model's maximum length.
         """
         ids = question.encode(self.tokenizer)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) + self.options.max_new_tokens > limit:
-            rule = f"{len(ids)} tokens and {self.options.max_new_tokens} new ones are more than the model's {limit}"
-            raise RequestError.of("prompt", rule, "shorten it, or set max_new_tokens")
+            rule = f"{len(ids)} tokens plus {self.options.max_new_tokens} new ones exceed the model's limit of {limit}"
+            raise RequestError.of("prompt", rule, "shorten the prompt or set a lower max_new_tokens")
         device = next(self.model.parameters()).device
         given = torch.tensor([ids], device=device)
         heat = self.options.temperature
@@ -105,7 +105,7 @@ class Speaker:
 
 
 def show_answers(question: Question | Asked, answers: Sequence[tuple[str, str]], console: Console) -> None:
-    """The prompt, and each answer behind its name; all wrapped to the console's width."""
+    """Print the prompt and the named answers, wrapped to the width of the console."""
     named = [("prompt", question.text), *answers]
     if question.answer is not None:
         named.append(("data", str(question.answer).strip()))
@@ -127,10 +127,10 @@ STYLES = {"prompt": "", "base": "dim", "export": "green", "tuned": "green", "dat
 
 
 def chat_loop(speakers: Sequence[Speaker], *, chat: bool, console: Console) -> None:
-    """Answer lines of standard input until `exit` or its end. Each model remembers its own conversation."""
+    """Answer lines of standard input until `exit` or end of file; each model keeps its own conversation history."""
     histories: dict[str, list[dict[str, Any]]] = {speaker.name: [] for speaker in speakers}
     if sys.stdin.isatty():
-        console.print("`exit` ends, `clear` forgets", style="dim")
+        console.print("type `exit` to quit, `clear` to reset the conversation", style="dim")
     for line in read_lines():
         if line == "clear":
             histories = {name: [] for name in histories}
@@ -145,7 +145,7 @@ def chat_loop(speakers: Sequence[Speaker], *, chat: bool, console: Console) -> N
 
 
 def read_lines() -> Iterator[str]:
-    """Lines of standard input that are not blank, until `exit` or its end."""
+    """Yield the non-blank lines of standard input until `exit`, `quit` or end of file."""
     while (line := _read_line()) not in (None, "exit", "quit"):
         if line:
             yield line
@@ -154,18 +154,18 @@ def read_lines() -> Iterator[str]:
 def find_questions(
     options: GenerateOptions, of_text: Callable[[str], Kind], of_split: Callable[[SplitName, int], Iterable[Kind]]
 ) -> list[Kind]:
-    """The prompts that the options name; none where they are to come from standard input.
+    """Return the prompts given by the options; an empty list if they are to be read from standard input.
 
     Args:
-        options: of the command.
-        of_text: makes a question of a prompt.
+        options: options of the command.
+        of_text: converts a prompt to a question.
         of_split: reads the first rows of a split as questions.
 
     Raises:
-        RequestError: both kinds are given, or the file or split is not there.
+        RequestError: If both `prompt` and `prompts` are set, or the file or split does not exist.
     """
     if options.prompt is not None and options.prompts is not None:
-        raise RequestError.of("prompts", "is given beside prompt", "give one of them")
+        raise RequestError.of("prompts", "cannot be combined with prompt", "set only one of prompt and prompts")
     if options.prompt is not None:
         return [of_text(options.prompt)]
     if options.prompts is None:
@@ -174,20 +174,20 @@ def find_questions(
     if split in SPLITS:
         if count and not (count.isdigit() and int(count) > 0):
             raise RequestError.of(
-                f"prompts={options.prompts}", f"{count!r} is no number of rows", "such as validation:3"
+                f"prompts={options.prompts}", f"{count!r} is not a number of rows", "set e.g. prompts=validation:3"
             )
         return list(of_split(split, int(count or 3)))
     try:
         lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        way_out = "name a text file with a prompt a line, or a split as validation:3"
+        way_out = "set prompts to a text file with one prompt per line, or to a split such as validation:3"
         raise RequestError.of(f"prompts={options.prompts}", f"cannot be read ({error})", way_out) from error
     return [of_text(line) for line in lines if line.strip()]
 
 
 def main(arguments: list[str]) -> None:
-    """Answer what the words ask."""
-    run_file, words = split_run(arguments, "generate")
+    """Run `dist-ft generate`: print the answers to the given prompts, or start a chat."""
+    run_file, words = split_run(arguments, "assess.generate")
     options = read_words(GenerateOptions, words)
     plan = read_plan(run_file)
     config, run_dir = plan.config, find_trained_run(plan, run_file)
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> None:
 
 
 def show_one(question: Any, speakers: Sequence[Speaker | Predictor], console: Console, *, alone: bool) -> None:
-    """What each says of a question: nothing else where both are `alone`, else beside their names."""
+    """Print the answers to a question; a single answer to an `alone` question is printed without names."""
     answers = [(speaker.name, speaker.answer(question)) for speaker in speakers]
     if alone and len(answers) == 1:
         print(answers[0][1])
@@ -232,13 +232,13 @@ def show_one(question: Any, speakers: Sequence[Speaker | Predictor], console: Co
 
 
 def check_options(options: GenerateOptions, task: str) -> None:
-    """See that the options mean something to a task whose models write no text of their own.
+    """Check that the options are supported by a task that does not generate free text.
 
     Raises:
-        RequestError: some do not.
+        RequestError: If an option has no effect on the task.
     """
     meaningless = {"temperature", "seed", "max_new_tokens", "chat"} - MEANINGFUL.get(task, set())
-    rule, way_out = f"means nothing to task={task}, which predicts as in evaluations", "remove it"
+    rule, way_out = f"is not supported with task={task}, which predicts as in an evaluation", "remove it"
     if problems := [Problem(key, rule, way_out) for key in sorted(meaningless & options.model_fields_set)]:
         raise RequestError(*problems)
 
@@ -248,10 +248,10 @@ NAMES = {"base": "base", "export": "tuned"}
 
 
 def open_tokenizer_of(folder: Path | None, config: RunConfig, prepared: Prepared) -> Any:
-    """The export's own tokenizer, for that is what its users get; it has the run's chat template in it.
+    """Load the tokenizer from the export in `folder`, which includes the chat template, or else that of the run.
 
     Raises:
-        RequestError: the run has none.
+        RequestError: If the run has no tokenizer.
     """
     if folder is not None and (folder / "tokenizer_config.json").exists():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)

@@ -1,8 +1,7 @@
-"""What a run's model says of one text, where that is no free text: labels, tags, spans, hidden words, scores.
+"""Predictions for a single prompt in tasks without free text generation: labels, tags, spans, masked words, rewards.
 
-A prompt becomes a row of the task, with anything in the place of what is to be found, and goes the way of an
-evaluation's rows: what is said of it is what `dist-ft eval` would write. Hidden words are the exception: there the
-user hides them.
+A prompt is converted to a row of the task with a placeholder label and processed like a row of an evaluation, so that
+the prediction equals what `dist-ft eval` writes. Masked language modeling differs: the user places the masks.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from ..state import Prediction, Row
 from .predictor import Given, Predictor
 from .scoring import open_model
 
-MOST = 5  # labels or words that are shown
+MOST = 5  # maximum number of labels or words shown
 NONE = "(none)"
 
 
 class LabelPredictor(Predictor):
-    """Of texts: the label, or all that apply, and the likeliest labels' probabilities."""
+    """Predicts the label or labels of a text, and the probabilities of the most likely labels."""
 
     columns = ("text",)
     optional = ("text_pair",)
@@ -51,7 +50,7 @@ class LabelPredictor(Predictor):
 
 
 class TagPredictor(Predictor):
-    """Of words, which white space parts: the entities behind their types; of other tags each word with its own."""
+    """Predicts the entities among whitespace-separated words, or the tag of each word if the tags are not entities."""
 
     columns = ("tokens",)
 
@@ -80,7 +79,7 @@ class TagPredictor(Predictor):
 
 
 class SpanPredictor(Predictor):
-    """Of a question and a text: the words of the text that answer, and their probability."""
+    """Predicts the span of a context that answers a question, and its probability."""
 
     columns = ("question", "context")
 
@@ -98,7 +97,7 @@ class SpanPredictor(Predictor):
 
 
 class TextPredictor(Predictor):
-    """Of a source: the text that an encoder-decoder makes of it, as in evaluations."""
+    """Generates the target text of a source text with an encoder-decoder model, as in evaluations."""
 
     columns = ("source",)
 
@@ -116,7 +115,7 @@ class TextPredictor(Predictor):
 
 
 class RewardPredictor(Predictor):
-    """Of an answer to a prompt: its reward."""
+    """Predicts the reward of an answer to a prompt."""
 
     columns = ("prompt", "answer")
 
@@ -124,7 +123,7 @@ class RewardPredictor(Predictor):
         prompt = given["prompt"]
         if self.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        other = "." if given["answer"] != "." else "?"  # a pair is scored
+        other = "." if given["answer"] != "." else "?"  # the task scores pairs of different answers
         return pair_of({"prompt": prompt, "chosen": given["answer"], "rejected": other})
 
     def text(self, row: Row) -> str:
@@ -134,11 +133,11 @@ class RewardPredictor(Predictor):
         return f"{prediction['reward_chosen']:.4f}"
 
     def known(self, prediction: Prediction, row: Row) -> str | None:
-        return f"should be higher than that of: {_text_of(row['rejected'])}"
+        return f"should be higher than the reward of: {_text_of(row['rejected'])}"
 
 
 class MaskPredictor(Predictor):
-    """Of a text with masks: the likeliest words for each, with their probabilities."""
+    """Predicts the most likely words for each mask in a text, and their probabilities."""
 
     columns = ("text",)
 
@@ -153,10 +152,10 @@ class MaskPredictor(Predictor):
 
     @torch.no_grad()
     def predict(self, row: Row) -> Prediction:
-        """The likeliest words of each mask.
+        """Return the most likely words for each mask.
 
         Raises:
-            RequestError: nothing is hidden in the tokens that the task takes.
+            RequestError: If there is no mask within the maximum length of the task.
         """
         tokenizer: Any = self.tokenizer.tokenizer
         most: int = self.task.config.max_length  # type: ignore[attr-defined]
@@ -164,7 +163,7 @@ class MaskPredictor(Predictor):
         ids = tokenizer(row["text"], truncation=True, max_length=most, return_tensors="pt")["input_ids"].to(device)
         places = (ids[0] == self.facts.mask_id).nonzero().flatten()
         if not len(places):
-            rule = f"there is no {tokenizer.mask_token} in its first {most} tokens, so nothing is to be found"
+            rule = f"there is no {tokenizer.mask_token} in its first {most} tokens, so there is nothing to predict"
             raise RequestError.of("prompt", rule, f"write {tokenizer.mask_token} in place of a word")
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
         best = logits[places].float().softmax(dim=-1).topk(min(MOST, logits.shape[-1]))
@@ -196,25 +195,25 @@ def open_predictors(
     chat: bool,
     max_new_tokens: int | None = None,
 ) -> list[Predictor]:
-    """Models of a run that predict as its evaluations do.
+    """Open models of a run as predictors that predict as its evaluations do.
 
     Args:
-        names: shown name → `base` or `export`.
-        config: of the run.
-        prepared: its data.
-        run_dir: its folder.
-        tokenizer: what users of the export get.
-        chat: whether prompts are a user's words in a conversation.
-        max_new_tokens: of `seq2seq`; as in evaluations if not given.
+        names: displayed name → `base` or `export`.
+        config: configuration of the run.
+        prepared: prepared data of the run.
+        run_dir: folder of the run.
+        tokenizer: tokenizer of the export or the run.
+        chat: whether prompts are user messages of a conversation.
+        max_new_tokens: maximum number of generated tokens with `seq2seq`; defaults to that of evaluations.
 
     Raises:
-        RequestError: the base is asked for, whose head would begin at random.
+        RequestError: If the base model is requested but its head would be randomly initialized.
     """
     task = config.task
     if "base" in names.values() and architecture_of(config, prepared.facts).new_head:
-        rule = f"the base has no head for task={task.name}, and one that begins at random says nothing"
-        raise RequestError.of("model", rule, "ask the run's own: model=export")
-    if isinstance(task, Seq2SeqConfig):  # evaluations write texts where a metric reads them
+        rule = f"the base model has no head for task={task.name}, and a randomly initialized one predicts at random"
+        raise RequestError.of("model", rule, "set model=export")
+    if isinstance(task, Seq2SeqConfig):  # evaluations generate text only if a metric needs it
         most = max_new_tokens or task.max_new_tokens
         task = task.model_copy(update={"metrics": task.metrics or ["exact_match"], "max_new_tokens": most})
         config = config.model_copy(update={"task": task})

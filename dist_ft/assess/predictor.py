@@ -1,4 +1,4 @@
-"""A model that is asked about one row, and says what an evaluation would write of it."""
+"""Base class of predictors, which predict for a single row what an evaluation writes for it."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ from ..data.render.template import ChatTokenizer
 from ..data.store.ledger import Ledger
 from ..data.store.split import limit_length
 from ..errors import RequestError
-from ..state import ORIGIN, Facts, Prediction, Row, Sample, Task
+from ..protocols import Task
+from ..state import ORIGIN, Facts, Prediction, Row, Sample
 from .turns import read_canonical
 
-Given = Mapping[str, Any]  # columns of a prompt
+Given = Mapping[str, Any]  # column name → value of a prompt
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A row, what is shown of it, and what the data say of it."""
+    """Row to predict."""
 
     row: Row
-    text: str
-    answer: str | None = None
+    text: str  # displayed prompt
+    answer: str | None = None  # label from the data, as displayed
 
 
 class Predictor(ABC):
-    """A model that says of rows what its task predicts; a subclass is of a task, and knows how its rows look.
+    """Model that predicts single rows of its task; each subclass implements the row format of one task.
 
     Args:
-        name: shown beside what it says.
-        model: of transformers or peft, where it computes.
-        task: of the run.
-        facts: of the run's data.
-        tokenizer: of the run.
-        chat: whether prompts are a user's words in a conversation.
+        name: name shown with the predictions.
+        model: transformers or PEFT model on the device where it computes.
+        task: task of the run.
+        facts: facts about the run's data.
+        tokenizer: tokenizer of the run.
+        chat: whether prompts are user messages of a conversation.
     """
 
-    columns: ClassVar[tuple[str, ...]]  # of a prompt; of a single one, plain text will do
+    columns: ClassVar[tuple[str, ...]]  # required fields of a prompt; a plain text prompt is the first one
     optional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -62,54 +63,54 @@ class Predictor(ABC):
 
     @abstractmethod
     def row(self, given: Given) -> Row:
-        """A canonical row (see data/formats.py) of a prompt's columns."""
+        """Convert the fields of a prompt to a canonical row (see data/read/formats.py)."""
 
     @abstractmethod
     def text(self, row: Row) -> str:
-        """What is shown of a row."""
+        """Return the displayed prompt of a row."""
 
     @abstractmethod
     def say(self, prediction: Prediction, row: Row) -> str:
-        """A prediction as text."""
+        """Return the displayed text of a prediction."""
 
     def known(self, prediction: Prediction, row: Row) -> str | None:
-        """What the data say of a row; a prediction has both."""
+        """Return the displayed label of a row, if it has one; predictions of labeled rows contain the label."""
         return None
 
     def ask(self, prompt: str) -> Asked:
-        """A prompt as a row.
+        """Convert a prompt to a row.
 
         Raises:
-            RequestError: it is neither text of the only column nor an object of the columns.
+            RequestError: If the prompt is neither text for a single field nor a JSON object with the required fields.
         """
         given = _read_object(prompt) or {self.columns[0]: prompt}
         if not set(self.columns) <= set(given) <= {*self.columns, *self.optional} or not all(given.values()):
             example = json.dumps(dict.fromkeys(self.columns, "…"), ensure_ascii=False)
-            more = f" (and {', '.join(self.optional)})" if self.optional else ""
-            rule = f"the task asks with {' and '.join(self.columns)}{more}, and {prompt!r:.60} has not just these"
-            raise RequestError.of("prompt", rule, f"give a JSON object: prompt='{example}'")
+            more = f" (optionally {', '.join(self.optional)})" if self.optional else ""
+            rule = f"the task requires {' and '.join(self.columns)}{more}, which does not match {prompt!r:.60}"
+            raise RequestError.of("prompt", rule, f"set a JSON object: prompt='{example}'")
         row = self.row(given)
         return Asked(row, self.text(row))
 
     def read(self, config: RunConfig, split: SplitName, count: int) -> Iterator[Asked]:
-        """The first rows of a split, with what the data say of them.
+        """Yield the first `count` rows of a split with their labels.
 
         Raises:
-            RequestError: the run has no such split, or a row is wrong.
+            RequestError: If the run has no such split or a row is invalid.
         """
         for _, row in read_canonical(config, split, count):
             yield Asked(row, self.text(row), self.known(self.predict(row), row))
 
     def answer(self, asked: Asked) -> str:
-        """What the model says."""
+        """Return the displayed prediction."""
         return self.say(self.predict(asked.row), asked.row)
 
     @torch.no_grad()
     def predict(self, row: Row) -> Prediction:
-        """What an evaluation writes of the row; longer ones are cut as with `task.overlong=truncate`.
+        """Predict a row as an evaluation does; overlong rows are truncated as with `task.overlong=truncate`.
 
         Raises:
-            RequestError: nothing can be said of it.
+            RequestError: If the row cannot be encoded.
         """
         task, layout = self.task, self.task.layout
         shorten = functools.partial(task.truncate, row, self.tokenizer)
@@ -118,7 +119,7 @@ class Predictor(ABC):
                 task.encode(row, self.tokenizer), task, "truncate", "prompt", Ledger(), shorten
             )  # fmt: skip
         except RowFault as fault:
-            raise RequestError.of("prompt", fault.cause, "ask otherwise") from fault
+            raise RequestError.of("prompt", fault.cause, "change the prompt") from fault
         assert sequences is not None, "only overlong=drop drops"
         origin = {ORIGIN: [0]} if ORIGIN in layout.row_columns else {}
         segments = [{n: np.asarray(v) for n, v in {**sequence, **origin}.items()} for sequence in sequences]
@@ -126,7 +127,7 @@ class Predictor(ABC):
         samples = [Sample(segments[i : i + size], i // size) for i in range(0, len(segments), size)]
         device = next(self.model.parameters()).device
         totals = task.score(self.model, task.collate(samples).to(device))
-        join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
+        join = getattr(task, "by_row", None)  # defined by tasks that split a row into several samples
         (prediction,) = join(totals, [row]) if join else totals.predictions
         return prediction
 
@@ -136,5 +137,5 @@ def _read_object(prompt: str) -> dict[str, Any] | None:
         return None
     try:
         return dict(json.loads(prompt))
-    except ValueError:  # text may begin with a brace
+    except ValueError:  # plain text may also start with a brace
         return None

@@ -1,17 +1,16 @@
-"""The model as it starts, as the reference of tasks that compare with it: its log-probabilities, taken once and kept.
+"""Reference log-probabilities of the initial model, computed once and stored, for tasks that compare with it.
 
-They are taken by the run's own engine before a checkpoint is read, so that there is no second model in memory and
-every method is right: the reference is the model that training departs from, adapters and all. A run that goes on reads
-what it kept, and has the curve of one that was never stopped.
+The run's own engine computes them before a checkpoint is loaded, so that no second model is kept in memory and the
+reference is correct for every method: it is the model at the start of training, including adapters. A resumed run reads
+the stored values and therefore has the same loss curve as an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -22,8 +21,9 @@ from ..data.store.opened import Split
 from ..loop import evaluate
 from ..prepare import Prepared
 from ..process import comm
-from ..process.place import Place
-from ..state import Engine, Prediction, Refers, Task
+from ..process.place import Worker
+from ..protocols import Engine, Refers, Task
+from ..state import Prediction
 
 
 def refer_to_start(
@@ -31,33 +31,25 @@ def refer_to_start(
     prepared: Prepared,
     task: Task,
     engine: Engine,
-    place: Place,
-    terminal: TextIO,
-    beat: Callable[[str], None],
+    worker: Worker,
 ) -> Prepared:
-    """The data with what the model says of them before it learns; every rank takes part.
+    """Add the reference log-probabilities of the initial model to the data; collective over all ranks.
 
     Args:
-        plan: of the run, in whose folder it is kept.
-        prepared: the run's data.
-        task: what is to be learned; data of one that refers to no start stay as they are.
-        engine: with the model as it was built.
-        place: this rank.
-        terminal: is told where it takes a while.
-        beat: tells a watchdog how far this rank has come.
+        plan: plan of the run; the values are stored in its folder.
+        prepared: prepared data of the run.
+        task: task of the run; the data is returned unchanged if it needs no reference.
+        engine: engine with the initial model.
+        worker: this worker.
     """
     if not isinstance(task, Refers):
         return prepared
-    path = plan.run_dir / REFERENCE_FILE
+    place, path = worker.place, plan.run_dir / REFERENCE_FILE
     held: dict[str, np.ndarray] = comm.from_main(read_references(path) if place.is_main else None)
     splits = {name: split for name in ("train", "validation") if (split := getattr(prepared, name)) is not None}
     missing = {name_of(split): split for split in splits.values() if name_of(split) not in held}
     for name, split in missing.items():
-        if place.is_main:
-            samples = split.ledger["samples"]
-            print(
-                f"dist-ft: the model as it starts is asked about {samples:,} samples, once", file=terminal, flush=True
-            )
+        worker.say(f"computing reference log-probabilities of {split.ledger['samples']:,} samples")
         batches = evaluation_batches(
             split.open_table(),
             split.open_samples(),
@@ -66,29 +58,29 @@ def refer_to_start(
             world=place.world_size,
             per_device=plan.config.train.per_device_eval_batch_size,
         )
-        held[name] = values_of(evaluate(engine, batches, task.refer, beat).predictions)
+        held[name] = values_of(evaluate(engine, batches, task.refer, worker.beat).predictions)
     if missing and place.is_main:
         write_references(path, held)
     return replace(prepared, **{name: replace(split, reference=held[name_of(split)]) for name, split in splits.items()})
 
 
 def name_of(split: Split) -> str:
-    """What tells the split's tokens from all others: the hash that their folder is named by."""
+    """Return the name of the split's data folder, which is a hash of its content."""
     return Path(split.table).name
 
 
 def values_of(predictions: Iterable[Prediction]) -> np.ndarray:
-    """[samples, sequences] float64, from predictions in the samples' order."""
+    """Return log-probabilities `[samples, sequences]`, float64, from predictions in sample order."""
     return np.array([prediction["values"] for prediction in predictions], dtype=np.float64)
 
 
 def read_references(path: Path) -> dict[str, np.ndarray]:
-    """What is kept, by the name of the split; nothing where there is no file."""
+    """Read the stored log-probabilities by name of the split; empty if the file does not exist."""
     return dict(load_file(path)) if path.exists() else {}
 
 
 def write_references(path: Path, references: Mapping[str, np.ndarray]) -> None:
-    """Whole or not at all."""
+    """Write the log-probabilities atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
     save_file(dict(references), staging)

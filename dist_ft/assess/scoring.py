@@ -1,4 +1,4 @@
-"""A run's model, or its base, opened to compute; its scores over a split; and how these are shown and kept."""
+"""Opening the model of a run or its base model, scoring it on a split, and rendering and writing the results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from ..families import architecture_of, choose_attention
 from ..model.attention import AttentionChoice
 from ..prepare import Prepared
 from ..process.sums import Sums
-from ..state import LossFn, LossSum, Metrics, Prediction, Task
-from ..task.by_set import split_scores
+from ..protocols import LossFn, Task
+from ..state import LossSum, Metrics, Prediction
+from ..task.by_set import ScoreBySet
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of a model on a split: metrics, tables beyond them, and every row's prediction."""
+    """Results of a model on a split: metrics, additional tables and the predictions of all rows."""
 
     metrics: Metrics
     details: Mapping[str, Any]
@@ -36,17 +37,17 @@ class Evaluation:
 
 
 def evaluate_model(model: nn.Module, task: Task, split: Split, per_device: int) -> Evaluation:
-    """The task's metrics of `model`, on the device where it is, over every row of a split."""
-    task = split_scores(task, split)
+    """Evaluate `model` on all rows of a split, on the device of the model."""
+    task = ScoreBySet(task, split.sizes) if split.parts else task
     totals, rows = total(model, task, task.score, split, per_device), split.read_rows()
-    join = getattr(task, "by_row", None)  # of tasks that make several samples of a row
+    join = getattr(task, "by_row", None)  # defined by tasks that split a row into several samples
     by_row = join(totals, rows) if join else totals.predictions
     return Evaluation(task.metrics(totals, rows), task.details(totals, rows), by_row)
 
 
 @torch.no_grad()
 def total(model: nn.Module, task: Task, score: LossFn, split: Split, per_device: int) -> LossSum:
-    """The sums of `score` over every row of a split, and its predictions in the rows' order."""
+    """Return the sums of `score` over all samples of a split, and the predictions in sample order."""
     device = next(model.parameters()).device
     model.eval()
     sums = Sums()
@@ -56,23 +57,23 @@ def total(model: nn.Module, task: Task, score: LossFn, split: Split, per_device:
 
 
 def find_split(prepared: Prepared, name: Literal["train", "validation", "test"]) -> Split:
-    """A prepared split.
+    """Return a prepared split.
 
     Raises:
-        RequestError: the run has none of this name.
+        RequestError: If the run has no split of this name.
     """
     split: Split | None = getattr(prepared, name)
     if split is None:
-        raise RequestError.of(f"split={name}", f"the run has no data.{name}", "name another split")
+        raise RequestError.of(f"split={name}", f"the run has no data.{name}", "choose another split")
     return split
 
 
 def open_model(
     which: str, config: RunConfig, prepared: Prepared, run_dir: Path, device: torch.device, *, padded: bool = False
 ) -> tuple[nn.Module, AttentionChoice]:
-    """`export` or `base`, ready to compute on `device` with the attention that the run's configuration gives there.
+    """Open the model `export` or `base` on `device`, with the attention implementation of the run's configuration.
 
-    `padded`: it is to heed a mask over padded rows, as others lay them out.
+    With `padded`, the attention supports padded rows with a mask, which other libraries pass to the model.
     """
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, device, architecture)
@@ -85,7 +86,7 @@ def open_model(
 
 
 def render_table(found: Mapping[str, Metrics]) -> Table:
-    """A row a metric, a column a model."""
+    """Render a table with one row per metric and one column per model."""
     table = Table(box=None)
     table.add_column("")
     for which in found:
@@ -96,12 +97,12 @@ def render_table(found: Mapping[str, Metrics]) -> Table:
 
 
 def write_lines(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Predictions as JSON lines, whole or not at all."""
+    """Write predictions as JSON Lines atomically."""
     _replace(path, "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions))
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
-    """The numbers as JSON, whole or not at all; a folder that is not there is made."""
+    """Write results as JSON atomically; missing folders are created."""
     _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Prompts as the run's task shows them to the model, and what ends an answer."""
+"""Prompts for generation, rendered and encoded as in training."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked: messages for a chat template, or plain text; and the data's own answer, if it has one."""
+    """Prompt for a model: messages for the chat template, or plain text."""
 
-    messages: Sequence[Message] | None
-    text: str
-    answer: str | None = None
+    messages: Sequence[Message] | None  # None for a plain text prompt
+    text: str  # plain text prompt, or the last message as displayed
+    answer: str | None = None  # answer from the data, if any
     tools: Sequence[Any] | None = None
 
     @classmethod
     def of_text(cls, text: str, *, chat: bool) -> Question:
-        """A user's message, or text to go on from."""
+        """Build a question from text: a user message with `chat`, otherwise a plain text prompt to complete."""
         return cls([{"role": "user", "content": text}] if chat else None, text)
 
     def encode(self, tokenizer: Any) -> list[int]:
-        """Token ids up to where the answer begins."""
+        """Return the token ids of the prompt, up to the start of the answer."""
         if self.messages is None:
             ids: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
             chat = ChatTokenizer(tokenizer)
@@ -51,49 +51,49 @@ class Question:
 
 
 def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
-    """Whether the run's rows went through the chat template, so that prompts must too."""
+    """Return whether the chat template was applied to the training rows, so that prompts need it as well."""
     if config.task.name not in CONVERSING or not tokenizer.chat_template:
         return False
-    if list(formats) == ["pairs"]:  # of text or of messages
+    if list(formats) == ["pairs"]:  # pairs contain either text or messages
         return next(read_questions(config, "train", 1)).messages is not None
     return list(formats) != ["prompt_completion"]
 
 
 def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[Question]:
-    """The first `count` rows of a split, of a mixture those of each set, each up to its last answer.
+    """Yield the first `count` rows of a split (of each set in a mixture) as prompts up to their last answer.
 
     Raises:
-        RequestError: the run has no such split, or a row is wrong or made of tokens.
+        RequestError: If the run has no such split, or a row is invalid or consists of token ids.
     """
     for place, row in read_canonical(config, split, count):
         yield question_of(row, place)
 
 
 def read_canonical(config: RunConfig, split: SplitName, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and canonical shape (data/formats.py) of the first `count` rows of a split, of a mixture those of each set.
+    """Yield place and canonical form (see data/read/formats.py) of the first `count` rows of a split, or of each set.
 
     Raises:
-        RequestError: the run has no such split, or a row is wrong.
+        RequestError: If the run has no such split or a row is invalid.
     """
     sets = sets_of(config, split)
     if not sets:
-        raise RequestError.of(f"data.{split}", "is not set in this run", "name another split, or a file of prompts")
+        raise RequestError.of(f"data.{split}", "is not set in this run", "choose another split, or set prompts=FILE")
     for alone in sets.values():
         yield from islice(_canonical(alone, read_split(alone, split)), count)
 
 
 def _canonical(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a set; those that lack what its template names are passed over."""
+    """Yield the canonical rows of a set; rows that cannot be converted are skipped."""
     for place, raw in rows:
         with contextlib.suppress(RowFault):
             yield place, normalise_for(alone, raw, place)[1]
 
 
 def question_of(row: dict[str, Any], place: str) -> Question:
-    """A canonical row (see data/formats.py) as a question.
+    """Convert a canonical row (see data/read/formats.py) to a question.
 
     Raises:
-        RequestError: the row is tokens.
+        RequestError: If the row consists of token ids.
     """
     if "chosen" in row:
         if isinstance(row["prompt"], str):
@@ -112,4 +112,4 @@ def question_of(row: dict[str, Any], place: str) -> Question:
         words = row["text"].split()
         half = max(1, min(16, len(words) // 2))
         return Question(None, " ".join(words[:half]), " ".join(words[half:]))
-    raise RequestError.of(place, "is a row of tokens, not of text", "give prompts by prompt=… or prompts=FILE")
+    raise RequestError.of(place, "contains token ids instead of text", "set prompt=… or prompts=FILE")

@@ -1,4 +1,4 @@
-"""Checkpoints: written as transactions, verified on reading, resumed under any engine and world size.
+"""Checkpoints: saved atomically, verified before loading, and resumable with any engine and world size.
 
-Imports `config`, `process`, `state` and `method.start`.
+May import `config`, `process`, `state` and `method.start`.
 """

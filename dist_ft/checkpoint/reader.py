@@ -1,4 +1,4 @@
-"""Reads Distributed Checkpoint files without running code that their pickled metadata names."""
+"""Reader for PyTorch Distributed Checkpoint (DCP) files that never executes code from their pickled metadata."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reads DCP files whose `.metadata`, a pickle, may name nothing but what DCP itself writes there."""
+    """File system reader that unpickles `.metadata` with an allowlist of the types that DCP itself writes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata, without running code that a file names."""
+        """Load the metadata without executing code that the file refers to.
+
+        Raises:
+            pickle.UnpicklingError: If the file refers to anything outside the allowlist.
+        """
         metadata = _MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = dcp.metadata.StorageMeta()
@@ -47,11 +51,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_own = module in self.MODULES and isinstance(getattr(__import__(module, fromlist=[name]), name, None), type)
         if is_dtype or is_own or (module, name) in self.NAMES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
 
 
 def _enum_member(kind: Any, name: str) -> enum.Enum:
-    """What stands in for `getattr`, by which Python 3.11.0 to 3.11.3 write the members of an enumeration."""
+    """Replace `getattr`, with which Python 3.11.0 to 3.11.3 pickle enum members, by a lookup of enum members only."""
     if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        raise pickle.UnpicklingError(f"an attribute of {kind} has no place in a checkpoint's metadata")
+        raise pickle.UnpicklingError(f"an attribute of {kind} is not allowed in checkpoint metadata")
     return kind[name]

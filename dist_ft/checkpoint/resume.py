@@ -1,39 +1,40 @@
-"""Where a run goes on, and what it leaves to go on from."""
+"""Resuming a run from a checkpoint, and saving the checkpoints of a run."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TextIO
 
 from ..config.method import LoraKeys
 from ..config.plan import CHECKPOINTS, REFERENCE_FILE, START_FILE, Plan
 from ..errors import RequestError, TrainingError
 from ..method.start import read_start
 from ..process import comm
-from ..process.place import Place
-from ..state import Engine, Progress
+from ..process.place import Place, Worker
+from ..protocols import Engine
+from ..state import Progress
 from . import store as checkpoint
 
 
-def resume(plan: Plan, engine: Engine, place: Place, terminal: TextIO) -> Progress:
-    """Bring the engine to where the run stands, and say where that is; a new run stands at step 0.
+def resume(plan: Plan, engine: Engine, worker: Worker) -> Progress:
+    """Load the checkpoint selected by `train.resume` into the engine and return its progress.
 
-    Checkpoints that are not sound are named on `terminal`.
+    With `train.resume=auto`, this is the newest valid checkpoint of the run; invalid ones are reported.
+    Without a checkpoint, the engine is left unchanged and the progress is at step 0.
 
     Raises:
-        RequestError: the checkpoint named by train.resume is not sound.
+        RequestError: If the checkpoint at the path in `train.resume` is not valid.
     """
-    wish, folder = plan.config.train.resume, plan.run_dir / CHECKPOINTS
+    place, wish, folder = worker.place, plan.config.train.resume, plan.run_dir / CHECKPOINTS
     path: Path | None = None
     if place.is_main and wish == "auto":
         path, torn = checkpoint.newest_sound(folder)
         for problem in torn:
-            print(f"dist-ft: {problem}", file=terminal, flush=True)
+            worker.say(str(problem))
     elif wish not in ("auto", "never"):
         path = Path(wish)
         if reason := checkpoint.verify(path):
-            raise RequestError.of("train.resume", f"{path}: {reason}", "name a sound checkpoint, or use auto")
+            raise RequestError.of("train.resume", f"{path}: {reason}", "set it to a valid checkpoint or to auto")
     path = comm.from_main(path)
     if path is None:
         return Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
@@ -42,14 +43,23 @@ def resume(plan: Plan, engine: Engine, place: Place, terminal: TextIO) -> Progre
 
 
 def restore(plan: Plan, engine: Engine, name: str) -> None:
-    """Bring the engine to one of the run's own checkpoints.
+    """Load one of the run's own checkpoints into the engine.
+
+    Args:
+        plan: Plan of the run.
+        engine: Engine whose weights and optimizer state are replaced.
+        name: Folder name of the checkpoint, such as `step-100`.
 
     Raises:
-        TrainingError: it is not sound.
+        TrainingError: If the checkpoint is not valid.
     """
     path = plan.run_dir / CHECKPOINTS / name
     if reason := checkpoint.verify(path):
-        raise TrainingError.of(str(path), f"the best step's checkpoint: {reason}", "export another: dist-ft export")
+        raise TrainingError.of(
+            str(path),
+            f"the checkpoint of the best step is not valid: {reason}",
+            "export another checkpoint with `dist-ft export`",
+        )
     _bring(engine, path)
 
 
@@ -60,21 +70,24 @@ def _bring(engine: Engine, path: Path) -> None:
 
 
 def settle_start(plan: Plan, place: Place) -> None:
-    """Before the model is built: have a run that goes on start as it did, and a new one by itself; rank 0 sees to it.
+    """Prepare the files with the initial state of the run on rank 0, before the model is built.
+
+    These are the initial LoRA factors of PiSSA and OLoRA and the log-probabilities under the initial model. A resumed
+    run reuses them, also from another run's folder if `train.resume` is a path there; a new run deletes old ones.
 
     Raises:
-        RequestError: it goes on, and its start is not there.
+        RequestError: If the run is resumed and its initial LoRA factors are missing.
     """
     if not place.is_main:
         return
     method = plan.config.method
     if isinstance(method, LoraKeys) and method.moves_base and (start := _settle(plan, START_FILE)):
         read_start(start)
-    _settle(plan, REFERENCE_FILE)  # where it is not there, the model as it is built gives it again
+    _settle(plan, REFERENCE_FILE)  # not required: it is computed again from the initial model if it is missing
 
 
 def _settle(plan: Plan, name: str) -> Path | None:
-    """Where a run that goes on has the file that it left at its start; None for a new run, which must find none."""
+    """Return the path of the file `name` that a resumed run reuses; for a new run, delete the file and return None."""
     wish, own = plan.config.train.resume, plan.run_dir / name
     if wish not in ("auto", "never"):
         given = Path(wish).resolve().parent.parent / name
@@ -88,8 +101,8 @@ def _settle(plan: Plan, name: str) -> Path | None:
     return None
 
 
-def save_checkpoint(plan: Plan, engine: Engine, progress: Progress, place: Place) -> None:
-    """Write a checkpoint, point `best` at it if it is the best, and remove what is no longer kept."""
+def save_checkpoint(plan: Plan, engine: Engine, place: Place, progress: Progress) -> None:
+    """Save a checkpoint, point `best` to it if it is the best, and delete those beyond `train.save_total_limit`."""
     folder = plan.run_dir / CHECKPOINTS
     path = checkpoint.save(folder, engine.state(), progress)
     if place.is_main:

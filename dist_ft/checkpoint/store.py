@@ -1,9 +1,9 @@
-"""Checkpoints by parameter name, as transactions.
+"""Atomic checkpoints whose tensors are keyed by parameter name.
 
-A checkpoint is a folder `step-<n>` of torch Distributed Checkpoint files, `state.json` and, written last,
-`manifest.json` with the size and SHA-256 of every file. It is staged under another name and published by one rename;
-reading verifies the manifest first. A folder of a step is never reused: overwriting DCP files in place and dying
-half-way mixes tensors of two steps without an error.
+A checkpoint is a folder `step-<n>` with PyTorch Distributed Checkpoint (DCP) files, `state.json` and `manifest.json`,
+which is written last and holds the size and SHA-256 of every file. The folder is written under a temporary name and
+published with a single rename; the manifest is verified before a checkpoint is loaded. The folder of a step is never
+overwritten, because a crash while DCP files are overwritten in place silently mixes the tensors of two steps.
 """
 
 from __future__ import annotations
@@ -29,20 +29,28 @@ from .reader import SafeReader
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-ROOM_FACTOR = 1.1  # what must be free, in sizes of the checkpoint
+ROOM_FACTOR = 1.1  # required free disk space, as a multiple of the checkpoint size
 
 
 def save(folder: Path, state: NamedState, progress: Progress) -> Path:
-    """Write `folder/step-<n>` on all ranks together and point `latest` at it.
+    """Save `folder/step-<n>` and update the `latest` link; a collective call for all ranks.
+
+    Args:
+        folder: Folder with the checkpoints of the run; created if it does not exist.
+        state: Weights and optimizer state, as tensors or shards of this rank.
+        progress: Progress of the run, written to `state.json`.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
-        MachineError: there is no room.
-        TrainingError: a rank could not write.
+        MachineError: If there is not enough free disk space.
+        TrainingError: If a rank fails to write its files.
     """
     final = folder / f"step-{progress.step}"
     staging = folder / f".step-{progress.step}.partial"
     _check_room(folder, state)
-    if comm.from_main(final.exists()):  # resumed at this very step: what stands there is this state
+    if comm.from_main(final.exists()):  # the run was resumed at this step, so the existing checkpoint is identical
         return final
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(staging, ignore_errors=True)
@@ -51,8 +59,12 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
     writer = dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
         dcp.save(state.tensors, storage_writer=writer)
-    except CheckpointException as error:  # a BaseException, which no `except Exception` would see
-        raise TrainingError.of(str(staging), f"could not be written: {error}", "see disk and quota, resume") from error
+    except CheckpointException as error:  # a BaseException, which `except Exception` does not catch
+        raise TrainingError.of(
+            str(staging),
+            f"cannot be written: {error}",
+            "check the free disk space and the quota, then run the same command again to resume",
+        ) from error
     rank = torch.distributed.get_rank()
     own = {path.name: _digest(path) for path in sorted(staging.glob(f"__{rank}_*"))}
     files = {name: entry for part in comm.gather(own) for name, entry in part.items()}
@@ -69,65 +81,83 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
 
 
 def load(path: Path, state: NamedState) -> None:
-    """Fill the tensors of `state` from the checkpoint `path`, which has been verified.
+    """Load the checkpoint at `path`, which must have been verified, into the tensors of `state` in place.
 
     Raises:
-        RequestError: the checkpoint is of another model or method.
+        RequestError: If the checkpoint belongs to a different model or method.
     """
     reader = SafeReader(path)
     held = set(reader.read_metadata().state_dict_metadata)
     if held != set(state.tensors):
         missing, extra = sorted(set(state.tensors) - held), sorted(held - set(state.tensors))
-        rule = f"holds other tensors than this run trains (lacks {missing[:3]}, has besides {extra[:3]})"
-        raise RequestError.of(str(path), rule, "resume with the model and method that it was made with")
+        rule = f"its tensors do not match those that this run trains (missing: {missing[:3]}, unexpected: {extra[:3]})"
+        raise RequestError.of(str(path), rule, "resume with the same model, task and method as the run that saved it")
     try:
         dcp.load(state.tensors, storage_reader=SafeReader(path))
     except CheckpointException as error:
-        raise RequestError.of(str(path), f"does not fit this run: {error}", "resume with the same model") from error
+        raise RequestError.of(
+            str(path),
+            f"cannot be loaded in this run: {error}",
+            "resume with the same model, task and method as the run that saved it",
+        ) from error
     state.updates = int(json.loads((path / STATE).read_text())["updates"])
 
 
 def read_progress(path: Path) -> Progress:
-    """The `state.json` of a checkpoint."""
+    """Read the progress of a run from the `state.json` of a checkpoint."""
     values = json.loads((path / STATE).read_text())
     values.pop("updates")
     return Progress(**values)
 
 
 def verify(path: Path) -> str | None:
-    """Why the checkpoint is not sound, or None if every file is as it was written."""
+    """Check every file of a checkpoint against its manifest.
+
+    Returns:
+        The reason why the checkpoint is not valid, or None if it is valid.
+    """
     try:
         files: Mapping[str, Any] = json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError):
-        return "it has no manifest, so it was never finished"
+        return "manifest.json is missing or unreadable, so the checkpoint is incomplete"
     for name, entry in files.items():
         try:
             if _digest(path / name) != entry:
-                return f"{name} is not what was written"
+                return f"{name} does not match the size and SHA-256 in manifest.json"
         except OSError:
             return f"{name} is missing"
     return None
 
 
 def steps(folder: Path) -> list[Path]:
-    """The published checkpoints, newest first."""
+    """List the published checkpoints, newest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[Problem]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones."""
+    """Find the newest valid checkpoint.
+
+    Returns:
+        The path of the checkpoint, or None if none is valid, and a problem for each newer checkpoint that is not valid.
+    """
     torn: list[Problem] = []
     for path in steps(folder):
         reason = verify(path)
         if reason is None:
             return path, torn
-        torn.append(Problem(str(path), reason, "an older one is used"))
+        torn.append(Problem(str(path), reason, "skipping it; the next older checkpoint is used if it is valid"))
     return None, torn
 
 
 def prune(folder: Path, keep: int | None, best_step: int | None) -> None:
-    """Remove all but the `keep` newest checkpoints and the best; None keeps all."""
+    """Delete all checkpoints except for the `keep` newest ones and the best one.
+
+    Args:
+        folder: Folder with the checkpoints of the run.
+        keep: Number of newest checkpoints to keep; None keeps all.
+        best_step: Step of the best checkpoint, which is always kept.
+    """
     if keep is None:
         return
     for path in steps(folder)[keep:]:
@@ -136,7 +166,7 @@ def prune(folder: Path, keep: int | None, best_step: int | None) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to `target`, at once."""
+    """Atomically make `link` a relative symbolic link to `target`, which must be in the same folder."""
     staging = link.with_name(f".{link.name}.new")
     staging.unlink(missing_ok=True)
     staging.symlink_to(target.name)
@@ -146,15 +176,15 @@ def point(link: Path, target: Path) -> None:
 def _check_room(folder: Path, state: NamedState) -> None:
     own = sum(_local(t).numel() * t.element_size() for t in state.tensors.values())
     sharded = any(isinstance(t, DTensor) for t in state.tensors.values())
-    # Plain tensors stand on every rank and are written once; shards add up.
+    # Plain tensors are replicated on every rank and written once, whereas the shards of all ranks are written.
     needed = ROOM_FACTOR * (sum(comm.gather(own)) if sharded else own)
     folder.mkdir(parents=True, exist_ok=True)
     free = comm.from_main(shutil.disk_usage(folder).free)
     if needed > free:
         raise MachineError.of(
             str(folder),
-            f"a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free",
-            "make room or set train.save_total_limit; the run goes on from the last checkpoint",
+            f"a checkpoint needs {needed / 2**30:.2f} GiB of disk space, but only {free / 2**30:.2f} GiB are free",
+            "free disk space or set train.save_total_limit, then run the same command again to resume",
         )
 
 

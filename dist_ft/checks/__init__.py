@@ -1,4 +1,4 @@
-"""Every rule that a composed configuration can break, checked before a worker starts.
+"""Checks of a composed configuration that run before a worker is started.
 
 Imports `config`, `data.read`, `pretrained` and `privacy.rules`; no torch.
 """

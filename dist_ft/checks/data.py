@@ -1,4 +1,4 @@
-"""Rules about data: sources, mixtures, formats, templates, subsets and augmentation."""
+"""Checks of the data: sources, mixtures, formats, templates, subsets and augmentation."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from ..data.read.sets import ALONE, key_of, sets_of, sources_of
 from ..data.read.sources import HubSet, resolve
 from ..errors import DistFtError, Problem
 
-FIRST_ROWS = 20  # of each file: a wrong encoding, delimiter or format shows at once
+FIRST_ROWS = 20  # read from each file, enough to detect a wrong encoding, delimiter or format
 
 
 def chat_template_problems(config: RunConfig) -> Iterator[Problem]:
+    """Check that the file of `task.chat_template` exists."""
     template = getattr(config.task, "chat_template", None)
     if template not in (None, "chatml") and not Path(template).is_file():
-        yield Problem("task.chat_template", f"{template}: no such file", "name a Jinja file, or chatml")
+        yield Problem(
+            "task.chat_template",
+            f"the file {template} does not exist",
+            "set task.chat_template to a Jinja file, or to chatml",
+        )
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:
-    """Sources that name nothing, and files whose first rows cannot be read; preparing reads the rest."""
+    """Check that sources exist and that their first rows can be read; all rows are checked when they are prepared."""
     for key, source in sources_of(config):
         yield from (replace(problem, where=f"{key}, {problem.where}") for problem in _first_rows_problems(source))
 
@@ -43,25 +48,27 @@ def _first_rows_problems(source: str) -> list[Problem]:
 
 
 def set_problems(config: RunConfig) -> Iterator[Problem]:
-    """Sets that are given twice or not at all, formats that the task does not know, templates that cannot be filled."""
+    """Check that each set is given exactly once, that the task supports its format, and that its template is valid."""
     data, mixture = config.data, config.data.mixture
     if mixture is None and not data.train:
-        yield Problem("data.train", "must be given", "say data.train=VALUE, or data.mixture={NAME: {train: …}, …}")
+        yield Problem("data.train", "is not set", "set data.train=VALUE, or data.mixture={NAME: {train: …}, …}")
         return
     if mixture is not None:
         given = [key for key in ("train", "validation", "test") if getattr(data, key)]
         if given:
-            rule = f"data.{given[0]} is given too, and each set of a mixture has its own"
-            yield Problem("data.mixture", rule, f"remove data.{given[0]} (data=mixture has none), or data.mixture")
+            rule = f"data.{given[0]} is also set, but each set of a mixture has its own"
+            yield Problem(
+                "data.mixture", rule, f"remove data.{given[0]} (data=mixture does not set it), or remove data.mixture"
+            )
             return
         if not mixture:
-            yield Problem("data.mixture", "names no set", "say data.mixture.NAME.train=VALUE for each")
+            yield Problem("data.mixture", "contains no data set", "set data.mixture.NAME.train=VALUE for each data set")
             return
         weighted = [name for name, part in mixture.items() if part.weight is not None]
         if 0 < len(weighted) < len(mixture):
             bare = next(name for name in mixture if name not in weighted)
             rule = f"{bare} has no weight, but {weighted[0]} has one"
-            yield Problem("data.mixture", rule, "give all sets a weight, or none")
+            yield Problem("data.mixture", rule, "set a weight for all sets or for none")
     for name, alone in sets_of(config).items():
         yield from _format_problems(alone, name)
 
@@ -70,47 +77,47 @@ def _format_problems(alone: RunConfig, name: str) -> Iterator[Problem]:
     data, task = alone.data, alone.task.name
     yield from template_problems(data.template, key_of(name, "template"))
     if both := [column for column in data.template if column in data.columns]:
-        rule = f"{', '.join(both)} is in {key_of(name, 'columns')} too"
-        yield Problem(key_of(name, "template"), rule, "name a column once")
+        rule = f"{', '.join(both)} is also in {key_of(name, 'columns')}"
+        yield Problem(key_of(name, "template"), rule, "use each column in only one of them")
     found = data.format
     if found == "auto":
         ours = dict.fromkeys([*data.template, *data.columns])
         if data.template and detect(ours, task=task) is None:
             known = "; ".join(f"{n}: {', '.join(form.required)}" for n, form in FORMATS.items() if task in form.tasks)
-            rule = f"rows with the columns {', '.join(ours)} are of no known format"
-            yield Problem(key_of(name, "template"), rule, f"give the columns of one of task={task}'s ({known})")
+            rule = f"the columns {', '.join(ours)} match no supported format"
+            yield Problem(key_of(name, "template"), rule, f"use the columns of a format of task={task} ({known})")
         return
     if task in FORMATS[found].tasks:
         return
     known = ", ".join(name for name, form in FORMATS.items() if task in form.tasks)
-    rule = f"{found} is not a format of task={task}, which knows auto, {known}"
-    way_out = f"choose task={' or '.join(FORMATS[found].tasks)}, or correct the format"
+    rule = f"format {found} is not supported with task={task}; supported formats: auto, {known}"
+    way_out = f"set task={' or '.join(FORMATS[found].tasks)}, or change the format"
     yield Problem(key_of(name, "format"), rule, way_out)
 
 
 def choice_problems(config: RunConfig) -> Iterator[Problem]:
-    """Wishes that cannot be fulfilled, as far as it is known before data is read."""
+    """Check `k_shot` and `folds` as far as possible without reading the data."""
     data, task = config.data, config.task
     for key in ("k_shot", "folds"):
         if data.mixture is not None and getattr(data, key) is not None:
-            rule = "a mixture's sets have no labels or folds in common"
-            own = " or give it to sets: data.mixture.NAME.k_shot" if key == "k_shot" else " or take one set: data.train"
+            rule = "the sets of a mixture do not share labels or folds"
+            own = " or set data.mixture.NAME.k_shot" if key == "k_shot" else " or use a single data set (data.train)"
             yield Problem(f"data.{key}", rule, f"remove it,{own}")
     shots = {ALONE: data.k_shot, **{name: part.k_shot for name, part in (data.mixture or {}).items()}}
     for name, k_shot in shots.items():
         if k_shot is not None and not has_labels(config):
             several = "have several labels" if task.name == "sequence_classification" else "have no label"
-            rule = f"takes so many rows of each label, and task={task.name} cannot: its rows {several}"
-            way_out = "remove it, or choose task=sequence_classification without multi_label"
+            rule = f"selects rows per label, which is not supported with task={task.name}: its rows {several}"
+            way_out = "remove it, or set task=sequence_classification and task.multi_label=false"
             yield Problem(key_of(name, "k_shot"), rule, way_out)
     if data.folds is not None and data.validation:
-        rule = "data.validation is given too, and a fold of data.train is to be the validation data"
-        yield Problem("data.folds", rule, "remove one of the two")
+        rule = "data.validation is also set, but the validation data is a fold of data.train"
+        yield Problem("data.folds", rule, "remove data.folds or data.validation")
     if data.folds is not None and (data.fold or 0) >= data.folds:
-        yield Problem("data.fold", f"there are folds 0 to {data.folds - 1}", "name one of them")
+        yield Problem("data.fold", f"must be between 0 and {data.folds - 1}", "set data.fold to a value in this range")
 
 
-# Of each task's canonical rows (formats.py) the columns that may change while everything else keeps its meaning.
+# Columns of each task's canonical rows (data/read/formats.py) that can change without invalidating the other columns.
 AUGMENTABLE = {
     "causal_lm": ("text",),
     "masked_lm": ("text",),
@@ -123,35 +130,35 @@ AUGMENTABLE = {
     "reward": ("prompt", "chosen", "rejected"),
 }
 _REASONS = {
-    "context": "answers are places in the context, which a changed one would move",
-    "answers": "answers are places in the context",
-    "tags": "tags are what is learned",
-    "label": "labels are what is learned",
-    "input_ids": "token ids are no text",
+    "context": "answers are positions in the context, which augmentation would shift",
+    "answers": "answers are positions in the context",
+    "tags": "tags are the training target",
+    "label": "labels are the training target",
+    "input_ids": "token ids are not text",
 }
 
 
 def augment_problems(config: RunConfig) -> Iterator[Problem]:
-    """Columns that must not change or do not exist, and runs in which copies would be wrong."""
+    """Check that the augmented columns exist and can change, and that the run supports augmented copies."""
     if config.data.mixture is not None and config.data.augment is not None:
-        rule = "nothing reads it: each set of data.mixture has its own"
-        yield Problem("data.augment", rule, "set it as a key of the set, data.mixture.NAME.augment")
+        rule = "has no effect: each set of data.mixture has its own"
+        yield Problem("data.augment", rule, "set data.mixture.NAME.augment instead")
         return
     for name, alone in sets_of(config).items():
         if (augment := alone.data.augment) is None:
             continue
         key = key_of(name, "augment")
         if config.privacy.is_on:
-            rule = "a row and its copies would be several samples, and the noise hides one"
-            yield Problem(key, rule, "remove it, or the keys of privacy")
+            rule = "a row and its copies are several samples, but the noise only hides a single sample"
+            yield Problem(key, rule, "remove it, or remove the privacy keys")
         if alone.data.format == "tokens":
-            yield Problem(key, "rows of token ids have no text to change", "remove it, or give rows of text")
+            yield Problem(key, "rows of token ids contain no text to augment", "remove it, or use rows of text")
             continue
         known = AUGMENTABLE[config.task.name]
         if twice := sorted({column for column in augment.columns if augment.columns.count(column) > 1}):
-            yield Problem(f"{key}.columns", f"{', '.join(twice)} stands there more than once", "name a column once")
+            yield Problem(f"{key}.columns", f"{', '.join(twice)} is listed more than once", "list each column once")
         for column in augment.columns:
             if column not in known:
-                rule = f"{column} is no text of task={config.task.name} that may change"
-                rule = f"{column} must stay: {_REASONS[column]}" if column in _REASONS else rule
-                yield Problem(f"{key}.columns", rule, f"name one of {', '.join(known)}")
+                rule = f"{column} is not a text column of task={config.task.name} that can be augmented"
+                rule = f"{column} cannot be augmented: {_REASONS[column]}" if column in _REASONS else rule
+                yield Problem(f"{key}.columns", rule, f"use one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Keys that are read only under a condition: one that was set where nothing reads it is an error (checks.py)."""
+"""Keys that are used only under a condition: setting one where it has no effect is an error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..pretrained.source import is_hub_id
 
 @dataclass(frozen=True)
 class ReadWhen:
-    """A key that is read only under a condition, and what the user can do where it is not."""
+    """A key that is used only under a condition, and how to fix a configuration in which it is not."""
 
     key: str
     reads: Callable[[RunConfig], bool]
-    otherwise: str  # the end of "nothing reads it: …"
+    otherwise: str  # completes the message "has no effect: …"
     way_out: str
 
 
@@ -31,7 +31,7 @@ def _packs(config: RunConfig) -> bool:
 
 def _hub_data(config: RunConfig) -> bool:
     for _, source in sources_of(config):
-        with contextlib.suppress(DistFtError):  # a source that names nothing is a problem of its own
+        with contextlib.suppress(DistFtError):  # invalid sources are reported by data_problems
             if any(isinstance(found, HubSet) for found in resolve(source)):
                 return True
     return False
@@ -43,72 +43,77 @@ def _shares_by_size(config: RunConfig) -> bool:
 
 
 OF_SETS = "each set of data.mixture has its own"
-SAY_OF_SET = "set it as a key of the set, data.mixture.NAME.KEY"
+SAY_OF_SET = "set it for each data set, as data.mixture.NAME.KEY"
 NO_VALIDATION = "there is no validation data"
 GIVE_VALIDATION = "set data.validation, or remove it"
-NO_TRACKING = "track.wandb=off"
+NO_TRACKING = "W&B is disabled by track.wandb=off"
 TRACK = "set track.wandb=auto, or remove it"
-NO_PRIVACY = "the run is not private"
+NO_PRIVACY = "differential privacy is not enabled"
 ASK_PRIVACY = "set privacy.target_epsilon or privacy.noise_multiplier, or remove it"
 READ_WHEN = [
     ReadWhen(
         "model.revision",
         lambda c: is_hub_id(c.model.name_or_path),
-        "the model does not come from the hub",
-        "remove it, or name a hub id",
+        "the model does not come from the Hub",
+        "remove it, or set model.name_or_path to a Hub ID",
     ),
     ReadWhen(
         "task.overlong",
         lambda c: not _packs(c) or c.data.only_tokens,
-        "packing cuts documents into blocks, so none is too long",
+        "packing splits documents into blocks, so none is too long",
         "remove it, or set task.packing=false",
     ),
     ReadWhen(
         "task.chat_template",
         lambda c: not c.data.only_tokens,
-        "rows of tokens are used as they are",
-        "remove it, or give rows of text",
+        "tokenized rows are used unchanged",
+        "remove it, or use rows of text",
     ),
     ReadWhen(
         "task.label_smoothing",
         lambda c: getattr(c.task, "loss_type", "sigmoid") in ("sigmoid", "robust"),
-        "hinge and ipo have no smoothing",
+        "loss_type hinge and ipo do not use label smoothing",
         "remove it, or set task.loss_type to sigmoid or robust",
     ),
     ReadWhen(
         "method.prompt_tuning_init_text",
         lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
-        "the prompt starts at random",
+        "the prompt is not initialized from a text",
         "set method.prompt_tuning_init=TEXT, or remove it",
     ),
     ReadWhen(
         "method.tokenizer_name_or_path",
         lambda c: getattr(c.method, "prompt_tuning_init", None) == "TEXT",
-        "there is no text to read",
+        "there is no text to tokenize",
         "set method.prompt_tuning_init=TEXT, or remove it",
     ),
     ReadWhen(
         "method.encoder_hidden_size",
         lambda c: getattr(c.method, "prefix_projection", True),
-        "without method.prefix_projection there is no network",
+        "without method.prefix_projection there is no MLP",
         "set method.prefix_projection=true, or remove it",
     ),
     *(ReadWhen(f"data.{key}", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET) for key in ("format", "columns")),
     ReadWhen("data.template", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
     ReadWhen("data.revision", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
-    ReadWhen("data.mixture_temperature", _shares_by_size, "the shares are not by size", "remove it, or all weights"),
-    ReadWhen("data.fold", lambda c: c.data.folds is not None, "there are no folds", "set data.folds, or remove it"),
+    ReadWhen(
+        "data.mixture_temperature",
+        _shares_by_size,
+        "the shares are not based on the sizes of several data sets",
+        "remove it, or remove all weights",
+    ),
+    ReadWhen("data.fold", lambda c: c.data.folds is not None, "data.folds is not set", "set data.folds, or remove it"),
     ReadWhen(
         "data.subset_seed",
         lambda c: any((c.data.folds, c.data.k_shot, *(part.k_shot for part in (c.data.mixture or {}).values()))),
-        "nothing is drawn",
+        "no rows are drawn at random",
         "set data.k_shot or data.folds, or remove it",
     ),
-    ReadWhen("data.revision", _hub_data, "no source comes from the hub", "remove it, or name a hub id"),
+    ReadWhen("data.revision", _hub_data, "no source comes from the Hub", "remove it, or use a Hub ID as source"),
     ReadWhen("train.eval_steps", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),
     ReadWhen(
         "train.per_device_eval_batch_size",
-        lambda c: c.data.has("validation") or c.task.name == "preference",  # which takes its reference by it
+        lambda c: c.data.has("validation") or c.task.name == "preference",  # also for reference log-probs
         NO_VALIDATION,
         GIVE_VALIDATION,
     ),
@@ -116,7 +121,7 @@ READ_WHEN = [
     ReadWhen(
         "train.early_stopping_patience",
         lambda c: not c.data.has("validation") or c.train.eval_steps is not None,
-        "without train.eval_steps no evaluation comes before the end",
+        "without train.eval_steps there is no evaluation before the end of training",
         "set train.eval_steps, or remove it",
     ),
     ReadWhen(
@@ -131,7 +136,7 @@ READ_WHEN = [
             c.data.has("validation")
             and (c.train.load_best_model_at_end or c.train.early_stopping_patience or c.train.save_steps)
         ),
-        "nothing asks which step was the best",
+        "the best step is not used",
         "set train.load_best_model_at_end=true or train.early_stopping_patience, or remove it",
     ),
     ReadWhen(
@@ -143,8 +148,8 @@ READ_WHEN = [
     ReadWhen(
         "train.neftune_noise_alpha",
         lambda c: c.task.name != "seq2seq",
-        "the noise is for models that read one text",
-        "remove it; model.dropout works with every task",
+        "NEFTune is not supported with encoder-decoder models",
+        "remove it; model.dropout is supported with every task",
     ),
     *(
         ReadWhen(f"privacy.{key}", lambda c: c.privacy.is_on, NO_PRIVACY, ASK_PRIVACY)
@@ -154,8 +159,8 @@ READ_WHEN = [
     ReadWhen(
         "optim.max_grad_norm",
         lambda c: not c.privacy.is_on,
-        "private runs clip each row's gradient",
-        "set privacy.max_grad_norm",
+        "private runs clip the gradient of each row instead",
+        "remove it, and set privacy.max_grad_norm",
     ),
     ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
@@ -164,22 +169,25 @@ READ_WHEN = [
     ReadWhen(
         "launch.port",
         lambda c: not (isinstance(c.launch, LocalConfig) and c.launch.workers_per_node == 1),
-        "a single worker has no one to meet",
+        "a single worker needs no rendezvous",
         "remove it, or set launch.workers_per_node=2",
     ),
 ]
 
 
 def unread_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield a problem for each key that the user set although it has no effect in this configuration."""
     for rule in READ_WHEN:
         if rule.key in origins and not rule.reads(config) and value_of(config, rule.key) not in (None, []):
-            yield Problem(where_of(rule.key, origins), f"nothing reads it: {rule.otherwise}", rule.way_out)
+            yield Problem(where_of(rule.key, origins), f"has no effect: {rule.otherwise}", rule.way_out)
 
 
 def value_of(config: RunConfig, key: str) -> Any:
+    """Return the value of a key `SECTION.NAME`, or None if the section has no such key."""
     section, _, rest = key.partition(".")
     return getattr(getattr(config, section), rest, None)
 
 
 def where_of(key: str, origins: Mapping[str, str]) -> str:
+    """Return the key, followed by its origin in parentheses if that is known."""
     return f"{key} ({origins[key]})" if origins.get(key) else key

@@ -1,4 +1,4 @@
-"""What this machine lacks for a run: disk space and optional libraries."""
+"""Checks of this machine: disk space and optional libraries."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..errors import Problem
 from ..pretrained.folder import weight_bytes
 
 MIB = 2**20
-LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, where the weights' size is not known
-FULL_COPIES = 4  # of the weights: a checkpoint holds them with two moments, the export once more
+LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, if the size of the weights is not known
+FULL_COPIES = 4  # times the size of the weights: a checkpoint with both AdamW moments, and the export
 
 
 def check_machine(config: RunConfig) -> list[Problem]:
-    """What this machine lacks for the run: a folder to write to, room, or a library that only some runs need."""
+    """Return what this machine lacks for the run: a writable folder, disk space, or an optional library."""
     return [*_disk_problems(config), *_library_problems(config)]
 
 
 def _library_problems(config: RunConfig) -> Iterator[Problem]:
-    """A job whose own shell lines choose its Python knows itself what is there."""
+    """Check optional libraries, unless `launch.setup` may choose another Python environment for the workers."""
     if config.privacy.is_on and not getattr(config.launch, "setup", None) and find_spec("opacus") is None:
-        rule = f"it needs the package opacus, which is not installed in {sys.executable}"
-        yield Problem("privacy", rule, "pip install 'dist-ft[privacy]', or remove it")
+        rule = f"the required package opacus is not installed in {sys.executable}"
+        yield Problem("privacy", rule, "run pip install 'dist-ft[privacy]', or remove the privacy keys")
     for name, alone in sets_of(config).items():
         if alone.data.augment is not None and not getattr(config.launch, "setup", None):
             problem = missing_nlpaug(key_of(name, "augment"))
             yield from [problem] if problem else []
     scheme = config.model.quantization or "none"
     if scheme != "none" and not getattr(config.launch, "setup", None) and find_spec("bitsandbytes") is None:
-        rule = f"{scheme} needs the package bitsandbytes, which is not installed in {sys.executable}"
-        yield Problem("model.quantization", rule, "pip install bitsandbytes, or set model.quantization=none")
+        rule = f"{scheme} requires the package bitsandbytes, which is not installed in {sys.executable}"
+        yield Problem("model.quantization", rule, "run pip install bitsandbytes, or set model.quantization=none")
 
 
 def _disk_problems(config: RunConfig) -> list[Problem]:
@@ -45,13 +45,17 @@ def _disk_problems(config: RunConfig) -> list[Problem]:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        return [Problem("output_dir", f"{folder} is a file, so {config.output_dir} cannot be made", "set output_dir=…")]
+        return [
+            Problem(
+                "output_dir", f"{folder} is a file, so {config.output_dir} cannot be created", "set another output_dir"
+            )
+        ]
     if not os.access(folder, os.W_OK | os.X_OK):
-        return [Problem("output_dir", f"{folder} cannot be written to", "set output_dir to a folder of yours")]
+        return [Problem("output_dir", f"{folder} is not writable", "set output_dir to a writable folder")]
     weights = weight_bytes(config.model.name_or_path)
     needed = max(LEAST_ROOM_BYTES, (weights or 0) * FULL_COPIES if config.method.whole else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        rule = f"{free // MIB} MiB are free in {folder}; the run needs some {needed // MIB} MiB"
-        return [Problem("output_dir", rule, "make room, or set output_dir to a larger disk")]
+        rule = f"{free // MIB} MiB are free in {folder}, but the run needs about {needed // MIB} MiB"
+        return [Problem("output_dir", rule, "free disk space, or set output_dir to a folder on a larger disk")]
     return []

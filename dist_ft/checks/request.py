@@ -1,7 +1,7 @@
-"""Everything that can be known to be wrong before a worker starts, all of it at once and without torch.
+"""All checks of a configuration before a worker is started; reports every problem at once and needs no torch.
 
-The schema knows what a key is; this module knows what keys mean together and what they name: files, folders, an
-existing run. Nothing is silently ignored: a key that the user set and that nothing would read is an error.
+The schema validates single keys. The checks cover combinations of keys and what keys refer to: files, folders, an
+existing run. Nothing is silently ignored: setting a key that has no effect is an error.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .run_folder import run_problems
 
 
 def check(config: RunConfig, set_keys: Mapping[str, str] | Collection[str] = ()) -> list[Problem]:
-    """Every problem of a valid configuration; empty if there is none.
+    """Return every problem of a configuration that matches the schema.
 
     Args:
-        config: what was composed.
-        set_keys: dotted keys that the user set, with their origins if it is a mapping.
+        config: Composed configuration.
+        set_keys: Dotted keys that the user set; a mapping also gives the origin of each key.
     """
     origins = dict(set_keys) if isinstance(set_keys, Mapping) else dict.fromkeys(set_keys, "")
     return [

@@ -1,4 +1,4 @@
-"""Rules about a run's folder that already exists, and about the checkpoint to resume from."""
+"""Checks of an existing run folder and of the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config.run import RunConfig
 from ..errors import Problem, RequestError
 from ..privacy.rules import fixes_length
 
-# What may differ when a run goes on: how it is executed, watched and for how long, never what is learned from what.
+# Keys that may change when a run is resumed: execution, monitoring and length, but not what is trained on which data.
 MAY_CHANGE = {
     "model": {"attn_implementation", "gradient_checkpointing", "trust_remote_code"},
     "data": {"cache_dir", "validation", "test"},
@@ -32,27 +32,31 @@ MAY_CHANGE = {
 
 
 def run_problems(config: RunConfig) -> Iterator[Problem]:
-    """An existing folder of the run must be this run's, and a checkpoint that is named must exist."""
+    """Check that an existing folder belongs to the same run and that a given checkpoint exists."""
     folder = Path(config.output_dir)
     resume = config.train.resume
     if resume not in ("auto", "never") and not Path(resume).exists():
-        yield Problem("train.resume", f"{resume}: no such checkpoint", "name a folder runs/NAME/checkpoints/step-N")
+        yield Problem(
+            "train.resume",
+            f"the checkpoint {resume} does not exist",
+            "set train.resume to a folder runs/NAME/checkpoints/step-N",
+        )
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / RUN_FILE).is_file():
-        rule = f"{folder} exists and is not a run's folder (it has no {RUN_FILE})"
-        yield Problem("output_dir", rule, "set run_name or output_dir to a new one")
+        rule = f"{folder} exists but is not a run folder (it has no {RUN_FILE})"
+        yield Problem("output_dir", rule, "set run_name to a new name, or output_dir to a new folder")
         return
     checkpoints = sorted(folder.glob("checkpoints/step-*"))
     if resume == "never" and checkpoints:
-        rule = f"{folder} holds {len(checkpoints)} checkpoints, and starting anew would overwrite them"
+        rule = f"{folder} contains {len(checkpoints)} checkpoints, which a new start would overwrite"
         yield Problem("train.resume", rule, f"set run_name={_free_name(folder)}, or remove {folder}")
     elif checkpoints or (folder / "model").exists():
         yield from _difference_problems(config, folder)
 
 
 def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
-    way_out = f"set run_name={_free_name(folder)} for a run of its own, or go back to the old value"
+    way_out = f"set run_name={_free_name(folder)} for a separate run, or restore the old value"
     try:
         old = read_plan(folder).config
     except RequestError as error:
@@ -63,12 +67,14 @@ def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
         for key in dict.fromkeys([*before, *after]):
             may_change = key in MAY_CHANGE.get(section, ()) and not (section == "train" and fixes_length(config, key))
             if not may_change and before.get(key) != after.get(key):
-                rule = f"{folder} is a run with {before.get(key)!r}, and this one has {after.get(key)!r}"
+                rule = (
+                    f"the run in {folder} was started with {before.get(key)!r}, but the value is now {after.get(key)!r}"
+                )
                 yield Problem(f"{section}.{key}", rule, way_out)
 
 
 def _learned(section: dict[str, Any]) -> dict[str, Any]:
-    """A section's values, without what the sets of a mixture are only evaluated on."""
+    """Return a section's values without the keys of mixture sets that may change when a run is resumed."""
     if not section.get("mixture"):
         return section
     sets = {

@@ -1,4 +1,4 @@
-"""The configuration of a run: one module per group of `conf/`, `RunConfig`, and the `Plan` written to run.yaml.
+"""Configuration of a run: one module per group of `conf/`, `RunConfig`, and the `Plan` written to run.yaml.
 
-Imports `errors` only; no torch.
+Imports only `errors`; no torch.
 """

@@ -10,31 +10,35 @@ from .strict import Strict
 
 
 class DdpConfig(Strict):
-    """Every rank holds everything; gradients are summed."""
+    """PyTorch DDP: every rank holds a full replica of the model, and gradients are all-reduced."""
 
     name: Literal["ddp"]
 
 
 class FsdpConfig(Strict):
-    """PyTorch FSDP2: parameters, gradients and optimizer state sharded block by block."""
+    """PyTorch FSDP2: parameters, gradients and optimizer state are sharded block by block."""
 
     name: Literal["fsdp"]
-    offload: Literal["none", "params"] = Field("none", description="`params`: shards and the update live on the CPU.")
-    reshard_after_forward: bool = Field(True, description="Free a block's weights between forward and backward.")
+    offload: Literal["none", "params"] = Field(
+        "none", description="`params`: keep shards and run the optimizer on the CPU."
+    )
+    reshard_after_forward: bool = Field(True, description="Free a block's full weights between forward and backward.")
 
 
 class Zero12Config(Strict):
-    """DeepSpeed ZeRO-1 (optimizer state sharded) and ZeRO-2 (gradients too)."""
+    """DeepSpeed ZeRO-1 (sharded optimizer state) and ZeRO-2 (sharded gradients as well)."""
 
     name: Literal["zero1", "zero2"]
     offload: Literal["none", "optimizer"] = "none"
 
 
 class Zero3Config(Strict):
-    """DeepSpeed ZeRO-3: parameters sharded too."""
+    """DeepSpeed ZeRO-3: parameters are sharded as well."""
 
     name: Literal["zero3"]
-    offload: Literal["none", "optimizer", "params"] = Field("none", description="`params` offloads both.")
+    offload: Literal["none", "optimizer", "params"] = Field(
+        "none", description="`params` offloads optimizer state and parameters."
+    )
 
 
 EngineConfig = Annotated[DdpConfig | FsdpConfig | Zero12Config | Zero3Config, Field(discriminator="name")]

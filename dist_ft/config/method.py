@@ -1,4 +1,4 @@
-"""The keys of every method, with PEFT's names where it has the method, and what the house asks of a choice."""
+"""The `method` group: the keys of every method, with PEFT's names for methods that PEFT implements."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from .strict import Count, Strict
 
 
 class MethodChoice(Strict):
-    """What the house asks of a method without knowing which it is."""
+    """Base of the method configurations: properties that other modules read without knowing the method."""
 
-    whole: ClassVar[bool] = False  # its export is a model, not an adapter for the base
-    virtual_tokens: ClassVar[bool] = False  # it puts learned positions in front of every row
-    library: ClassVar[str] = "peft"  # loads its adapter
-    mergeable: ClassVar[bool] = False  # its adapter can be put into the base's weights
+    whole: ClassVar[bool] = False  # the export is a full model instead of an adapter
+    virtual_tokens: ClassVar[bool] = False  # prepends trained positions to every row
+    library: ClassVar[str] = "peft"  # the library that loads the adapter
+    mergeable: ClassVar[bool] = False  # the adapter can be merged into the base model
 
     @property
     def exact(self) -> bool:
-        """Whether the export holds the trained tensors bit by bit, and not what they were turned into."""
+        """Whether the export contains the trained tensors bit for bit, without conversion."""
         return True
 
     def lr_scale(self, parameter: str) -> float:
-        """By what the learning rate of a parameter, given by name, is multiplied."""
+        """Return the factor by which the learning rate of a parameter is multiplied, given the parameter's name."""
         return 1.0
 
 
 class FullConfig(MethodChoice):
-    """Every weight learns."""
+    """Full fine-tuning: all weights are trained."""
 
     whole: ClassVar[bool] = True
 
@@ -36,21 +36,21 @@ class FullConfig(MethodChoice):
 
 
 class FreezeConfig(MethodChoice):
-    """Only the last blocks learn, or what patterns name; with neither, the head on frozen features."""
+    """Train only the last blocks or the parameters that match patterns; with neither, only the head of the task."""
 
     whole: ClassVar[bool] = True
 
     name: Literal["freeze"]
-    num_layers: Annotated[int, Field(ge=0)] = Field(2, description="Blocks that learn, counted from the last.")
+    num_layers: Annotated[int, Field(ge=0)] = Field(2, description="Number of trained blocks, counted from the last.")
     trainable: list[str] = Field(
-        default_factory=list, description="Regular expressions; a parameter learns where one is found in its name."
+        default_factory=list, description="Regular expressions; a parameter is trained if one is found in its name."
     )
-    train_embeddings: bool = Field(False, description="The input embeddings learn.")
-    train_head: bool = Field(False, description="The output head learns.")
+    train_embeddings: bool = Field(False, description="Train the input embeddings.")
+    train_head: bool = Field(False, description="Train the output head.")
 
 
 class BitfitConfig(MethodChoice):
-    """Only biases learn (Ben Zaken et al. 2022)."""
+    """BitFit: train only the biases (Ben Zaken et al. 2022)."""
 
     whole: ClassVar[bool] = True
 
@@ -58,82 +58,88 @@ class BitfitConfig(MethodChoice):
 
 
 class LnTuningConfig(MethodChoice):
-    """Only norms learn, in copies beside the base's (Zhao et al. 2023, arXiv 2312.11420)."""
+    """LayerNorm tuning: train copies of the normalization layers (Zhao et al. 2023, arXiv 2312.11420)."""
 
     mergeable: ClassVar[bool] = True
 
     name: Literal["ln_tuning"]
-    target_modules: list[str] | None = Field(None, description="Name endings; all norms if not given.")
+    target_modules: list[str] | None = Field(None, description="Name suffixes. Defaults to all normalization layers.")
 
 
 class Ia3Config(MethodChoice):
-    """Learned factors on keys, values and inner activations (Liu et al. 2022, arXiv 2205.05638)."""
+    """(IA)^3: trained scaling of keys, values and inner activations (Liu et al. 2022, arXiv 2205.05638)."""
 
     mergeable: ClassVar[bool] = True
 
     name: Literal["ia3"]
-    target_modules: list[str] | None = Field(None, description="Name endings; PEFT's for the model if not given.")
-    feedforward_modules: list[str] | None = Field(None, description="Those of them whose input is scaled.")
+    target_modules: list[str] | None = Field(
+        None, description="Name suffixes. Defaults to PEFT's choice for the model."
+    )
+    feedforward_modules: list[str] | None = Field(None, description="The target modules whose input is scaled.")
 
 
 class AdapterConfig(MethodChoice):
-    """Bottleneck networks behind the sublayers of every block; keys and values are those of the adapters library."""
+    """Bottleneck adapters after the sublayers of every block; keys and values are those of the adapters library."""
 
     library: ClassVar[str] = "dist_ft"
 
     name: Literal["adapter"]
     configuration: Literal["houlsby", "pfeiffer"] = Field(
-        "pfeiffer", description="Behind attention and MLP (Houlsby et al. 2019), or the MLP (Pfeiffer et al. 2020)."
+        "pfeiffer", description="After attention and MLP (Houlsby et al. 2019), or only the MLP (Pfeiffer et al. 2020)."
     )
-    reduction_factor: Annotated[float, Field(ge=1)] = Field(16, description="Model width / bottleneck width.")
+    reduction_factor: Annotated[float, Field(ge=1)] = Field(16, description="Hidden size divided by bottleneck size.")
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
 
 
 class VirtualTokensChoice(MethodChoice):
-    """What methods with learned positions in front of every row have in common."""
+    """Base of the methods that prepend virtual tokens to every row."""
 
     virtual_tokens: ClassVar[bool] = True
 
-    num_virtual_tokens: Count = Field(20, description="Learned positions in front of every row.")
+    num_virtual_tokens: Count = Field(20, description="Number of virtual tokens in front of every row.")
 
 
 class PromptConfig(VirtualTokensChoice):
-    """Prompt tuning: learned input embeddings (Lester et al. 2021)."""
+    """Prompt tuning: trained input embeddings of virtual tokens (Lester et al. 2021)."""
 
     name: Literal["prompt"]
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
-    prompt_tuning_init_text: str | None = Field(None, description="Where to start; repeated or cut to the length.")
-    tokenizer_name_or_path: str | None = Field(None, description="Reads that text; the model's own if not given.")
+    prompt_tuning_init_text: str | None = Field(
+        None, description="Text for prompt_tuning_init=TEXT, repeated or truncated to num_virtual_tokens."
+    )
+    tokenizer_name_or_path: str | None = Field(
+        None, description="Tokenizer of the initial text. Defaults to the model's."
+    )
 
 
 class PrefixConfig(VirtualTokensChoice):
-    """Prefix tuning: learned keys and values in every layer (Li and Liang 2021)."""
+    """Prefix tuning: trained keys and values in every layer (Li and Liang 2021)."""
 
     name: Literal["prefix"]
-    prefix_projection: bool = Field(False, description="Learn through a two-layer network, which is dropped at export.")
-    encoder_hidden_size: Count | None = Field(None, description="That network's width; the model's if not given.")
+    prefix_projection: bool = Field(False, description="Compute the prefix with a two-layer MLP, dropped at export.")
+    encoder_hidden_size: Count | None = Field(None, description="Hidden size of that MLP. Defaults to the model's.")
 
     @property
     def exact(self) -> bool:
-        """The network is dropped and what it gives is kept."""
+        """False with a projection: the MLP is dropped at export and only its output is kept."""
         return not self.prefix_projection
 
 
 class PTuningConfig(VirtualTokensChoice):
-    """P-tuning: input embeddings that a small network gives, which is dropped at export (Liu et al. 2021)."""
+    """P-tuning: input embeddings computed by a small network, which is dropped at export (Liu et al. 2021)."""
 
     name: Literal["p_tuning"]
-    encoder_hidden_size: Count | None = Field(None, description="That network's width; the model's if not given.")
+    encoder_hidden_size: Count | None = Field(None, description="Hidden size of the network. Defaults to the model's.")
     encoder_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
     @property
     def exact(self) -> bool:
-        """The network is dropped and what it gives is kept."""
+        """Always False: the network is dropped at export and only its output is kept."""
         return False
 
 
 class LoraKeys(MethodChoice):
-    """Low-rank adapters beside frozen weights (Hu et al. 2021); names and meanings are PEFT's."""
+    """Keys of LoRA (Hu et al. 2021), with PEFT's names and meanings."""
 
     mergeable: ClassVar[bool] = True
 
@@ -141,53 +147,59 @@ class LoraKeys(MethodChoice):
     lora_alpha: Annotated[float, Field(gt=0)] = 32
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     target_modules: str | list[str] = Field(
-        "all-linear", description="`all-linear` (neither head nor router), name endings, or one regular expression."
+        "all-linear", description="`all-linear` (except head and routers), name suffixes, or one regular expression."
     )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) (Kalajdzievski 2023).")
-    use_dora: bool = Field(False, description="Learn magnitude apart from direction (Liu et al. 2024).")
-    modules_to_save: list[str] = Field(default_factory=list, description="Modules trained whole and saved along.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).")
+    use_dora: bool = Field(False, description="Train magnitude and direction separately (Liu et al. 2024).")
+    modules_to_save: list[str] = Field(default_factory=list, description="Modules to train fully and save.")
     target_parameters: list[str] = Field(
-        default_factory=list, description="Fused experts by name endings, such as `mlp.experts.gate_up_proj`."
+        default_factory=list, description="Name suffixes of fused experts to adapt, such as `mlp.experts.gate_up_proj`."
     )
-    exclude_modules: str | list[str] | None = Field(None, description="Not adapted: endings, or a regular expression.")
-    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Blocks, counted from 0.")
-    rank_pattern: dict[str, Count] = Field(default_factory=dict, description="Name ending → its own r.")
+    exclude_modules: str | list[str] | None = Field(
+        None, description="Modules that are not adapted: name suffixes, or one regular expression."
+    )
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="Indices of the blocks to adapt, from 0. Defaults to all."
+    )
+    rank_pattern: dict[str, Count] = Field(default_factory=dict, description="Name suffix → r.")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="Name ending → its own lora_alpha."
+        default_factory=dict, description="Name suffix → lora_alpha."
     )
     init_lora_weights: (
         Literal[True, "gaussian", "orthogonal", "pissa", "olora"]
         | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
     ) = Field(
-        True, description="true: as Microsoft's LoRA; also pissa, pissa_niter_N, olora. All start at the base model."
+        True,
+        description="true is the initialization of Microsoft's LoRA; gaussian, orthogonal, pissa, pissa_niter_N and"
+        " olora are alternatives. The initial model always equals the base model.",
     )
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="Learning rate of B over that of A (LoRA+, Hayou et al. 2024)."
+        None, description="Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024)."
     )
 
     @property
     def moves_base(self) -> bool:
-        """Whether the adapter starts with a part of the base's weights, which hold the rest."""
+        """Whether the initialization moves a part of the base weights into the adapter (PiSSA, OLoRA)."""
         return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
     @property
     def exact(self) -> bool:
-        """What such a start took from the base is taken off the adapter again, in an export of twice the rank."""
+        """False for PiSSA and OLoRA: their export subtracts the initial adapter, which doubles the rank."""
         return not self.moves_base
 
     def lr_scale(self, parameter: str) -> float:
-        """LoRA+ lets B, which starts at zero, learn faster than A."""
+        """Return `loraplus_lr_ratio` for B matrices, which start at zero, and 1 for other parameters (LoRA+)."""
         return self.loraplus_lr_ratio or 1.0 if ".lora_B." in parameter else 1.0
 
 
 class LoraConfig(LoraKeys):
-    """LoRA; over a quantised base too, where model.quantization says so."""
+    """LoRA, on a quantized base model if model.quantization is set."""
 
     name: Literal["lora"]
 
 
 class QloraConfig(LoraKeys):
-    """LoRA over a quantised base (Dettmers et al. 2023): NF4 with double quantisation unless told otherwise."""
+    """LoRA on a quantized base model (Dettmers et al. 2023): NF4 with double quantization by default."""
 
     name: Literal["qlora"]
 

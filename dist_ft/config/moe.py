@@ -10,14 +10,21 @@ from .strict import Strict
 
 
 class MoeConfig(Strict):
-    """Mixtures of experts; setting one of these for a model without experts is an error."""
+    """Mixture-of-experts options; setting one of them for a model without experts is an error."""
 
     router: Literal["frozen", "train", "adapt"] | None = Field(
-        None, description="`train`: whole; `adapt`: by LoRA. If not given: trained by method=full, else frozen."
+        None,
+        description="`train`: train the routers fully; `adapt`: train them with LoRA. Defaults to train for"
+        " method=full and to frozen otherwise.",
     )
     aux_loss_coef: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Balance loss over the global batch. By default the model's own where routers learn, else 0.",
+        description="Coefficient of the load-balancing loss over the global batch. Defaults to the model's value if"
+        " routers are trained, else 0.",
     )
-    aux_loss_per_layer: bool = Field(False, description="Balance each layer; false: their sum, as transformers.")
-    z_loss_coef: Annotated[float, Field(ge=0)] = Field(0.0, description="Mean squared logsumexp of router logits.")
+    aux_loss_per_layer: bool = Field(
+        False, description="Balance each layer by itself; false balances the sum over layers, as transformers does."
+    )
+    z_loss_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Coefficient of the router z-loss, the mean squared logsumexp of the router logits."
+    )

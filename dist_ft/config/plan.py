@@ -1,6 +1,7 @@
-"""The plan of a run: the configuration with everything that follows from it, written once as run.yaml.
+"""The plan of a run: the configuration and the values derived from it, written once to run.yaml.
 
-Workers read the plan and never compose configuration: a job that waits three days in a queue runs what was submitted.
+Workers read the plan and never compose the configuration themselves, so a job that waits in a queue for days runs
+exactly what was submitted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..errors import Problem, RequestError
 from .run import RunConfig
 from .strict import Strict
 
-# What a run's folder holds, by name.
+# Names of the files and folders in a run's folder.
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -26,34 +27,34 @@ EXPORT = "model"
 FAILURE_FILE = "failure.json"
 START_FILE = "start.safetensors"  # initial LoRA factors of PiSSA and OLoRA
 REFERENCE_FILE = "reference.safetensors"  # log-probabilities under the initial model, one tensor per split
-SEED_FILE = "noise_seed"  # of a private run; readable by its owner only
+SEED_FILE = "noise_seed"  # noise seed of a private run; readable by its owner only
 
 
 class Plan(Strict):
-    """What `run.yaml` holds."""
+    """Content of `run.yaml`."""
 
     config: RunConfig
     nodes: int
     workers_per_node: int
     world_size: int
-    accumulation_steps: int  # micro-batches of one step on one rank
-    git_sha: str | None  # of the working directory the run was planned in
+    accumulation_steps: int  # gradient accumulation: micro-batches per step on each rank
+    git_sha: str | None  # commit of the working directory in which the run was planned
     created: str  # UTC, ISO 8601
-    origins: dict[str, str]  # dotted key → where its value came from, for keys that the user set
+    origins: dict[str, str]  # dotted key → origin of its value, for keys that the user set
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder."""
+        """Path of the run's folder."""
         return Path(self.config.output_dir)
 
     @property
     def run_file(self) -> Path:
-        """The path of `run.yaml`."""
+        """Path of `run.yaml`."""
         return self.run_dir / RUN_FILE
 
 
 def batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """The rules that tie batch sizes to the number of workers."""
+    """Return a problem if the global batch size is not a multiple of `world_size` micro-batches."""
     train = config.train
     micro = world_size * train.per_device_train_batch_size
     if train.global_batch_size % micro == 0:
@@ -65,17 +66,17 @@ def batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
     if best is not None:
         way_out += f" or train.per_device_train_batch_size={best}"
     rule = (
-        f"{train.global_batch_size} rows a step do not divide into micro-batches of "
+        f"{train.global_batch_size} rows per step cannot be divided into micro-batches of "
         f"{train.per_device_train_batch_size} rows on {world_size} workers"
     )
     return [Problem("train.global_batch_size", rule, way_out)]
 
 
 def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: dict[str, str]) -> Plan:
-    """Do the batch arithmetic for `nodes * workers_per_node` workers.
+    """Build the plan for `nodes * workers_per_node` workers.
 
     Raises:
-        RequestError: the batch sizes do not divide.
+        RequestError: If the global batch size is not a multiple of `world_size` micro-batches.
     """
     world_size = nodes * workers_per_node
     if problems := batch_problems(config, world_size):
@@ -93,11 +94,11 @@ def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: 
 
 
 def write_plan(plan: Plan) -> Path:
-    """Write `run.yaml` into the run's folder, whole or not at all, and return its path."""
+    """Write `run.yaml` atomically into the run's folder and return its path."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     with tempfile.NamedTemporaryFile("w", dir=plan.run_dir, delete=False, encoding="utf-8") as file:
-        file.write("# The plan of this run: resolved configuration and what follows from it. Workers read this.\n")
+        file.write("# The plan of this run: resolved configuration and derived values. Workers read this file.\n")
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, plan.run_file)
@@ -105,10 +106,10 @@ def write_plan(plan: Plan) -> Path:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """Read a `run.yaml`, or that of a run's folder.
+    """Read a plan from a `run.yaml` file or from a run's folder.
 
     Raises:
-        RequestError: there is none, or it is not a plan of this version.
+        RequestError: If the file does not exist or is not a valid plan.
     """
     path = Path(path)
     if path.is_dir():
@@ -116,15 +117,19 @@ def read_plan(path: str | Path) -> Plan:
     try:
         return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise RequestError.of(str(path), "there is no such run", "name a run's folder, such as run=runs/NAME") from None
+        raise RequestError.of(
+            str(path), "the run does not exist", "set a run's folder, such as run=runs/NAME"
+        ) from None
     except (ValueError, yaml.YAMLError) as error:
         raise RequestError.of(
-            str(path), f"not a plan that this version understands ({error})", "plan the run anew with `dist-ft plan`"
+            str(path),
+            f"is not a valid plan for this version ({error})",
+            "plan the run again with `dist-ft train` or `submit`",
         ) from error
 
 
 def _git_sha() -> str | None:
-    """The commit of the working directory, with `+` behind it where files differ from it; None outside a checkout."""
+    """Return the commit of the working directory, with a `+` suffix if files differ; None outside a git repository."""
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],

@@ -10,26 +10,29 @@ from .strict import Strict
 
 
 class PrivacyConfig(Strict):
-    """Differential privacy of the training rows; on where a target epsilon or a noise multiplier is given."""
+    """Differential privacy of the training rows, enabled by setting target_epsilon or noise_multiplier."""
 
     target_epsilon: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Epsilon that the whole run may spend; the noise follows from it."
+        None, description="Privacy budget of the whole run; the noise is computed from it."
     )
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Of (epsilon, delta); below 1 / rows. A tenth of that if not given."
+        None, description="delta of (epsilon, delta); must be below 1 / rows. Defaults to 0.1 / rows."
     )
     noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Deviation of the noise over max_grad_norm, instead of target_epsilon."
+        None, description="Standard deviation of the noise divided by max_grad_norm, instead of target_epsilon."
     )
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Norm to which each row's gradient is cut.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Norm to which each row's gradient is clipped."
+    )
     noise_seed: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Of noise and sampling; who knows it can take the noise off. A secret one if not given."
+        None,
+        description="Seed of noise and sampling; anyone who knows it can remove the noise. Defaults to a secret one.",
     )
     grad_sample_mode: Literal["auto", "loop"] = Field(
-        "auto", description="`auto`: Opacus's hooks where they prove right, else `loop`: row by row."
+        "auto", description="`auto`: Opacus hooks where they are verified to be correct, else `loop`: row by row."
     )
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is asked for."""
+        """Whether differential privacy is enabled."""
         return self.target_epsilon is not None or self.noise_multiplier is not None

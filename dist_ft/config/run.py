@@ -1,7 +1,7 @@
-"""The configuration of a run, typed and strict: an unknown key is an error, each choice of a group has its own keys.
+"""The typed configuration of a run: an unknown key is an error, and each choice of a group has its own keys.
 
-Names are those of Hugging Face and TRL wherever the meaning is the same. The groups are the folders of `conf/`;
-`checks.py` gathers every problem of a composed configuration, this file says what a key is.
+Keys have the names of Hugging Face and TRL wherever the meaning is the same. The groups are the folders of `conf/`.
+The modules of `config` define the keys; `checks` reports every problem of a composed configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .train import TrainConfig
 
 
 class RunConfig(Strict):
-    """All of a run."""
+    """Complete configuration of a run."""
 
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
     output_dir: str
@@ -44,7 +44,7 @@ class RunConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def settle_quantization(cls, values: Any) -> Any:
-        """What is not given becomes what the method means, so that a plan says it."""
+        """Set `model.quantization` from the method if it is not given, so that the plan contains the value."""
         model, method = (values.get(key) for key in ("model", "method")) if isinstance(values, dict) else (None, None)
         if not isinstance(model, dict) or not isinstance(method, dict) or model.get("quantization") is not None:
             return values
@@ -52,5 +52,5 @@ class RunConfig(Strict):
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a composed configuration, for editors."""
+    """Return the JSON Schema of a composed configuration, for use in editors."""
     return RunConfig.model_json_schema()

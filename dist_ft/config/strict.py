@@ -1,4 +1,4 @@
-"""What every record of the configuration is made of."""
+"""Base class and number types of all configuration records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):
-    """A frozen record without unknown keys."""
+    """Immutable record that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 

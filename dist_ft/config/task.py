@@ -13,148 +13,163 @@ Unsupervised = Literal["error", "drop"]
 
 
 class TaskChoice(Strict):
-    """What the keys of every task have."""
+    """Base of the task configurations."""
 
-    keeps_virtual_tokens: ClassVar[bool] = True  # what learns can be stored beside prompt, prefix and P-tuning
+    keeps_virtual_tokens: ClassVar[bool] = True  # adapters of virtual tokens save all that the task trains
 
     @property
     def packs(self) -> bool:
-        """Whether rows of the training split share a sample."""
+        """Whether several rows of the training split are packed into one sample."""
         return bool(getattr(self, "packing", False))
 
 
 class CausalLMConfig(TaskChoice):
-    """Continued pre-training on text."""
+    """Causal language modeling on text (continued pre-training)."""
 
     name: Literal["causal_lm"]
     max_length: Annotated[int, Field(ge=2)] = 1024
-    packing: bool = Field(True, description="Cut the documents, one after another, into full blocks of max_length.")
-    overlong: Overlong = Field(
-        "error", description="Without packing: what to do with a document longer than max_length."
-    )
+    packing: bool = Field(True, description="Concatenate documents and split them into full blocks of max_length.")
+    overlong: Overlong = Field("error", description="Without packing: action for a document longer than max_length.")
 
 
 class InstructionConfig(TaskChoice):
-    """Answers to prompts: loss on the assistant's turns only."""
+    """Instruction tuning: the loss covers only the assistant's turns."""
 
     name: Literal["instruction"]
     max_length: Annotated[int, Field(ge=2)] = 2048
-    packing: bool = Field(False, description="Put several rows into one of at most max_length tokens, kept apart.")
-    overlong: Overlong = Field("error", description="A row longer than max_length.")
-    unsupervised: Unsupervised = Field("error", description="A row without a supervised token.")
-    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+    packing: bool = Field(
+        False, description="Pack rows into samples of at most max_length tokens; rows cannot attend to each other."
+    )
+    overlong: Overlong = Field("error", description="Action for a row longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="Action for a row without a supervised token.")
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
+    )
 
 
 class MaskedLMConfig(TaskChoice):
-    """Hidden tokens of text: pre-training of encoders."""
+    """Masked language modeling (pre-training of encoders)."""
 
     name: Literal["masked_lm"]
     max_length: Annotated[int, Field(ge=8)] = 512
-    packing: bool = Field(True, description="Cut the documents, one after another, into full blocks of max_length.")
-    overlong: Overlong = Field("error", description="Without packing: what to do with a text longer than max_length.")
-    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="Share of tokens to predict.")
-    whole_word: bool = Field(False, description="Choose words, with all their tokens, and not single tokens.")
-    new_head: bool = Field(False, description="The head begins anew; for a folder that has none. Not with adapters.")
+    packing: bool = Field(True, description="Concatenate texts and split them into full blocks of max_length.")
+    overlong: Overlong = Field("error", description="Without packing: action for a text longer than max_length.")
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="Fraction of the tokens to predict.")
+    whole_word: bool = Field(False, description="Select whole words, with all their tokens, instead of single tokens.")
+    new_head: bool = Field(False, description="Initialize a new head, for a model without one. Not for adapters.")
 
 
 class SequenceClassificationConfig(TaskChoice):
-    """A label, or several, for a text or a pair of texts."""
+    """Classification of a text or a pair of texts, with one or several labels."""
 
     name: Literal["sequence_classification"]
     max_length: Annotated[int, Field(ge=2)] = 512
-    overlong: Overlong = Field("error", description="A row longer than max_length.")
-    unsupervised: Unsupervised = Field("error", description="A row without a label, or without a text.")
+    overlong: Overlong = Field("error", description="Action for a row longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="Action for a row without a label or without text.")
     labels: list[str] | None = Field(
-        None, description="Names in the order of their numbers; from data.train if not given."
+        None, description="Label names in the order of their ids. Defaults to those found in data.train."
     )
-    multi_label: bool = Field(False, description="Rows have a list of labels, each learned as a yes or no of its own.")
+    multi_label: bool = Field(False, description="Rows have a list of labels, each a separate binary target.")
     class_weights: Literal["balanced"] | list[float] | None = Field(
-        None, description="`balanced`: rows weigh as their label is rare in data.train; or a weight a label."
+        None, description="One weight per label, or `balanced`: inversely proportional to its count in data.train."
     )
-    label_smoothing: Share = Field(0.0, description="Share of the target that all labels divide among them.")
+    label_smoothing: Share = Field(0.0, description="Fraction of the target spread evenly over all labels.")
 
 
 class TokenClassificationConfig(TaskChoice):
-    """A tag for each word: names of persons and places (IOB tags), parts of speech."""
+    """Token classification: one tag per word, such as named entities (IOB tags) or parts of speech."""
 
     name: Literal["token_classification"]
     max_length: Annotated[int, Field(ge=2)] = 512
-    overlong: Overlong = Field("error", description="A row longer than max_length; words that are cut count as `O`.")
-    unsupervised: Unsupervised = Field("error", description="A row without words, or with a word without a tag.")
-    labels: list[str] | None = Field(
-        None, description="Names in the order of their numbers; from data.train if not given."
+    overlong: Overlong = Field(
+        "error", description="Action for a row longer than max_length; truncated words count as `O`."
     )
-    label_smoothing: Share = Field(0.0, description="Share of the target that all labels divide among them.")
+    unsupervised: Unsupervised = Field("error", description="Action for a row without words or with an untagged word.")
+    labels: list[str] | None = Field(
+        None, description="Label names in the order of their ids. Defaults to those found in data.train."
+    )
+    label_smoothing: Share = Field(0.0, description="Fraction of the target spread evenly over all labels.")
 
 
 class Seq2SeqConfig(TaskChoice):
-    """A text from a text, on an encoder-decoder."""
+    """Sequence-to-sequence training of an encoder-decoder model."""
 
     name: Literal["seq2seq"]
-    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Most tokens of a source.")
-    max_target_length: Annotated[int, Field(ge=2)] = Field(128, description="Most tokens of a target.")
-    overlong: Overlong = Field("error", description="A row with a longer source or target.")
-    unsupervised: Unsupervised = Field("error", description="A row without a source or without a target.")
-    source_prefix: str = Field("", description="Put before every source, such as `summarize: `.")
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Maximum number of source tokens.")
+    max_target_length: Annotated[int, Field(ge=2)] = Field(128, description="Maximum number of target tokens.")
+    overlong: Overlong = Field("error", description="Action for a row with a longer source or target.")
+    unsupervised: Unsupervised = Field("error", description="Action for a row without a source or a target.")
+    source_prefix: str = Field("", description="Text prepended to every source, such as `summarize: `.")
     metrics: list[Literal["rouge", "bleu", "chrf", "exact_match"]] = Field(
-        default_factory=list, description="Of texts generated in evaluation; none: loss only, nothing is generated."
+        default_factory=list,
+        description="Metrics of texts generated in evaluation; empty: only the loss, no generation.",
     )
     max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Most tokens generated in evaluation; max_target_length if not given."
+        None, description="Maximum number of tokens generated in evaluation. Defaults to max_target_length."
     )
     num_beams: Annotated[int, Field(ge=1)] = 1
-    label_smoothing: Share = Field(0.0, description="Share of the target that all tokens divide among them.")
+    label_smoothing: Share = Field(0.0, description="Fraction of the target spread evenly over all tokens.")
 
 
 class QuestionAnsweringConfig(TaskChoice):
-    """The part of a text that answers a question; long texts are read in overlapping pieces."""
+    """Extractive question answering; long contexts are split into overlapping chunks."""
 
     keeps_virtual_tokens: ClassVar[bool] = False
     name: Literal["question_answering"]
-    max_length: Annotated[int, Field(ge=8)] = Field(384, description="Tokens of a piece: question, context, specials.")
-    doc_stride: Annotated[int, Field(ge=0)] = Field(
-        128, description="Tokens that one piece of a context has of the last."
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        384, description="Maximum number of tokens of a chunk: question, context and special tokens."
     )
-    max_answer_length: Annotated[int, Field(ge=1)] = Field(30, description="Most tokens of a predicted answer.")
+    doc_stride: Annotated[int, Field(ge=0)] = Field(128, description="Context tokens that adjacent chunks share.")
+    max_answer_length: Annotated[int, Field(ge=1)] = Field(30, description="Maximum number of answer tokens.")
     n_best: Annotated[int, Field(ge=1)] = Field(
-        20, description="Spans of a row among which a prediction's score is shared."
+        20, description="Number of candidate spans per row over which the scores are normalized."
     )
-    unsupervised: Unsupervised = Field("error", description="A row whose answer does not stand in its context.")
+    unsupervised: Unsupervised = Field("error", description="Action for a row whose answer is not in its context.")
     null_score_diff_threshold: float | None = Field(
         None,
-        description="Nothing is the answer where it scores higher than the best span by more than this; if not given,"
-        " every question has an answer.",
+        description="Predict no answer if its score exceeds that of the best span by more than this; if not set, every"
+        " question has an answer.",
     )
 
 
 class PreferenceConfig(TaskChoice):
-    """The better of two answers to a prompt is made more probable than the other (DPO); keys are TRL's."""
+    """Preference optimization (DPO): raise the probability of chosen over rejected answers; keys are TRL's."""
 
     name: Literal["preference"]
-    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Most tokens of a prompt with an answer.")
-    overlong: Overlong = Field("error", description="A pair of which either is longer than max_length.")
-    unsupervised: Unsupervised = Field("error", description="A pair with an empty answer, or with equal ones.")
-    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field("sigmoid", description="sigmoid is DPO's own.")
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        1024, description="Maximum number of tokens of a prompt and an answer."
+    )
+    overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
+        "sigmoid", description="`sigmoid` is the loss of the DPO paper."
+    )
     beta: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="How dear it is to leave the model as it started; ipo's tau."
+        0.1, description="Higher values keep the model closer to the initial model; tau of loss_type=ipo."
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="Share of pairs that may be the wrong way round; sigmoid becomes cDPO."
+        0.0, description="Assumed fraction of pairs with swapped answers; loss_type=sigmoid becomes cDPO."
     )
 
 
 class RewardConfig(TaskChoice):
-    """A score for an answer, higher for the better one of a pair (Bradley and Terry); keys are TRL's."""
+    """Reward modeling: a higher score for the chosen answer of a pair (Bradley and Terry); keys are TRL's."""
 
     keeps_virtual_tokens: ClassVar[bool] = False
     name: Literal["reward"]
-    max_length: Annotated[int, Field(ge=2)] = Field(1024, description="Most tokens of a prompt with an answer.")
-    overlong: Overlong = Field("error", description="A pair of which either is longer than max_length.")
-    unsupervised: Unsupervised = Field("error", description="A pair with an empty answer, or with equal ones.")
-    chat_template: str | None = Field(None, description="A Jinja file, or `chatml`; the tokenizer's own if not given.")
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        1024, description="Maximum number of tokens of a prompt and an answer."
+    )
+    overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
+    unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
+    )
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Keeps scores about zero: factor of the squared sum of a pair's."
+        0.0, description="Coefficient of a pair's squared score sum, which keeps scores centered at zero."
     )
 
 

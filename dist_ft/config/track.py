@@ -10,12 +10,12 @@ from .strict import Strict
 
 
 class TrackConfig(Strict):
-    """Weights & Biases; metrics.jsonl and the terminal are always there."""
+    """Weights & Biases tracking; metrics are always written to metrics.jsonl and the terminal."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="`auto`: online where a key is found, offline otherwise."
+        "auto", description="`auto`: online if an API key is found, offline otherwise."
     )
     project: str = "dist_ft"
-    run_name: str | None = Field(None, description="The run's name in W&B; the top run_name if not given.")
-    group: str | None = Field(None, description="Under which W&B gathers runs, such as those of a sweep.")
+    run_name: str | None = Field(None, description="Run name in W&B. Defaults to the top-level run_name.")
+    group: str | None = Field(None, description="W&B group of the run, such as the runs of a sweep.")
     tags: list[str] = Field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Training and evaluation data, from sources to micro-batches: `read`, `render`, `store`, `order`.
+"""Training and evaluation data, from source files to micro-batches: `read`, `render`, `store`, `order`.
 
 Imports `config`, `storage`, `pretrained`, `process` and `state`.
 """

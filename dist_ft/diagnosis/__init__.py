@@ -1,4 +1,4 @@
-"""`dist-ft doctor`: what on this machine stands in the way of training.
+"""`dist-ft doctor`: checks of what this machine needs for training.
 
 Imports `process` and `errors`.
 """

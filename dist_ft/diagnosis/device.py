@@ -1,4 +1,4 @@
-"""Devices and kernels: what there is, and why something is not."""
+"""Checks of devices and kernels, with the reason if something is not available."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from .versions import installed
 
 
 def check_devices() -> Iterator[Finding]:
-    """CUDA, its GPUs with memory, NCCL, bfloat16."""
+    """Check CUDA, the GPUs and their memory, NCCL and bfloat16."""
     if not torch.distributed.is_available():
-        yield problem("torch.distributed", "is not in this build of torch", "install torch from pytorch.org")
+        yield problem("torch.distributed", "is not available in this build of torch", "install torch from pytorch.org")
     if not torch.cuda.is_available():
         yield _why_no_gpu()
         yield ok("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
         fast = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")() in ("AVX512", "AMX")
-        yield ok("bfloat16", "works on the CPU" + ("" if fast else ", slower than float32 here"))
+        yield ok("bfloat16", "supported on the CPU" + ("" if fast else ", but slower than float32"))
         return
     yield ok("CUDA", f"{torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     for index in range(torch.cuda.device_count()):
         try:
             free, total = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
-            way_out = "see nvidia-smi: it may be in exclusive use, or need a reset by its owner"
+            way_out = "run nvidia-smi: the GPU may be in exclusive mode, or may need a reset by its owner"
             yield problem(f"GPU {index}", str(error).splitlines()[0], way_out)
             continue
         name = torch.cuda.get_device_name(index)
         line = f"{name}, {total / 2**30:.0f} GiB, {free / 2**30:.0f} GiB free"
         crowded = free < 0.8 * total
-        yield note(f"GPU {index}", line, "someone else uses it") if crowded else ok(f"GPU {index}", line)
+        yield note(f"GPU {index}", line, "another process is using it") if crowded else ok(f"GPU {index}", line)
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        yield ok("bfloat16", "in hardware")
+        yield ok("bfloat16", "supported in hardware")
     else:
-        yield note("bfloat16", "this GPU only emulates it", "set model.dtype=float32")
+        yield note("bfloat16", "only emulated on this GPU", "set model.dtype=float32")
 
 
 def check_kernels() -> Iterator[Finding]:
-    """Attention kernels and optional packages of GPU users."""
+    """Check attention kernels and optional GPU packages."""
     yield _flash_attention()
     if torch.cuda.is_available():
         backends = {
@@ -60,9 +60,9 @@ def check_kernels() -> Iterator[Finding]:
     ):
         version = installed(name)
         if version is None or importlib.util.find_spec(package) is None:
-            yield note(name, f"is not installed ({use}); no run needs it", f"pip install {name}")
+            yield note(name, f"is not installed ({use}); optional", f"pip install {name}")
         elif not torch.cuda.is_available():
-            yield note(name, f"{version}, unused: it needs a GPU ({use})")
+            yield note(name, f"{version}, not used without a GPU ({use})")
         else:
             yield ok(name, f"{version} ({use})")
 
@@ -71,25 +71,23 @@ def _why_no_gpu() -> Finding:
     driver = shutil.which("nvidia-smi") is not None
     if torch.version.cuda is None and driver:
         way_out = "install torch with CUDA from pytorch.org"
-        return problem("CUDA", f"torch {torch.__version__} is built without CUDA, and the machine has a GPU", way_out)
+        return problem("CUDA", f"torch {torch.__version__} is built without CUDA, but the machine has a GPU", way_out)
     if torch.version.cuda is None:
-        return note("CUDA", f"torch {torch.__version__} is built for CPUs; runs compute on the CPU")
+        return note("CUDA", f"torch {torch.__version__} is a CPU-only build; runs use the CPU")
     if driver:
-        way_out = (
-            "see nvidia-smi and CUDA_VISIBLE_DEVICES: driver too old for this CUDA, or no device given to this job"
-        )
-        return note("CUDA", f"torch has CUDA {torch.version.cuda}, but sees no device", way_out)
-    return note("CUDA", "no GPU and no driver; runs compute on the CPU")
+        way_out = "check nvidia-smi and CUDA_VISIBLE_DEVICES: the driver may be too old, or the job may have no GPU"
+        return note("CUDA", f"torch is built with CUDA {torch.version.cuda}, but no GPU is visible", way_out)
+    return note("CUDA", "no GPU and no driver; runs use the CPU")
 
 
 def _flash_attention() -> Finding:
     version = installed("flash-attn") if importlib.util.find_spec("flash_attn") else None
-    falls_back = "attention takes torch SDPA"
+    falls_back = "attention uses torch SDPA"
     if not torch.cuda.is_available():
         there = f"{version}, but it" if version else "it"
         return note("FlashAttention", f"{there} needs a GPU; {falls_back}")
     if version is None:
-        way_out = "pip install flash-attn --no-build-isolation (compiles where there is no wheel)"
+        way_out = "pip install flash-attn --no-build-isolation (compiled from source if there is no wheel)"
         return note("FlashAttention", f"the flash-attn package is not installed; {falls_back}", way_out)
     if torch.cuda.get_device_capability()[0] < 8:
         return note("FlashAttention", f"{version} needs compute capability 8.0 or later; {falls_back}")
@@ -97,6 +95,6 @@ def _flash_attention() -> Finding:
         import flash_attn  # noqa: F401
     except ImportError as error:
         way_out = "reinstall it for this torch: pip install --force-reinstall --no-deps flash-attn --no-build-isolation"
-        # attention is chosen by the package being there, so this one breaks runs
-        return problem("FlashAttention", f"{version} does not import: {str(error).splitlines()[0]}", way_out)
-    return ok("FlashAttention", f"{version}; for model.dtype=bfloat16")
+        # a problem, since runs select FlashAttention whenever the package is installed
+        return problem("FlashAttention", f"{version} cannot be imported: {str(error).splitlines()[0]}", way_out)
+    return ok("FlashAttention", f"{version}; used with model.dtype=bfloat16")

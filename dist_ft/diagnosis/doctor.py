@@ -1,6 +1,6 @@
-"""What of this machine stands in the way of training: `python -m dist_ft.doctor`.
+"""Entry point of `dist-ft doctor`: runs all checks of this machine and prints their findings.
 
-Exits 3 if something stops every training here, else 0. A note is something that only some runs need.
+Exits with 3 if a problem prevents every run on this machine, otherwise with 0. Notes affect only some runs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
 
 
 def examine() -> dict[str, list[Finding]]:
-    """Every check's findings; a check that breaks is a finding itself."""
+    """Run every check and return its findings by title; a check that raises an error becomes a finding."""
     return {title: list(_guarded(check)) for title, check in CHECKS.items()}
 
 
 def show(findings: dict[str, list[Finding]], console: Console) -> None:
-    """A table on a terminal; elsewhere a line a finding: level, what, detail, remedy."""
+    """Print a table on a terminal, otherwise one line per finding: level, name, detail, remedy."""
     if not console.is_terminal:
         for title, found in findings.items():
             for finding in found:
@@ -56,9 +56,9 @@ def show(findings: dict[str, list[Finding]], console: Console) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Examine and show; the exit code."""
+    """Run the checks, print the findings, and return the exit code."""
     if arguments:
-        error = RequestError.of(arguments[0], "doctor takes no settings", "python -m dist_ft.doctor")
+        error = RequestError.of(arguments[0], "doctor takes no arguments", "run dist-ft doctor without arguments")
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
         return RequestError.exit_code
     findings = examine()

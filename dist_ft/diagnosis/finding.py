@@ -1,4 +1,4 @@
-"""What a check says."""
+"""Findings of the checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Level(Enum):
-    """A problem stops every training here; a note, some."""
+    """Severity: a problem prevents every run on this machine, a note affects only some runs."""
 
     OK = "ok"
     NOTE = "note"
@@ -16,7 +16,7 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """One line of the report."""
 
     name: str
     level: Level
@@ -25,15 +25,15 @@ class Finding:
 
 
 def ok(name: str, detail: str) -> Finding:
-    """Nothing to do."""
+    """Create a finding that requires no action."""
     return Finding(name, Level.OK, detail)
 
 
 def note(name: str, detail: str, remedy: str = "") -> Finding:
-    """Something that only some runs need."""
+    """Create a finding that affects only some runs."""
     return Finding(name, Level.NOTE, detail, remedy)
 
 
 def problem(name: str, detail: str, remedy: str) -> Finding:
-    """Something without which nothing trains."""
+    """Create a finding that prevents every run."""
     return Finding(name, Level.PROBLEM, detail, remedy)

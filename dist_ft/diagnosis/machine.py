@@ -1,4 +1,4 @@
-"""Programs, disk, shared memory and limits of this machine."""
+"""Checks of programs, disk space, shared memory and resource limits."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ USUAL_FILES = 4096
 
 
 def check_programs() -> Iterator[Finding]:
-    """What carries a run to other machines."""
+    """Check for the programs that start runs on other machines."""
     for name, use in (
         ("ssh", "launch=deepspeed"),
         ("pdsh", "launch=deepspeed over many hosts"),
         ("sbatch", "launch=slurm"),
     ):
         found = shutil.which(name)
-        yield ok(name, found) if found else note(name, f"not on PATH; only {use} wants it")
+        yield ok(name, found) if found else note(name, f"not on PATH; only required for {use}")
     if sinfo := shutil.which("sinfo"):
         states = _first_line([sinfo, "--noheader", "--summarize"])
-        yield ok("SLURM", states) if states else note("SLURM", "sinfo does not answer", "see `sinfo` on this machine")
+        yield ok("SLURM", states) if states else note("SLURM", "sinfo does not respond", "run `sinfo` on this machine")
 
 
 def check_disk() -> Iterator[Finding]:
-    """Room where runs and caches go, and shared memory."""
+    """Check the disk space for runs and the cache, and shared memory."""
     for name, folder in (("here", Path.cwd()), ("cache", _cache())):
         existing = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(existing).free
         line = f"{free / 2**30:.1f} GiB free at {folder}"
         if not os.access(existing, os.W_OK):
-            way_out = "set output_dir" if name == "here" else "set data.cache_dir, or XDG_CACHE_HOME"
-            yield problem(name, f"{existing} cannot be written", way_out)
+            way_out = "set output_dir" if name == "here" else "set data.cache_dir or XDG_CACHE_HOME"
+            yield problem(name, f"{existing} is not writable", way_out)
         elif free < LEAST_ROOM:
-            yield problem(name, line, "make room, or set output_dir and data.cache_dir")
+            yield problem(name, line, "free disk space, or set output_dir and data.cache_dir")
         else:
-            yield ok(name, line) if free >= USUAL_ROOM else note(name, line, "little for checkpoints of large models")
-    yield _shared_memory(Path("/dev/shm"))  # noqa: S108  # looked at, not written
+            yield (
+                ok(name, line)
+                if free >= USUAL_ROOM
+                else note(name, line, "may be too small for checkpoints of large models")
+            )
+    yield _shared_memory(Path("/dev/shm"))  # noqa: S108  # only inspected, nothing is written
 
 
 def check_limits() -> Iterator[Finding]:
-    """Open files and locked memory."""
+    """Check the limits of open files and locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     line = f"{_count(soft)} (hard {_count(hard)})"
     if soft != resource.RLIM_INFINITY and soft < USUAL_FILES:
@@ -62,7 +66,7 @@ def check_limits() -> Iterator[Finding]:
         yield ok("open files", line)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY and locked < 64 << 20:
-        way_out = "ulimit -l unlimited (InfiniBand and pinned memory want it; on SLURM PropagateResourceLimits)"
+        way_out = "ulimit -l unlimited (for InfiniBand and pinned memory; on SLURM see PropagateResourceLimits)"
         yield note("locked memory", f"{locked >> 10} KiB", way_out)
     else:
         yield ok("locked memory", "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 20} MiB")
@@ -70,7 +74,7 @@ def check_limits() -> Iterator[Finding]:
 
 def _shared_memory(folder: Path) -> Finding:
     if not folder.is_dir():
-        return note("shared memory", f"no {folder}", "NCCL between GPUs of one machine wants it")
+        return note("shared memory", f"{folder} does not exist", "NCCL uses it between GPUs of one machine")
     size = shutil.disk_usage(folder).total
     line = f"{size / 2**20:,.0f} MiB at {folder}"
     if size <= LEAST_SHARED_MEMORY:

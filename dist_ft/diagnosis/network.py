@@ -1,4 +1,4 @@
-"""Whether processes of this machine, and of others, can find each other."""
+"""Checks of whether processes of this machine and of other machines can connect to each other."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from .finding import Finding, note, ok, problem
 
 
 def check_network() -> Iterator[Finding]:
-    """A rendezvous port on the loopback, this host's name, and interfaces."""
+    """Check a rendezvous port on the loopback interface, the name of this host, and the network interfaces."""
     yield _rendezvous()
     outer = _outer_interfaces()
     yield name_finding(socket.gethostname(), _addresses(socket.gethostname()), outer)
     if outer:
         yield ok("interfaces", ", ".join(f"{name} {address}" for name, address in outer))
     else:
-        yield note("interfaces", "loopback only", "runs on one machine; other machines cannot reach this one")
+        yield note(
+            "interfaces", "loopback only", "only runs on this machine are possible; other machines cannot reach it"
+        )
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         value = environ(variable)
         names = set(psutil.net_if_addrs())
@@ -30,29 +32,31 @@ def check_network() -> Iterator[Finding]:
             and not any(name.startswith(part.lstrip("=")) for part in value.split(",") for name in names)
         ):
             yield problem(
-                variable, f"{value} names no interface here", f"unset it, or choose of {', '.join(sorted(names))}"
+                variable, f"{value} matches no interface", f"unset it, or set it to one of {', '.join(sorted(names))}"
             )
 
 
 def name_finding(host: str, addresses: list[str], outer: list[tuple[str, str]]) -> Finding:
-    """Whether others reach this host by the address that its name stands for.
+    """Return whether other hosts can reach this host at the address to which its name resolves.
 
-    Debian and Ubuntu give a machine's own name the address 127.0.1.1: gloo then listens where no other host can come.
+    Debian and Ubuntu map a machine's own name to 127.0.1.1; gloo then listens where no other host can connect.
 
     Args:
-        host: this machine's name.
-        addresses: what it resolves to.
-        outer: interfaces that are no loopback, with their addresses.
+        host: Name of this machine.
+        addresses: Addresses to which the name resolves.
+        outer: Names and addresses of the interfaces other than loopback.
     """
     if not addresses:
         way_out = "add it to /etc/hosts with this machine's address; until then: export GLOO_SOCKET_IFNAME="
-        return problem("host name", f"{host} resolves to nothing", way_out + (outer[0][0] if outer else "lo"))
+        return problem(
+            "host name", f"{host} does not resolve to an address", way_out + (outer[0][0] if outer else "lo")
+        )
     shown = f"{host} → {', '.join(addresses)}"
     if all(ipaddress.ip_address(address).is_loopback for address in addresses):
         if not outer:
             return ok("host name", f"{shown} (no other interface)")
-        way_out = f"for runs on several hosts: export GLOO_SOCKET_IFNAME={outer[0][0]}, or mend /etc/hosts"
-        return note("host name", f"{shown}: other hosts cannot come there", way_out)
+        way_out = f"for runs on several hosts: export GLOO_SOCKET_IFNAME={outer[0][0]}, or correct /etc/hosts"
+        return note("host name", f"{shown}: other hosts cannot connect to it", way_out)
     return ok("host name", shown)
 
 
@@ -61,9 +65,11 @@ def _rendezvous() -> Finding:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             with socket.create_connection(("127.0.0.1", port), timeout=5):
-                return ok("rendezvous", f"port {port} on the loopback is free and can be reached")
+                return ok("rendezvous", f"port {port} on the loopback interface is free and reachable")
     except OSError as error:
-        return problem("rendezvous", f"no port on 127.0.0.1: {error}", "see `ip addr show lo` and the firewall")
+        return problem(
+            "rendezvous", f"cannot use a port on 127.0.0.1: {error}", "check `ip addr show lo` and the firewall"
+        )
 
 
 def _addresses(host: str) -> list[str]:
@@ -74,7 +80,7 @@ def _addresses(host: str) -> list[str]:
 
 
 def _outer_interfaces() -> list[tuple[str, str]]:
-    """Interfaces that are up, with an IPv4 address that is no loopback; bridges of containers come last."""
+    """Return the interfaces that are up and have an IPv4 address other than loopback; container bridges come last."""
     states = psutil.net_if_stats()
     found = [
         (name, entry.address)

@@ -1,4 +1,4 @@
-"""Versions of Python and of the libraries; none but torch is imported, for some are slow or fail on import."""
+"""Checks of the versions of Python and libraries, which are not imported: some are slow or fail on import."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from packaging.requirements import Requirement
 from .finding import Finding, note, ok, problem
 
 SELF = "dist-ft"
-# What every run imports; a run of another engine or without W&B goes without the others.
+# NEEDED is imported by every run; USUAL is only required for some engines, formats or trackers.
 NEEDED = ("torch", "transformers", "peft", "pydantic", "hydra-core", "numpy", "safetensors", "rich")
 USUAL = ("deepspeed", "datasets", "wandb", "accelerate", "tokenizers", "pyarrow", "gguf", "bitsandbytes")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python, and each library against what the package asks for."""
-    yield ok("python", f"{platform.python_version()}, {sys.executable}")  # an older one does not come this far
+    """Check Python, and each library against the requirements of this package."""
+    yield ok("python", f"{platform.python_version()}, {sys.executable}")  # an older version cannot import this package
     wanted = requirements()
     for name in (*NEEDED, *USUAL):
         found = installed(name)
@@ -31,13 +31,13 @@ def check_versions() -> Iterator[Finding]:
             yield make(name, "is not installed", f"pip install {requirement or name}")
         elif requirement is not None and not requirement.specifier.contains(found, prereleases=True):
             make = problem if needed else note
-            yield make(name, f"{found}, but {requirement.specifier} is needed", f"pip install '{requirement}'")
+            yield make(name, f"{found}, but {requirement.specifier} is required", f"pip install '{requirement}'")
         else:
             yield ok(name, found)
 
 
 def requirements() -> dict[str, Requirement]:
-    """What the installed package asks for, by name; nothing where it is used from a folder without installing."""
+    """Return the requirements of the installed package by name; empty if it is used without being installed."""
     try:
         lines = importlib.metadata.requires(SELF) or []
     except importlib.metadata.PackageNotFoundError:
@@ -47,7 +47,7 @@ def requirements() -> dict[str, Requirement]:
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

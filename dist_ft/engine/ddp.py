@@ -9,15 +9,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..state import BuiltModel
 from .native import NativeEngine
 
 
 class Ddp(NativeEngine):
     """`torch.nn.parallel.DistributedDataParallel`; alone, the model itself."""
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Move to the device; DDP sends every rank the weights of rank 0."""
-        model.to(self.device)
+    def wrap(self, built: BuiltModel) -> nn.Module:
+        """Move the model to the device; DDP sends every rank the weights of rank 0."""
+        model = built.model.to(self.device)
         if self.place.world_size == 1:
             return model
         return DistributedDataParallel(

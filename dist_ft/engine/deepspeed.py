@@ -26,9 +26,9 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 from ..config.engine import Zero3Config, Zero12Config  # noqa: E402
-from ..model.anatomy import find_mixtures  # noqa: E402
 from ..process.place import Place  # noqa: E402
-from ..state import Batch, LossFn, LossSum, ModelFactory, NamedState, OptimFactory, StepStats  # noqa: E402
+from ..protocols import LossFn, OptimFactory  # noqa: E402
+from ..state import Batch, BuiltModel, LossSum, NamedState, StepStats  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 100_000_000  # of gradients that are sent at once, at most
@@ -67,9 +67,9 @@ class Zero:
             derive_json, config, dtype, max_grad_norm, micro_batch_size, accumulation_steps
         )
 
-    def setup(self, build_model: ModelFactory, build_optim: OptimFactory) -> None:
-        """Build the model (rank 0 with weights); DeepSpeed sends the others theirs while it partitions."""
-        model = build_model(self.place.is_main)
+    def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None:
+        """Distribute the model; DeepSpeed sends rank 0's weights to the others while it partitions."""
+        model, anatomy = built
         # On CPUs DeepSpeed would compile an all-reduce that only inference calls, behind a lock file that a killed
         # worker leaves lying: the next run then waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -78,8 +78,8 @@ class Zero:
             parameter.data = parameter.data.to(self.dtype)
         # Ranks use different experts: ZeRO-3 must gather all of a mixture at once, or one rank waits for ever for a
         # gather that another never starts.
-        for mixture in find_mixtures(model) if self.stage == 3 else ():
-            set_z3_leaf_module(mixture.module, True)
+        for mixture in anatomy.mixtures if self.stage == 3 else ():
+            set_z3_leaf_module(anatomy.part(mixture.name), True)
         # Before parameters are taken apart, because weight decay goes by their dimensions.
         optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
         settings = self.derive_json(sum(p.numel() for p in model.parameters() if p.requires_grad))

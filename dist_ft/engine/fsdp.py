@@ -17,8 +17,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config.engine import FsdpConfig
-from ..model.anatomy import find_blocks
 from ..process.comm import barrier
+from ..state import BuiltModel
 from .native import NativeEngine
 
 
@@ -29,8 +29,9 @@ class Fsdp(NativeEngine):
         super().__init__(**options)
         self.config = config
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, built: BuiltModel) -> nn.Module:
         """Shard, then send every rank its shards of rank 0's weights, one tensor at a time."""
+        model, anatomy = built
         mesh = init_device_mesh(self.device.type, (self.place.world_size,))
         half = self.dtype != torch.float32
         options: dict[str, Any] = {
@@ -40,7 +41,7 @@ class Fsdp(NativeEngine):
             "reshard_after_forward": self.config.reshard_after_forward,
         }
         source = {name: p.detach() for name, p in model.named_parameters()} if self.place.is_main else {}
-        for block in find_blocks(model):
+        for block in anatomy.parts(anatomy.blocks):
             fully_shard(block, **options)
         fully_shard(model, **options)
         if hasattr(model, "generate"):  # it calls an encoder by itself, whose embeddings stand outside the blocks

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..process.place import Place
-from ..state import Batch, LossFn, LossSum, ModelFactory, NamedState, OptimFactory, StepStats
+from ..protocols import LossFn, OptimFactory
+from ..state import Batch, BuiltModel, LossSum, NamedState, StepStats
 
 
 class NativeEngine(ABC):
@@ -34,17 +35,17 @@ class NativeEngine(ABC):
         self.dtype = dtype
         self.max_grad_norm = max_grad_norm
 
-    def setup(self, build_model: ModelFactory, build_optim: OptimFactory) -> None:
-        """Build the model (rank 0 with weights), distribute it, and make the optimizer over what learns."""
-        self.model = build_model(self.place.is_main)
-        self.module = self.wrap(self.model)
+    def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None:
+        """Distribute rank 0's weights over the ranks, and build the optimizer over the trained parameters."""
+        self.model = built.model
+        self.module = self.wrap(built)
         self.module.train()
         self.trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = build_optim(self.trained)
 
     @abstractmethod
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Distribute `model`, whose weights are rank 0's afterwards."""
+    def wrap(self, built: BuiltModel) -> nn.Module:
+        """Distribute the model, whose weights are rank 0's afterwards, and return the module to call."""
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a micro-batch; before the last one gradients need not be reduced."""

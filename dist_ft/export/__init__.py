@@ -1,4 +1,4 @@
-"""The trained model as a Hugging Face folder: written, reloaded, compared, merged, described.
+"""Export of the trained model to a Hugging Face folder: writing, reloading, verifying, merging and the model card.
 
-Imports `model`, `method`, `checkpoint`, `data` and the tables of `families`.
+May import `model`, `method`, `checkpoint`, `data` and the tables of `families`.
 """

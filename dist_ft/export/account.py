@@ -1,6 +1,6 @@
-"""An account of exported tensors: each that was trained arrives once, bit for bit, under the name it is loaded by.
+"""Verification of exported tensors: each trained tensor must be stored exactly once, bit for bit, under its own name.
 
-Tensors go by as a stream and are not kept: what is compared are digests of their bytes.
+Tensors are streamed and not kept in memory; digests of their bytes are compared.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ..errors import Problem, TrainingError
 from ..state import Weights
 
-WAY_OUT = "the checkpoint is sound: keep it, and report this with the names above; nothing was exported"
+WAY_OUT = "nothing was exported; the checkpoint is intact: keep it, and report this error with the tensor names above"
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is remembered of a tensor; the norm only says how far off another one is."""
+    """Shape, dtype, digest and norm of a tensor; the norm is only used to rank differences."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -33,13 +33,13 @@ class Fingerprint:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Fingerprint:
-        """Of a tensor on any device, any layout in memory."""
+        """Compute the fingerprint of a tensor on any device and in any memory layout."""
         plain = tensor.detach().cpu().contiguous()
         digest = hashlib.blake2b(plain.flatten().view(torch.uint8).numpy().data, digest_size=16).digest()
         return cls(tuple(plain.shape), str(plain.dtype), digest, float(plain.double().norm()))
 
     def distance(self, other: Fingerprint) -> float:
-        """0 for the same bits; else a measure to order differences by."""
+        """Return 0 for identical bits, otherwise a positive value by which differences can be ranked."""
         if self.digest == other.digest and self.shape == other.shape and self.dtype == other.dtype:
             return 0.0
         if self.shape != other.shape:
@@ -48,10 +48,10 @@ class Fingerprint:
 
 
 class Account:
-    """What was handed over for export.
+    """Record of the tensors that were passed to the export.
 
     Args:
-        dtype_of: what a floating-point tensor, given by name, is exported in; None keeps it as it is.
+        dtype_of: returns the export dtype of the floating-point tensor with the given name; None keeps its dtype.
     """
 
     def __init__(self, dtype_of: Callable[[str], torch.dtype | None] = lambda name: None) -> None:
@@ -59,40 +59,40 @@ class Account:
         self.entries: dict[str, Fingerprint] = {}
 
     def record(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors on the CPU, in the export's dtype, noted as they go by.
+        """Yield the tensors on the CPU in their export dtype and record the fingerprint of each.
 
         Raises:
-            TrainingError: a name comes twice, or a tensor is not finite.
+            TrainingError: If a name occurs twice or a tensor contains NaN or inf.
         """
         for name, tensor in weights:
             if name in self.entries:
-                raise TrainingError.of(name, "was handed to the export twice", WAY_OUT)
+                raise TrainingError.of(name, "was passed to the export twice", WAY_OUT)
             dtype = (tensor.is_floating_point() and self.dtype_of(name)) or tensor.dtype
             given = tensor.detach().to("cpu", dtype, copy=True).contiguous()
             if not bool(torch.isfinite(given).all()):
-                raise TrainingError.of(name, f"holds nan or infinity in {dtype}", "resume from an earlier checkpoint")
+                raise TrainingError.of(name, f"contains NaN or inf in {dtype}", "resume from an earlier checkpoint")
             self.entries[name] = Fingerprint.of(given)
             yield name, given
 
     def check_names(self, expected: Mapping[str, object]) -> None:
-        """Exactly the expected parameters were handed over.
+        """Check that exactly the expected parameters were passed to the export.
 
         Raises:
-            TrainingError: some were not, or others were.
+            TrainingError: If parameters are missing or unexpected.
         """
-        _refuse("was trained and not handed to the export", sorted(set(expected) - set(self.entries)))
-        _refuse("is no parameter that the export should hold", sorted(set(self.entries) - set(expected)))
+        _refuse("was trained but not passed to the export", sorted(set(expected) - set(self.entries)))
+        _refuse("is not one of the parameters to export", sorted(set(self.entries) - set(expected)))
 
     def check_files(self, folder: Path, *, exact: bool) -> None:
-        """No file repeats another's tensor; with `exact`, the files hold every handed tensor once and nothing else.
+        """Check that no tensor is stored twice and, with `exact`, that the files hold exactly the recorded tensors.
 
         Args:
-            folder: of the export.
-            exact: false where the library splits or fuses tensors for its file format, such as experts; loading then
-                tells.
+            folder: folder of the export.
+            exact: whether stored tensors must equal the recorded ones; set it to False if the library splits or fuses
+                tensors in its file format (such as experts), which `check_loaded` then covers.
 
         Raises:
-            TrainingError: it is otherwise.
+            TrainingError: If a tensor is duplicated, missing, changed or unexpected.
         """
         held: Counter[bytes] = Counter()
         names: Counter[str] = Counter()
@@ -105,24 +105,24 @@ class Account:
                         digest = Fingerprint.of(reader.get_tensor(name)).digest
                         held[digest] += 1
                         by_digest[digest] = name
-        _refuse("stands in two files", sorted(name for name, count in names.items() if count > 1))
+        _refuse("is stored in more than one file", sorted(name for name, count in names.items() if count > 1))
         if exact:
             wanted = Counter(entry.digest for entry in self.entries.values())
             lost = set(wanted - held)
-            _refuse("is not in the files as it was", sorted(n for n, e in self.entries.items() if e.digest in lost))
-            _refuse("stands in the files and was not trained", sorted(by_digest[d] for d in held - wanted))
+            _refuse("is missing or changed on disk", sorted(n for n, e in self.entries.items() if e.digest in lost))
+            _refuse("is in the files but was not passed to the export", sorted(by_digest[d] for d in held - wanted))
 
     def check_loaded(self, model: nn.Module) -> None:
-        """The parameters of the model that was loaded from the files are those that were handed over.
+        """Check that the parameters of the model loaded from the files equal the recorded tensors.
 
         Raises:
-            TrainingError: naming those that are not, worst first.
+            TrainingError: If parameters are missing or differ; the largest differences are named first.
         """
         loaded = dict(model.named_parameters(remove_duplicate=False))
-        _refuse("is not there after loading", sorted(set(self.entries) - set(loaded)))
+        _refuse("is missing after loading", sorted(set(self.entries) - set(loaded)))
         distances = {name: entry.distance(Fingerprint.of(loaded[name])) for name, entry in self.entries.items()}
         wrong = sorted((name for name, far in distances.items() if far > 0), key=lambda n: -distances[n])
-        _refuse("is another tensor after loading than it was in training", wrong)
+        _refuse("differs from the trained tensor after loading", wrong)
 
 
 def _refuse(rule: str, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The model card (README.md) of an export: what it was made of, how, and what it came to."""
+"""Model card (README.md) of an export: data, metrics, settings, versions and the code that loads the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..track.jsonl import read_evaluations, read_metrics
 from .opened import name_base
 
 LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
-PIPELINES = {  # the hub's names of tasks
+PIPELINES = {  # task → `pipeline_tag` of the Hugging Face Hub
     "causal_lm": "text-generation",
     "instruction": "text-generation",
     "masked_lm": "fill-mask",
@@ -40,9 +40,9 @@ PIPELINES = {  # the hub's names of tasks
 }
 SPLITS = ("train", "validation", "test")
 PROMISE = (
-    "The weights are differentially private in the rows of the training split (DP-SGD with AdamW's update): with one\n"
-    "row more or less they would have come out alike, up to epsilon and delta. Exact numbers on this card, such as\n"
-    "those of rows and tokens, are not covered."
+    "The weights are differentially private with respect to the rows of the training split (DP-SGD with the AdamW\n"
+    "update): adding or removing one row changes the distribution of the weights by at most (epsilon, delta). Exact\n"
+    "numbers on this card, such as the numbers of rows and tokens, are not covered."
 )
 DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint")
 
@@ -50,19 +50,19 @@ DATA_COLUMNS = ("split", "source", "rows", "tokens", "supervised", "fingerprint"
 def card_of_run(
     plan: Plan, prepared: Prepared, run_dir: Path, *, merged: bool = False, checkpoint: str | None = None
 ) -> str:
-    """The card of a run's model, with the metrics that stand in its folder.
+    """Render the model card of a run with the metrics from its folder.
 
     Args:
-        plan: of the run.
-        prepared: its data.
-        run_dir: its folder, where metrics.jsonl is.
-        merged: whether an adapter has been put into its base.
-        checkpoint: which one the weights are from; None means the end of training.
+        plan: plan of the run.
+        prepared: prepared data of the run.
+        run_dir: folder of the run, which contains metrics.jsonl.
+        merged: whether the adapter was merged into its base model.
+        checkpoint: checkpoint that the weights come from; None means the end of training.
     """
     before, after = read_evaluations(run_dir / METRICS_FILE)
     steps = max((line["step"] for line in read_metrics(run_dir / METRICS_FILE)), default=None)
     if checkpoint:
-        after = {}  # the last evaluation is of other weights
+        after = {}  # the last evaluation belongs to the weights at the end of training
         steps = int((run_dir / CHECKPOINTS / checkpoint).resolve().name.removeprefix("step-"))
     return render_card(plan, prepared, before, after, merged=merged, checkpoint=checkpoint, taken=steps)
 
@@ -77,16 +77,16 @@ def render_card(
     checkpoint: str | None = None,
     taken: int | None = None,
 ) -> str:
-    """Markdown with the front matter that the hub reads.
+    """Render the model card as Markdown with the YAML front matter of the Hugging Face Hub.
 
     Args:
-        plan: of the run.
-        prepared: its data.
-        before: the first evaluation, `step` and `eval/…`; empty where there is none.
-        after: the last one.
-        merged: whether an adapter has been put into its base.
-        checkpoint: which one the weights are from; None means the end of training.
-        taken: steps that the weights have seen; all that are planned if not given.
+        plan: plan of the run.
+        prepared: prepared data of the run.
+        before: metrics of the first evaluation (`step` and `eval/…`); empty if there is none.
+        after: metrics of the last evaluation; empty if there is none.
+        merged: whether the adapter was merged into its base model.
+        checkpoint: checkpoint that the weights come from; None means the end of training.
+        taken: number of optimizer steps behind the weights; defaults to the planned number.
     """
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
@@ -126,7 +126,7 @@ def render_card(
 
 
 def load_lines(base: str, library: str, architecture: Architecture = CAUSAL_LM) -> str:
-    """Few lines of Python that load the model; run them in the export's folder, or put its name for the dot."""
+    """Return Python code that loads the model; run it in the folder of the export or replace "." by its path."""
     kind, arguments = architecture.auto_class, _arguments(architecture)
     if library == "transformers":
         return (
@@ -156,7 +156,7 @@ def load_lines(base: str, library: str, architecture: Architecture = CAUSAL_LM) 
 
 
 def load_lines_bitsandbytes(base: str, scheme: str, dtype: str, architecture: Architecture = CAUSAL_LM) -> str:
-    """Lines that load an adapter over its base in `nf4` or `int8` with transformers, bitsandbytes and peft."""
+    """Return Python code that loads an adapter on its `nf4` or `int8` base model with bitsandbytes and PEFT."""
     settings = (
         "load_in_8bit=True"
         if scheme == "int8"
@@ -175,7 +175,7 @@ def load_lines_bitsandbytes(base: str, scheme: str, dtype: str, architecture: Ar
 
 
 def load_lines_as_trained(base: str, scheme: str, dtype: str, architecture: Architecture = CAUSAL_LM) -> str:
-    """Lines that put the base into the very bits of training, by this package."""
+    """Return Python code that quantizes the base model with this package to exactly the weights used in training."""
     options = f"dtype=torch.{dtype}{_arguments(architecture)}"
     return (
         "import peft, torch, transformers\n"
@@ -189,31 +189,31 @@ def load_lines_as_trained(base: str, scheme: str, dtype: str, architecture: Arch
 
 
 def _load_quantised(model: ModelConfig, base: str, architecture: Architecture) -> str:
-    """How to load an adapter that learned to make up for a quantised base's errors."""
+    """Describe how to load an adapter that was trained on a quantized base model."""
     scheme, dtype = str(model.quantization), model.dtype
     bits = 8 if scheme == "int8" else 4
     other = [
-        "bitsandbytes also rounds what goes into the layers to 8 bits, which training did not."
+        "bitsandbytes also quantizes the inputs of the layers to 8 bits, which training did not."
         if bits == 8
-        else "The bits of linear layers are the same; on a CPU bitsandbytes computes with them in bfloat16.",
-        "It leaves a mixture's fused experts as they are; in training they were packed too.",
+        else "The quantized weights of linear layers are identical; on a CPU, bitsandbytes computes in bfloat16.",
+        "It does not quantize the fused experts of a mixture-of-experts model, which were quantized in training.",
     ]
     as_trained = load_lines_as_trained(base, scheme, dtype, architecture)
     return (
-        f"The base was in {bits} bits ({scheme}) in training. With bitsandbytes:\n\n"
+        f"The base model was quantized to {bits} bits ({scheme}) in training. With bitsandbytes:\n\n"
         f"{_python(load_lines_bitsandbytes(base, scheme, dtype, architecture))}\n\n{' '.join(other)}\n"
-        f"As it was trained, where dist_ft is installed:\n\n{_python(as_trained)}"
+        f"Exactly as in training, if dist_ft is installed:\n\n{_python(as_trained)}"
     )
 
 
 def _resize(architecture: Architecture) -> str:
-    """The line that gives a base the rows of added tokens, whose numbers are in the adapter."""
+    """Return the line that resizes the base model's embeddings for added tokens, whose rows are in the adapter."""
     rows = architecture.vocabulary
     return f"base.resize_token_embeddings({rows}, mean_resizing=False)\n" if rows else ""
 
 
 def _arguments(architecture: Architecture) -> str:
-    """What a base's configuration is told when an adapter with a head is loaded on it."""
+    """Return the `from_pretrained` arguments that the base model needs for an adapter with a head."""
     return "".join(f", {key}={value!r}" for key, value in architecture.overrides.items() if key != "problem_type")
 
 
@@ -263,7 +263,7 @@ def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Ite
 def _privacy_rows(plan: Plan, prepared: Prepared, taken: int | None) -> Iterator[tuple[str, ...]]:
     train, samples = plan.config.train, len(prepared.train.open_samples())
     steps, seen = total_steps(samples, train.global_batch_size, train.max_steps, train.num_train_epochs)
-    order = PoissonOrder(samples, 0, train.global_batch_size, seen)  # no seed: nothing is drawn
+    order = PoissonOrder(samples, 0, train.global_batch_size, seen)  # the seed is irrelevant: no rows are sampled
     yield from find_privacy(plan.config.privacy, order, steps).tell(steps if taken is None else taken)
 
 
@@ -289,7 +289,7 @@ def _version_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
             yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    yield "git", plan.git_sha or "not a checkout"
+    yield "git", plan.git_sha or "not a git checkout"
     yield "planned", plan.created
 
 

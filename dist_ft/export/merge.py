@@ -1,6 +1,6 @@
-"""An export of a run that was: from its exported adapter or a checkpoint, as it is or merged into a whole model.
+"""Export a finished run again, from its export or from a checkpoint, optionally with the adapter merged.
 
-`python -m dist_ft.merge RUN_YAML [merge=true] [checkpoint=step-N|latest|best] [out=DIR] [dtype=bfloat16]`
+`python -m dist_ft.export.merge RUN_YAML [merge=true] [checkpoint=step-N|latest|best] [out=DIR] [dtype=bfloat16]`
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..config.strict import Strict
 from ..data.render.template import find_end_token
 from ..data.render.tokenizer import open_tokenizer
 from ..errors import RequestError
-from ..families import architecture_of, build_method, choose_attention, model_factory
+from ..families import ModelRecipe, architecture_of, build_method, choose_attention
 from ..method.start import read_start
+from ..model.anatomy import unwrap
 from ..prepare import Prepared, prepare
 from ..process.command import read_words, run_command, split_run
-from ..state import ModelFactory
 from ..task.table import TASKS
 from .account import Account
 from .card import card_of_run
@@ -38,9 +38,7 @@ from .opened import find_export, find_trained_run, is_adapter, name_base, open_e
 from .probe import Deviation, Probe, compare, plain_inputs, probe_model, shorten
 from .write import (
     add_companions,
-    build_bare,
     check_logits,
-    inner_layer,
     publish,
     size_of,
     stored_dtypes,
@@ -51,40 +49,40 @@ from .write import (
 
 
 class ExportOptions(Strict):
-    """What `dist-ft export` takes."""
+    """Options of `dist-ft export`."""
 
-    merge: bool = Field(False, description="true puts an adapter's weights into the base's: a whole model")
-    checkpoint: str | None = Field(None, description="step-N, latest or best; the run's own export if not given")
-    out: str | None = Field(None, description="a folder that is not there yet")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of a merged or full model")
+    merge: bool = Field(False, description="true merges the adapter into the base model and writes a full model")
+    checkpoint: str | None = Field(None, description="step-N, latest or best; defaults to the export of the run")
+    out: str | None = Field(None, description="output folder; it must not exist yet")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of a merged or full model")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Do what `dist-ft export` was asked to, and say how exact the result is.
+    """Run `dist-ft export`: write the model, verify it and print the deviation of its logits.
 
     Raises:
-        RequestError: there is nothing to export, or no new folder to put it in.
-        TrainingError: the result does not give the trained model.
+        RequestError: If the options are not supported by the run, there is nothing to export or `out` exists already.
+        TrainingError: If the written model does not reproduce the trained model.
     """
-    run_file, words = split_run(arguments, "export")
+    run_file, words = split_run(arguments, "export.merge")
     options = read_words(ExportOptions, words)
     plan = read_plan(run_file)
     config, run_dir = plan.config, find_trained_run(plan, run_file)
     if options.merge and not config.method.mergeable:
-        kept = "has no adapter to merge" if config.method.whole else "cannot be put into the base's weights"
-        raise RequestError.of("merge", f"method={config.method.name} {kept}", "leave merge out")
+        kept = "has no adapter to merge" if config.method.whole else "does not support merging"
+        raise RequestError.of("merge", f"method={config.method.name} {kept}", "remove merge=true")
     if options.dtype and not config.method.whole and not options.merge:
-        raise RequestError.of("dtype", "an adapter stays in the precision it was trained in", "add merge=true")
+        raise RequestError.of("dtype", "is not supported for an unmerged adapter", "set merge=true or remove dtype")
     out = Path(options.out) if options.out else run_dir / _name(options)
     if out.exists():
-        raise RequestError.of(str(out), "is there already", "name a new folder by out=…, or remove it")
+        raise RequestError.of(str(out), "already exists", "set out=… to a new folder, or remove this one")
     prepared = prepare(config)
     dtype = options.dtype or config.model.dtype
     as_trained = config
-    if options.merge:  # in float32, and rounded once, when it is written
+    if options.merge:  # merge in float32, so that the weights are rounded only once, on writing
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float32"})})
     if options.merge and config.model.quantization != "none":
-        # Opened in its own dtype: weights of another would be packed into other bits.
+        # Open the model in its own dtype: weights in another dtype would be quantized to different values.
         trained = open_trained(as_trained, prepared, run_dir, options.checkpoint)
         config, model = _leave_quantization(trained, config, prepared, run_dir, options.checkpoint)
     else:
@@ -96,30 +94,30 @@ def main(arguments: Sequence[str]) -> None:
         if options.merge
         else _export_as_is(model, config, prepared, run_dir, out, card, probe, dtype)
     )
-    print(f"{out}: {'merged' if options.merge else 'exported'} in {dtype}, loaded again; logits differ by {deviation}")
+    print(f"{out}: {'merged' if options.merge else 'exported'} in {dtype} and reloaded; logits differ by {deviation}")
 
 
 def _leave_quantization(
     trained: nn.Module, config: RunConfig, prepared: Prepared, run_dir: Path, name: str | None
 ) -> tuple[RunConfig, nn.Module]:
-    """The adapter on the base as it was before quantisation, and by how much that changes the trained model.
+    """Open the adapter on the base model without quantization and print how much this changes the logits.
 
-    It was trained to the quantised base's errors, which the whole base does not make.
+    The adapter was trained on the quantized base model and partly compensates its quantization error.
     """
     scheme = config.model.quantization
     config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": "none"})})
     model = open_trained(config, prepared, run_dir, name)
     inputs = _probe_inputs(config, prepared)
     deviation = compare(probe_model(trained, inputs), probe_model(model, inputs))
-    print(f"against the dequantised {scheme} base that was trained on: logits differ by {deviation}")
+    print(f"adapter on the unquantized instead of the {scheme} base model: logits differ by {deviation}")
     return config, model
 
 
 def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str | None) -> nn.Module:
-    """The trained model in this process: the run's export, or its modules with a checkpoint's weights.
+    """Open the trained model in this process, from the export of the run or from the checkpoint `name`.
 
     Raises:
-        RequestError: there is no such export or checkpoint, or the checkpoint is torn.
+        RequestError: If the export or checkpoint does not exist, or the checkpoint is damaged or does not match.
     """
     if name is None:
         return open_export(
@@ -128,27 +126,27 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
     path = run_dir / CHECKPOINTS / name
     if not path.is_dir():
         found = ", ".join(sorted(p.name for p in (run_dir / CHECKPOINTS).glob("*"))) or "none"
-        raise RequestError.of(f"checkpoint={name}", f"{path} is not there", f"there are: {found}")
+        raise RequestError.of(f"checkpoint={name}", f"{path} does not exist", f"available checkpoints: {found}")
     if reason := checkpoint.verify(path.resolve()):
-        raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "name another checkpoint")
+        raise RequestError.of(f"checkpoint={name}", f"{path}: {reason}", "choose another checkpoint")
     if isinstance(config.method, LoraKeys) and config.method.moves_base:
         read_start(run_dir / START_FILE)
-    model = _factory(config, prepared, run_dir)(True)
+    model = _recipe(config, prepared, run_dir).build(weights=True).model
     tensors = {f"model/{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
     held = {n for n in SafeReader(path).read_metadata().state_dict_metadata if n.startswith("model/")}
     if held != set(tensors):
-        rule = f"holds other tensors than the run's configuration trains ({len(held ^ set(tensors))} differ)"
-        raise RequestError.of(str(path), rule, "use the run.yaml that the checkpoint was made with")
+        rule = f"does not match the trainable parameters of the run ({len(held ^ set(tensors))} tensor names differ)"
+        raise RequestError.of(str(path), rule, "use the run.yaml that the checkpoint was created with")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that this is a single process
+        warnings.simplefilter("ignore", UserWarning)  # torch warns about loading in a single process
         dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
     return model
 
 
-def _factory(config: RunConfig, prepared: Prepared, run_dir: Path) -> ModelFactory:
+def _recipe(config: RunConfig, prepared: Prepared, run_dir: Path) -> ModelRecipe:
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, torch.device("cpu"), architecture)
-    return model_factory(config, prepared.model_dir, attention, architecture, build_method(config, run_dir))
+    return ModelRecipe(config, prepared.model_dir, attention, architecture, build_method(config, run_dir))
 
 
 def _probe_inputs(config: RunConfig, prepared: Prepared) -> Mapping[str, torch.Tensor]:
@@ -157,22 +155,22 @@ def _probe_inputs(config: RunConfig, prepared: Prepared) -> Mapping[str, torch.T
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The base with the adapter's weights put into it; embeddings that training has parted are no longer tied."""
+    """Merge the adapter into the base model and untie embeddings that differ after training."""
     assert isinstance(model, peft.PeftModel)
     tied = ties_embeddings(model.get_base_model())
-    if tied:  # merging writes in place, and an adapter of one must not change the other
-        head = inner_layer(model.get_base_model().get_output_embeddings())
+    if tied:  # merging writes in place: an adapter on one of the tied layers must not change the other
+        head: Any = unwrap(model.get_base_model().get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that they are no longer tied, which is seen to below
+        warnings.simplefilter("ignore", UserWarning)  # peft warns about untied embeddings, which are handled below
         merged: Any = model.merge_and_unload(safe_merge=True)
     head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
     if tied and torch.equal(head.weight, embeddings.weight):
         head.weight = embeddings.weight
-        merged.config.tie_word_embeddings = True  # peft has seen them apart
+        merged.config.tie_word_embeddings = True  # peft sets it to False for the untied copy
     elif tied:
         merged.config.tie_word_embeddings = False
-        merged.all_tied_weights_keys = {}  # else the head is left out of the files
+        merged.all_tied_weights_keys = {}  # otherwise `save_pretrained` does not store the head
     assert isinstance(merged, nn.Module)
     return merged
 
@@ -181,7 +179,7 @@ def _export_merged(
     model: nn.Module, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
 ) -> Deviation:
     if not isinstance(model, peft.PeftModel):
-        raise RequestError.of("merge", "the run's export is no adapter", "leave merge out")
+        raise RequestError.of("merge", "the export of the run is not an adapter", "remove merge=true")
     merged = merge(model)
     in_memory = compare(probe, probe_model(merged, probe.inputs))
     print(f"merged in memory ({config.model.dtype}): logits differ by {in_memory}")
@@ -202,9 +200,8 @@ def _export_as_is(
         return _write(model, config, prepared, out, card, probe, dtype)
     account = Account(stored_dtypes(config.method, config.model))
     method = build_method(config, run_dir)
-    bare = build_bare(
-        _factory(config, prepared, run_dir)
-    )  # a loaded adapter is frozen and does not tell what was trained
+    # a loaded adapter is frozen, so it does not show which parameters were trained
+    bare = _recipe(config, prepared, run_dir).build_meta().model
     learned = {name for name, p in bare.named_parameters() if p.requires_grad}
     wanted = {name: p for name, p in model.named_parameters() if name in learned}
 
@@ -227,8 +224,8 @@ def _export_as_is(
 def _write(
     model: Any, config: RunConfig, prepared: Prepared, out: Path, card: str, probe: Probe, dtype: str
 ) -> Deviation:
-    """A whole model by transformers; the account is of the very tensors that are saved."""
-    for parameter in model.parameters():  # not `model.to`: it would round the rotary embedding's buffers as well
+    """Write a full model with `save_pretrained` and verify it against the tensors in memory."""
+    for parameter in model.parameters():  # not `model.to`, which would also round the rotary embedding's buffers
         parameter.data = parameter.data.to(getattr(torch, dtype))
     model.config.use_cache = True
     account = Account()
@@ -245,8 +242,8 @@ def _write(
         loaded = open_export(folder, config.model, prepared.model_dir, architecture_of(config, prepared.facts))
         account.check_files(folder, exact=False)
         account.check_loaded(loaded)
-        check_logits(folder, rounded, loaded, "float32")  # the same tensors, the same precision
-        # What a coarser dtype costs is told, not judged: it was asked for.
+        check_logits(folder, rounded, loaded, "float32")  # both have identical weights in the same dtype
+        # The deviation caused by a requested dtype of lower precision is reported, but is not an error.
         is_coarser = dtype != config.model.dtype
         return compare(probe, rounded) if is_coarser else check_logits(folder, probe, loaded, dtype)
 

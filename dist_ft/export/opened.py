@@ -1,4 +1,4 @@
-"""The exported folder, opened as any user of transformers and peft would."""
+"""Loading of an export and its base model with transformers and PEFT, as users of the export do."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ from ..pretrained.source import is_hub_id
 from ..state import CAUSAL_LM, Architecture
 
 ADAPTER_CONFIG = "adapter_config.json"
-AGAIN = "export anew from a checkpoint: dist-ft export run=… checkpoint=latest"
+AGAIN = "export again from a checkpoint: dist-ft export run=… checkpoint=latest"
 
 
 def find_export(run_dir: Path) -> Path:
-    """The folder of a run's export.
+    """Return the folder of the run's export.
 
     Raises:
-        RequestError: the run has none yet.
+        RequestError: If the run has no export yet.
     """
     folder = run_dir / EXPORT
     if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
-        way_out = "let the run finish, or write one from a checkpoint: dist-ft export run=… checkpoint=latest"
+        way_out = "let the run finish, or export a checkpoint: dist-ft export run=… checkpoint=latest"
         raise RequestError.of(str(folder), "the run has no exported model yet", way_out)
     return folder
 
 
 def find_trained_run(plan: Plan, run_file: str) -> Path:
-    """The folder of a run: where its file is, unless that is a copy elsewhere."""
+    """Return the folder of a trained run: the folder of its run file if it holds a model, else the planned folder."""
     beside = Path(run_file)
     beside = beside if beside.is_dir() else beside.parent
     return beside if (beside / EXPORT).exists() or (beside / CHECKPOINTS).exists() else plan.run_dir
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter that needs its base."""
+    """Return whether the folder contains an adapter, which needs its base model."""
     return (folder / ADAPTER_CONFIG).exists()
 
 
 def name_base(config: ModelConfig, model_dir: str) -> str:
-    """By what a user can load the base model: the hub id, or the folder on this machine."""
+    """Return the name by which users can load the base model: its Hub id or its absolute path."""
     return config.name_or_path if is_hub_id(config.name_or_path) else str(Path(model_dir).resolve())
 
 
 def open_base(
     config: ModelConfig, model_dir: str, architecture: Architecture = CAUSAL_LM, **options: Any
 ) -> PreTrainedModel:
-    """The base model as transformers loads it, quantised as the run's was; a new head of it is not trained.
+    """Load the base model with transformers, quantized as in training; a new head is randomly initialized.
 
     Raises:
-        RequestError: the run began from scratch.
+        RequestError: If the run trained a model from scratch.
     """
     if config.from_scratch:
-        rule = "the run began from scratch, so there is no base model"
-        raise RequestError.of("model.from_scratch", rule, "ask for model=export, without baseline")
+        rule = "the run trained a model from scratch, so there is no base model"
+        raise RequestError.of("model.from_scratch", rule, "set model=export and remove baseline=true")
     options.setdefault("dtype", getattr(torch, config.dtype))
     model: PreTrainedModel = open_pretrained(
         config,
@@ -83,10 +83,10 @@ def open_base(
 def open_export(
     folder: Path, config: ModelConfig, model_dir: str, architecture: Architecture = CAUSAL_LM, **options: Any
 ) -> nn.Module:
-    """The trained model from its folder; an adapter is put on the base in `model_dir`.
+    """Load the trained model from the export in `folder`; an adapter is loaded on the base model in `model_dir`.
 
     Raises:
-        TrainingError: the folder lacks weights of the model, or has others.
+        TrainingError: If the folder cannot be loaded or its weights do not match the model.
     """
     if is_adapter(folder):
         base = open_base(config, model_dir, architecture, **options)
@@ -98,7 +98,7 @@ def open_export(
             folder,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them
+            ignore_mismatched_sizes=True,  # mismatches are reported in the error below
             trust_remote_code=config.trust_remote_code,
             **{"dtype": "auto", **options},
         )
@@ -106,14 +106,14 @@ def open_export(
         raise TrainingError.of(str(folder), f"cannot be loaded: {error}", AGAIN) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in report.get(kind) or ()):
-            rule = f"{kind.replace('_', ' ')} on loading: {', '.join(names[:5])} ({len(names)} in all)"
+            rule = f"{kind.replace('_', ' ')} on loading: {', '.join(names[:5])} ({len(names)} in total)"
             raise TrainingError.of(str(folder), rule, AGAIN)
     assert isinstance(model, nn.Module)
     return model
 
 
 def set_adapter_base(folder: Path, base: str, revision: str | None) -> None:
-    """Have the adapter name the base that it was trained on, by what a user can load."""
+    """Write the base model's name and revision to the adapter's configuration, so that users can load it."""
     path = folder / ADAPTER_CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base, "revision": revision}

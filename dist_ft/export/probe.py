@@ -1,4 +1,4 @@
-"""The trained model's logits on a few tokens, to hold an exported model against."""
+"""Probe: the logits of the trained model on a few tokens, against which an exported model is compared."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..state import Batch, Engine, LossSum, Sample, Task
+from ..protocols import Engine, Task
+from ..state import Batch, LossSum, Sample
 
 PROBE_TOKENS = 64
-# Relative deviation that rounding explains, by the precision of the forward. Training computes in bfloat16 from float32
-# weights and a loaded model from bfloat16 ones, which measures up to 3e-2 on small models. Tensors are compared bit by
-# bit besides (export.py); this finds what no tensor shows, such as a scale or a tie that was lost.
+# Largest relative deviation that rounding explains, by dtype of the forward. Training computes in bfloat16 from float32
+# weights, a loaded model from bfloat16 weights: the measured deviation is up to 3e-2 on small models. Tensors are also
+# compared bit by bit (account.py); the logits reveal errors outside the tensors, such as a lost scaling or weight tie.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One sample: what the model is given, and its `logits` [n, …] float32, both on the CPU."""
+    """Model inputs of one sample and the resulting `logits`, `[n, …]` float32, both on the CPU."""
 
     inputs: Mapping[str, Tensor]
     logits: Tensor
@@ -29,17 +30,17 @@ class Probe:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Between two models' logits: the largest difference, and the L2 norm of the difference over that of the logits."""
+    """Deviation between the logits of two models."""
 
-    largest: float
-    relative: float
+    largest: float  # absolute difference
+    relative: float  # L2 norm of the difference over that of the first model's logits
 
     def __str__(self) -> str:
         return f"largest {self.largest:.2e}, relative {self.relative:.2e}"
 
 
 def take_probe(engine: Engine, task: Task, sample: Sample) -> Probe:
-    """Run the first tokens of `sample` through the engine's model; every rank takes part and gives the same one."""
+    """Run the first tokens of `sample` through the engine's model; collective, with the same result on every rank."""
     batch = task.collate([shorten(sample, task)])
     seen: list[Tensor] = []
 
@@ -54,7 +55,7 @@ def take_probe(engine: Engine, task: Task, sample: Sample) -> Probe:
 
 @torch.no_grad()
 def probe_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
-    """The same of a model in this process."""
+    """Run `inputs` through a model in this process."""
     device = next(model.parameters()).device
     was_training = model.training
     logits = logits_of(model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()}))
@@ -63,18 +64,18 @@ def probe_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
 
 
 def shorten(sample: Sample, task: Task) -> Sample:
-    """Of a sample's first document (or source and target) the first tokens."""
+    """Return the first tokens of the sample's first document, or of its source and target."""
     segments = sample.segments[: 1 if task.layout.apart else task.layout.sequences]
     return replace(sample, segments=[{k: values[:PROBE_TOKENS] for k, values in part.items()} for part in segments])
 
 
 def plain_inputs(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch's inputs, which any model of the kind takes: without what tells documents apart."""
+    """Return the tensors among the batch's inputs, which every model of the architecture accepts."""
     return {name: value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
 
 
 def logits_of(output: Any) -> Tensor:
-    """[n, …]: what the model gives for its one row; of a question's answer the starts' and ends' scores."""
+    """Return the logits of the first row, `[n, …]`; start and end logits are stacked for question answering."""
     if "logits" in output:
         logits: Tensor = output.logits
         return logits[0]
@@ -82,7 +83,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def compare(one: Probe, other: Probe) -> Deviation:
-    """How far apart two models are on the same tokens; where one has nan, infinitely."""
+    """Compute the deviation of two models' logits on the same tokens; it is infinite if there are NaNs."""
     assert all(torch.equal(tensor, other.inputs[name]) for name, tensor in one.inputs.items())
     difference = one.logits.double() - other.logits.double()
     relative = float(difference.norm() / one.logits.double().norm())

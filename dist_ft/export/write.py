@@ -1,6 +1,6 @@
-"""The trained model as a Hugging Face folder that is loaded again, and gives the same logits, before it is called done.
+"""Export of the trained model to a Hugging Face folder, which is reloaded and must reproduce the trained logits.
 
-A run writes its own at its end by `export_run`; of a run that was, merge.py writes one.
+A run exports its model at the end with `export_run`; merge.py exports the model of a finished run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import collections
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from transformers import GenerationConfig
 from ..config.method import MethodChoice
 from ..config.model import ModelConfig
 from ..errors import MachineError, TrainingError
-from ..state import CAUSAL_LM, Architecture, Method, ModelFactory, Weights
+from ..model.anatomy import unwrap
+from ..protocols import Method
+from ..state import CAUSAL_LM, Architecture, Weights
 from .account import Account
 from .opened import is_adapter, name_base, open_export, set_adapter_base
 from .probe import TOLERANCE, Deviation, Probe, compare, probe_model
@@ -35,7 +36,7 @@ def export_run(
     model_config: ModelConfig,
     model_dir: str,
     architecture: Architecture = CAUSAL_LM,
-    build_model: ModelFactory,
+    bare: Any,
     tokenizer: Any,
     end_token_id: int | None,
     weights: Weights,
@@ -45,46 +46,49 @@ def export_run(
     is_main: bool = True,
     tell: Callable[[str], None] = print,
 ) -> Deviation | None:
-    """Write the trained model into `out`, whole and verified or not at all. Every rank calls it; rank 0 writes.
-
-    Gives how far the loaded model's logits are from `probe`'s; None on other ranks.
+    """Write the trained model to `out` atomically and only if it passes verification. Collective; rank 0 writes.
 
     Args:
-        method: writes the weights in its form.
-        model_config: the run's.
-        model_dir: the base model's folder.
-        architecture: of the task.
-        build_model: the run's factory, for names and configuration.
-        tokenizer: with the chat template of the training.
-        end_token_id: what ends an answer; None leaves the base's own.
-        weights: of an adapter method the trained ones, else all; a collective stream by name.
-        out: the folder; one that is there is replaced.
-        card: the text of README.md.
-        probe: the trained model's logits.
-        is_main: rank 0; other ranks only take part in the stream.
+        method: method of the run, which writes the weights.
+        model_config: model configuration of the run.
+        model_dir: folder of the base model.
+        architecture: architecture that the task requires.
+        bare: the run's modules on the meta device, for names and configuration; on rank 0.
+        tokenizer: with the chat template used in training, or None.
+        end_token_id: id of the token that ends an answer; None keeps the setting of the base model.
+        weights: names and tensors of the trainable parameters if the method trains an adapter, else of all parameters.
+        out: output folder; an existing one is replaced.
+        card: text of README.md.
+        probe: logits of the trained model.
+        is_main: whether this is rank 0; the other ranks only iterate over `weights`.
         tell: shows a line to the user.
 
+    Returns:
+        The deviation of the reloaded model's logits from `probe` on rank 0, None on other ranks.
+
     Raises:
-        TrainingError: the folder does not give the trained model.
-        MachineError: there is no room.
+        TrainingError: If the exported folder does not reproduce the trained model.
+        MachineError: If there is not enough disk space.
     """
     if not is_main:
         collections.deque(weights, maxlen=0)
         return None
     adapter = not method.config.whole
-    model = build_bare(build_model, None if adapter else getattr(torch, model_config.dtype))
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapter}
+    bare.config.use_cache = True
+    if not adapter:
+        bare.to(getattr(torch, model_config.dtype))
+    wanted = {name: p for name, p in bare.named_parameters() if p.requires_grad or not adapter}
     account = Account(stored_dtypes(method.config, model_config))
 
     def fill(folder: Path) -> None:
-        method.export(model, account.record(weights), folder)
+        method.export(bare, account.record(weights), folder)
         account.check_names(wanted)
         if adapter:
             set_adapter_base(folder, name_base(model_config, model_dir), model_config.revision)
-        add_companions(folder, model, model_dir, tokenizer, end_token_id, card)
+        add_companions(folder, bare, model_dir, tokenizer, end_token_id, card)
 
     def check(folder: Path) -> Deviation:
-        found = verify(folder, account, model, model_config, model_dir, architecture, probe, exact=method.config.exact)
+        found = verify(folder, account, bare, model_config, model_dir, architecture, probe, exact=method.config.exact)
         tell_both_bases(folder, model_config, model_dir, architecture, probe, found, tell)
         return found
 
@@ -92,23 +96,14 @@ def export_run(
 
 
 def size_of(parameters: Iterable[Tensor]) -> int:
-    """Bytes of the parameters."""
+    """Return the size of the parameters in bytes."""
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def build_bare(build_model: ModelFactory, dtype: torch.dtype | None = None) -> Any:
-    """The run's modules without memory behind them: names, shapes and what learns; all in `dtype` if it is given."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # peft's, said when the run was built
-        model: Any = build_model(False)
-    model.config.use_cache = True
-    return model if dtype is None else model.to(dtype)
-
-
 def stored_dtypes(method: MethodChoice, model: ModelConfig) -> Callable[[str], torch.dtype | None]:
-    """In what a parameter, given by name, is exported: an adapter's own stay in float32, as they were trained.
+    """Return a function that maps a parameter name to its export dtype, or to None to keep the dtype.
 
-    A whole model, and a module's copy that stands in its place, have the dtype that the model was asked for in.
+    Full models and trained copies of base modules are exported in `model.dtype`; adapter parameters stay in float32.
     """
     dtype: torch.dtype = getattr(torch, model.dtype)
     copies = (".modules_to_save.", ".ln_tuning_layers.")
@@ -118,16 +113,16 @@ def stored_dtypes(method: MethodChoice, model: ModelConfig) -> Callable[[str], t
 def publish(
     out: Path, fill: Callable[[Path], None], check: Callable[[Path], Deviation], *, needed_bytes: int
 ) -> Deviation:
-    """Fill and check a folder beside `out`, then put it in `out`'s place.
+    """Fill and check a staging folder next to `out`, then move it to `out`.
 
     Raises:
-        MachineError: there is no room.
+        MachineError: If there is not enough disk space.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < ROOM_FACTOR * needed_bytes:
-        rule = f"the export needs {needed_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
-        raise MachineError.of(str(out.parent), rule, "make room and run again: it goes on from the last checkpoint")
+        rule = f"the export needs {needed_bytes / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are free"
+        raise MachineError.of(str(out.parent), rule, "free disk space and run again to resume from the last checkpoint")
     staging, old = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old"))
     for rest in (staging, old):
         shutil.rmtree(rest, ignore_errors=True)
@@ -158,41 +153,41 @@ def verify(
     *,
     exact: bool = True,
 ) -> Deviation:
-    """Load the folder as a user would and compare tensors, ties and logits with the trained model's.
+    """Load the export as a user would and compare tensors, tied embeddings and logits with the trained model.
 
     Args:
-        folder: of the export.
-        account: of the tensors that went in.
-        trained: the trained model's modules, of which names and ties are looked at, not weights.
-        config: of the base.
-        model_dir: of the base.
-        architecture: what the task needs of a model.
-        probe: the trained model's logits.
-        exact: false where the method stores what its tensors were turned into; then the logits alone tell.
+        folder: folder of the export.
+        account: record of the exported tensors.
+        trained: modules of the trained model, used for tied embeddings only; the weights are not read.
+        config: configuration of the base model.
+        model_dir: folder of the base model.
+        architecture: architecture that the task requires.
+        probe: logits of the trained model.
+        exact: whether tensors are stored unchanged; if the method converts them, only the logits are compared.
 
     Raises:
-        TrainingError: something is not as it was.
+        TrainingError: If the loaded model differs from the trained model.
     """
     account.check_files(folder, exact=exact and is_adapter(folder))
     loaded = open_export(folder, config, model_dir, architecture)
     if exact:
         account.check_loaded(loaded)
     if ties_embeddings(trained) and not ties_embeddings(loaded):
-        rule = "input and output embeddings are one tensor in training and two after loading"
-        raise TrainingError.of(str(folder), rule, "set tie_word_embeddings in the base's config.json")
+        rule = "input and output embeddings are tied in training but not after loading"
+        raise TrainingError.of(str(folder), rule, "set tie_word_embeddings in config.json of the base model")
     return check_logits(folder, probe, loaded, config.dtype)
 
 
 def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str) -> Deviation:
-    """The deviation of `loaded` from the probe.
+    """Return the deviation of the logits of `loaded` from the probe.
 
     Raises:
-        TrainingError: it is more than rounding explains.
+        TrainingError: If the deviation is larger than rounding in `dtype` explains.
     """
     deviation = compare(probe, probe_model(loaded, probe.inputs))
     if not deviation.relative <= TOLERANCE[dtype]:
-        rule = f"gives other logits after loading than in training ({deviation}; {TOLERANCE[dtype]:.0e} is rounding)"
-        way_out = "all tensors are alike: see config.json, and the versions that `dist-ft doctor` shows"
+        rule = f"the logits after loading differ from training ({deviation}; relative tolerance {TOLERANCE[dtype]:.0e})"
+        way_out = "the tensors are identical: check config.json and the library versions that `dist-ft doctor` shows"
         raise TrainingError.of(str(folder), rule, way_out)
     return deviation
 
@@ -206,15 +201,17 @@ def tell_both_bases(
     quantised: Deviation,
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Of an adapter for a quantised base: what it costs to put it on the base as it was; told, and kept in the card.
+    """Report the deviation of an adapter on the unquantized base model, and append it to the model card.
+
+    Does nothing unless the adapter was trained on a quantized base model.
 
     Args:
-        folder: the export, with its card.
-        config: the run's.
-        model_dir: the base model's folder.
-        architecture: of the task.
-        probe: the trained model's logits.
-        quantised: the deviation from it over the base in the bits of training.
+        folder: folder of the export with its model card.
+        config: model configuration of the run.
+        model_dir: folder of the base model.
+        architecture: architecture that the task requires.
+        probe: logits of the trained model.
+        quantised: deviation from `probe` on the base model quantized as in training.
         tell: shows a line to the user.
     """
     scheme = config.quantization or "none"
@@ -222,34 +219,27 @@ def tell_both_bases(
         return
     whole = open_export(folder, config.model_copy(update={"quantization": "none"}), model_dir, architecture)
     deviation = compare(probe, probe_model(whole, probe.inputs))
-    tell(f"adapter over the {scheme} base that was trained on: logits differ by {quantised}")
-    tell(f"adapter over the base in {config.dtype}: logits differ by {deviation}")
+    tell(f"adapter on the {scheme} base model used in training: logits differ by {quantised}")
+    tell(f"adapter on the unquantized base model in {config.dtype}: logits differ by {deviation}")
     text = (
         "\n## Deviation from the model in training\n\n"
-        f"Of the logits on {len(probe.logits)} places: over the base in {scheme} {quantised}; "
-        f"over the base in {config.dtype}, which was not trained on, {deviation}.\n"
+        f"Deviation of the logits at {len(probe.logits)} positions: on the {scheme} base model, {quantised}; "
+        f"on the base model in {config.dtype}, which was not used in training, {deviation}.\n"
     )
     with (folder / "README.md").open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def ties_embeddings(model: nn.Module) -> bool:
-    """Whether input and output embeddings are one parameter."""
+    """Return whether input and output embeddings are the same parameter."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    return head is not None and embeddings is not None and inner_layer(head).weight is inner_layer(embeddings).weight
-
-
-def inner_layer(module: Any) -> Any:
-    """The layer that an adapter, or a copy that is trained, stands around."""
-    while hasattr(module, "base_layer") or hasattr(module, "original_module"):
-        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
-    return module
+    return head is not None and embeddings is not None and unwrap(head).weight is unwrap(embeddings).weight
 
 
 def add_companions(
     folder: Path, model: nn.Module, model_dir: str, tokenizer: Any, end_token_id: int | None, card: str
 ) -> None:
-    """Tokenizer with chat template, generation settings that stop where answers end, and the model card."""
+    """Write the tokenizer with its chat template, generation_config.json with the end token, and the model card."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     try:
@@ -264,6 +254,6 @@ def add_companions(
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if end_token_id is not None and end_token_id not in known:
         settings["eos_token_id"] = [end_token_id, *known] if known else end_token_id
-    # Written as it is: transformers refuses to save settings that it loads with a warning.
+    # Written directly, because transformers refuses to save settings for which it only warns on loading.
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `dist-ft plan` and `dist-ft data` show: parameters, memory, rows as tokens, ledgers.
+"""Output of `dist-ft plan` and `dist-ft data`: parameters, memory, tokenized rows and data ledgers.
 
-Imports everything but `build` and `worker`.
+May import every module except `build` and `worker`.
 """

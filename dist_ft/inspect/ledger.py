@@ -1,4 +1,4 @@
-"""Tables of what became of every row and token of a split."""
+"""Tables that account for every row and token of a split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..data.store.opened import Split
 
 
 def ledger_tables(config: RunConfig, split: Split, name: str) -> Iterator[Table]:
-    """What became of every row and token of a split, of a mixture set by set; and how often its sets are seen."""
+    """Yield the ledger table of a split, or of each set of a mixture followed by the mixture table for training."""
     if not split.parts:
         yield ledger_table(split, f"data.{name}")
     for part, own in split.parts.items():
@@ -23,16 +23,16 @@ def ledger_tables(config: RunConfig, split: Split, name: str) -> Iterator[Table]
 
 
 def ledger_table(split: Split, title: str) -> Table:
-    """What became of every row and token of one set's split."""
+    """Render the rows read, dropped, augmented and kept, and the tokens and samples, of a split of one set."""
     ledger = split.ledger
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     if ledger.get("chosen"):
-        table.add_row("rows there are", f"{ledger['rows_of_source']:,}", f"read: {ledger['chosen']}")
+        table.add_row("rows in the source", f"{ledger['rows_of_source']:,}", f"read: {ledger['chosen']}")
     table.add_row("rows read", f"{ledger['rows_read']:,}", ", ".join(ledger["formats"]))
     for cause, tally in ledger["dropped"].items():
         table.add_row("  dropped", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
     if any(ledger.get(key) for key in ("augmented", "unchanged", "copies_left_out")):
-        table.add_row("rows augmented", f"{ledger['augmented']:,}", f"{ledger['unchanged']:,} came out unchanged")
+        table.add_row("rows augmented", f"{ledger['augmented']:,}", f"{ledger['unchanged']:,} copies were unchanged")
     for cause, tally in ledger.get("copies_left_out", {}).items():
         table.add_row("  copies left out", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
     table.add_row("rows kept", f"{ledger['rows_kept']:,}", "")
@@ -43,7 +43,7 @@ def ledger_table(split: Split, title: str) -> Table:
         table.add_row("  truncated", f"{ledger['truncated']['rows']:,}", cut)
     table.add_row("tokens", f"{ledger['tokens']:,}", f"longest row {ledger['longest']:,}, at {ledger['longest_place']}")
     if ledger["tokens_left_over"]:
-        table.add_row("  left over", f"{ledger['tokens_left_over']:,}", "in a block where nothing is predicted")
+        table.add_row("  left over", f"{ledger['tokens_left_over']:,}", "in a block without supervised tokens")
     share = ledger["supervised_tokens"] / max(1, ledger["tokens"])
     table.add_row("supervised tokens", f"{ledger['supervised_tokens']:,}", f"{share:.0%} of the tokens enter the loss")
     table.add_row("samples", f"{ledger['samples']:,}", ledger["layout"])
@@ -51,10 +51,10 @@ def ledger_table(split: Split, title: str) -> Table:
 
 
 def mixture_table(config: RunConfig, train: Split) -> Table:
-    """The same as a table."""
+    """Render how often each set of the mixture is seen during the run, and its shares of samples and tokens."""
     table = Table(title="data.mixture over the run", title_justify="left", box=None)
     table.add_column("")
-    for column in ("samples", "seen", "times each", "share of samples", "share of supervised tokens"):
+    for column in ("samples", "seen", "epochs", "share of samples", "share of supervised tokens"):
         table.add_column(column, justify="right")
     for found in proportions(config, train):
         shares = (f"{found.times:.2f}", f"{found.share:.2%}", f"{found.token_share:.2%}")

@@ -1,6 +1,6 @@
-"""Memory of one rank for weights, gradients and optimizer, by how its engine shards them (Rajbhandari et al. 2020).
+"""Estimated memory per rank for weights, gradients and optimizer states under each engine (Rajbhandari et al. 2020).
 
-Activations are not in it: they depend on micro-batch, lengths and kernels.
+Activations are not included: they depend on micro-batch size, sequence lengths and kernels.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 
 from ..config.engine import EngineConfig
 
-MASTER_BYTES = 4  # trained weights and both AdamW moments are float32
+MASTER_BYTES = 4  # trainable weights and both AdamW moments are float32
 MOMENTS_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory depends on; counts are of parameters unless they are called bytes."""
+    """Sizes of a model that determine its memory."""
 
-    frozen_bytes: int
-    trained: int
-    compute_bytes: int  # of one weight in forward and backward
-    largest_block: int
+    frozen_bytes: int  # bytes of all frozen weights
+    trained: int  # number of trainable parameters
+    compute_bytes: int  # bytes of one parameter in forward and backward
+    largest_block: int  # number of parameters of the largest block
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes on the device (GPU, or the machine's memory where there is none) and on the host beside a GPU."""
+    """One part of the memory of a rank, in bytes on the device (main memory without a GPU) and on the host."""
 
     name: str
     device: int
@@ -35,13 +35,13 @@ class Part:
 
 
 def estimate_memory(engine: EngineConfig, world_size: int, sizes: Sizes) -> list[Part]:
-    """The parts of one rank's memory."""
+    """Estimate the parts of one rank's memory."""
     if engine.name == "ddp":
         return [
-            Part("frozen weights", sizes.frozen_bytes, why="whole on every rank"),
-            Part("trained weights", MASTER_BYTES * sizes.trained, why="float32, whole on every rank"),
-            Part("gradients", MASTER_BYTES * sizes.trained, why="float32, whole on every rank"),
-            Part("AdamW moments", MOMENTS_BYTES * sizes.trained, why="float32, whole on every rank"),
+            Part("frozen weights", sizes.frozen_bytes, why="replicated"),
+            Part("trainable weights", MASTER_BYTES * sizes.trained, why="float32, replicated"),
+            Part("gradients", MASTER_BYTES * sizes.trained, why="float32, replicated"),
+            Part("AdamW moments", MOMENTS_BYTES * sizes.trained, why="float32, replicated"),
         ]
     if engine.name == "fsdp":
         return _fsdp(engine.offload == "params", world_size, sizes)
@@ -49,22 +49,23 @@ def estimate_memory(engine: EngineConfig, world_size: int, sizes: Sizes) -> list
 
 
 def estimate_rows(engine: EngineConfig, rows: int, trained: int, largest: int) -> Part:
-    """What a private run holds besides, in which each row of a micro-batch has a gradient.
+    """Estimate the memory of the per-sample gradients of a differentially private run.
 
     Args:
-        engine: ddp holds rows' gradients of all weights and their clipped sum, fsdp of one weight at a time.
-        rows: of a micro-batch, 0 where they go one by one.
-        trained: number of weights that learn.
-        largest: and of those in the largest parameter.
+        engine: ddp stores the per-sample gradients of all parameters and their clipped sum, fsdp those of one
+            parameter at a time.
+        rows: number of rows per micro-batch; 0 if rows are processed one by one.
+        trained: number of trainable parameters.
+        largest: number of elements of the largest trainable parameter.
     """
     if engine.name == "ddp":
         why = f"float32, {rows} rows and the clipped sum" if rows else "float32, the clipped sum"
-        return Part("gradients of rows", MASTER_BYTES * trained * (rows + 1), why=why)
-    return Part("gradients of rows", MASTER_BYTES * largest * rows, why="float32, of the largest weight, then let go")
+        return Part("per-sample gradients", MASTER_BYTES * trained * (rows + 1), why=why)
+    return Part("per-sample gradients", MASTER_BYTES * largest * rows, why="float32, of one parameter at a time")
 
 
 def _fsdp(offloads: bool, world_size: int, sizes: Sizes) -> list[Part]:
-    shard = f"a {world_size}th" if world_size > 1 else "whole"
+    shard = f"1/{world_size} per rank" if world_size > 1 else "unsharded"
 
     def part(name: str, count: int, why: str) -> Part:
         own = math.ceil(count / world_size)
@@ -72,7 +73,7 @@ def _fsdp(offloads: bool, world_size: int, sizes: Sizes) -> list[Part]:
 
     return [
         part("frozen weights", sizes.frozen_bytes, shard),
-        part("trained weights", MASTER_BYTES * sizes.trained, f"float32, {shard}"),
+        part("trainable weights", MASTER_BYTES * sizes.trained, f"float32, {shard}"),
         part("gradients", MASTER_BYTES * sizes.trained, f"float32, {shard}"),
         part("AdamW moments", MOMENTS_BYTES * sizes.trained, f"float32, {shard}"),
         _gathered(world_size, sizes),
@@ -80,12 +81,12 @@ def _fsdp(offloads: bool, world_size: int, sizes: Sizes) -> list[Part]:
 
 
 def _zero(stage: int, offload: str, world_size: int, sizes: Sizes) -> list[Part]:
-    shard = f"a {world_size}th" if world_size > 1 else "whole"
+    shard = f"1/{world_size} per rank" if world_size > 1 else "unsharded"
     copies = {"weights": world_size if stage == 3 else 1, "gradients": world_size if stage >= 2 else 1}
     weights = math.ceil((sizes.frozen_bytes + sizes.compute_bytes * sizes.trained) / copies["weights"])
     gradients = math.ceil(sizes.compute_bytes * sizes.trained / copies["gradients"])
     optimizer = math.ceil((MASTER_BYTES + MOMENTS_BYTES) * sizes.trained / world_size)
-    whole = "whole on every rank"
+    whole = "replicated"
     to_host = offload in ("optimizer", "params")
     parts = [
         Part("weights", *_placed(weights, offload == "params"), shard if stage == 3 else whole),
@@ -100,6 +101,6 @@ def _placed(count: int, on_host: bool) -> tuple[int, int]:
 
 
 def _gathered(world_size: int, sizes: Sizes) -> Part:
-    """One block in use and the next one on its way."""
+    """Return the memory of the all-gathered parameters of the current and the prefetched block."""
     gathered = 2 * sizes.compute_bytes * sizes.largest_block if world_size > 1 else 0
-    return Part("gathered blocks", gathered, 0, "one in use and the next")
+    return Part("gathered blocks", gathered, 0, "the current and the prefetched block")

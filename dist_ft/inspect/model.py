@@ -1,6 +1,6 @@
-"""What a plan would train: the exact model without its weights, what learns in it, memory a rank, the data's ledger.
+"""Parameters, trainable parameters, estimated memory per rank and data ledgers of a plan, without loading weights.
 
-`python -m dist_ft.inspection PLAN_YAML` is the slow half of `dist-ft plan`.
+`python -m dist_ft.inspect.model PLAN_YAML` is run by `dist-ft plan` in a separate process, because it is slow.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,52 +20,49 @@ from torch import nn
 
 from ..config.plan import Plan, read_plan
 from ..config.run import RunConfig
-from ..families import architecture_of, build_method, model_factory
-from ..model.anatomy import find_blocks, find_routers
+from ..families import ModelRecipe, architecture_of, build_method
 from ..model.load import attention_of
 from ..model.quantization.packed import find_packed
 from ..prepare import prepare
 from ..privacy.rules import takes_rows_together
 from ..process.command import run_command, split_run
-from ..state import Facts
+from ..state import BuiltModel, Facts
 from .ledger import ledger_tables
 from .memory import Sizes, estimate_memory, estimate_rows
 
 COMPONENTS = ("embeddings", "attention", "mlp", "experts", "router", "norms", "head", "other", "adapters")
-_COPIES = re.compile(r"\.modules_to_save\.|\.ln_tuning_layers\.")  # of the base's own modules
+_COPIES = re.compile(r"\.modules_to_save\.|\.ln_tuning_layers\.")  # trained copies of base modules
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.default\b|\.original_module|\.modules_to_save")
 
 
 @dataclass
 class Share:
-    """Parameters of one component."""
+    """Number and bytes of the parameters of one component."""
 
     parameters: int = 0
     trainable: int = 0
     bytes_by_dtype: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
-def build_meta(config: RunConfig, model_dir: str, facts: Facts) -> nn.Module:
-    """The run's model, method applied, on torch's meta device: everything but the numbers."""
+def build_meta(config: RunConfig, model_dir: str, facts: Facts) -> BuiltModel:
+    """Build the run's model with the method applied on the meta device, that is without weights."""
     architecture = architecture_of(config, facts)
     attention = attention_of(config.model, model_dir, torch.device("cpu"), architecture)
-    build_model = model_factory(config, model_dir, attention, architecture, build_method(config))
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the run itself says them again
-        return build_model(False)
+    return ModelRecipe(config, model_dir, attention, architecture, build_method(config)).build_meta()
 
 
-def count_components(model: nn.Module, *, whole: bool = True) -> dict[str, Share]:
-    """Parameters by component, found from the model's structure; a tied head counts with the embeddings.
+def count_components(built: BuiltModel, *, whole: bool = True) -> dict[str, Share]:
+    """Count parameters by component of the model; a tied head is counted with the embeddings.
 
     Args:
-        model: with the method applied.
-        whole: the method trains the model's own weights; else what learns was added to it, and counts as adapters.
+        built: model with the method applied.
+        whole: whether the method trains the model's own weights; otherwise, added trainable parameters are counted as
+            adapters.
     """
     shares: dict[str, Share] = {}
-    kinds = _component_of_modules(model)
-    packed = find_packed(model)
-    for name, parameter in model.named_parameters():
+    kinds = _component_of_modules(built)
+    packed = find_packed(built.model)
+    for name, parameter in built.model.named_parameters():
         parent = name.rpartition(".")[0]
         added = parameter.requires_grad and not whole and not _COPIES.search(name)
         kind = "adapters" if added else _nearest(parent, kinds)
@@ -81,7 +77,7 @@ def count_components(model: nn.Module, *, whole: bool = True) -> dict[str, Share
 
 
 def count_trainable(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], int]]:
-    """Trainable parameters by name with layer numbers as `*` → tensors, shape of one, parameters of all."""
+    """Group trainable parameters by name with `*` for layer numbers → (tensors, shape of each, total parameters)."""
     groups: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -94,10 +90,11 @@ def count_trainable(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], i
     return found
 
 
-def measure_sizes(model: nn.Module, config: RunConfig) -> Sizes:
-    """What memory depends on."""
+def measure_sizes(built: BuiltModel, config: RunConfig) -> Sizes:
+    """Measure the sizes that determine the memory of the model."""
     compute_bytes = getattr(torch, config.model.dtype).itemsize
-    blocks = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)]
+    model, anatomy = built
+    blocks = [sum(p.numel() for p in block.parameters()) for block in anatomy.parts(anatomy.blocks)]
     parameters = list(model.parameters())
     return Sizes(
         frozen_bytes=sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
@@ -107,49 +104,62 @@ def measure_sizes(model: nn.Module, config: RunConfig) -> Sizes:
     )
 
 
-def render(plan: Plan, model: nn.Module) -> Iterator[Table]:
-    """The tables of the model."""
-    shares = count_components(model, whole=plan.config.method.whole)
+def render(plan: Plan, built: BuiltModel) -> Iterator[Table]:
+    """Yield the tables of components, trainable parameters and estimated memory."""
+    shares = count_components(built, whole=plan.config.method.whole)
+    yield component_table(shares)
+    yield trainable_table(built.model, sum(share.parameters for share in shares.values()))
+    yield memory_table(plan, built)
+
+
+def component_table(shares: Mapping[str, Share]) -> Table:
+    """Build the table of parameters and bytes by component."""
     dtypes = sorted({dtype for share in shares.values() for dtype in share.bytes_by_dtype})
-    total = sum(share.parameters for share in shares.values())
     table = _table("model", "parameters", "trainable", *dtypes)
     for kind, share in shares.items():
         sizes = (_mib(share.bytes_by_dtype[d]) if share.bytes_by_dtype.get(d) else "" for d in dtypes)
         table.add_row(kind, f"{share.parameters:,}", f"{share.trainable:,}" if share.trainable else "", *sizes)
+    total, trained = (sum(getattr(share, key) for share in shares.values()) for key in ("parameters", "trainable"))
     sums = [_mib(sum(share.bytes_by_dtype.get(d, 0) for share in shares.values())) for d in dtypes]
-    trained = sum(share.trainable for share in shares.values())
     table.add_row("all", f"{total:,}", f"{trained:,}", *sums, style="bold")
-    yield table
+    return table
 
+
+def trainable_table(model: nn.Module, total: int) -> Table:
+    """Build the table of trainable parameters; `total` is the number of all parameters."""
     table = _table("trainable", "tensors", "shape", "parameters", "share of all")
+    trained = 0
     for name, (count, shape, parameters) in count_trainable(model).items():
         table.add_row(name, str(count), " × ".join(map(str, shape)), f"{parameters:,}", f"{parameters / total:.3%}")
+        trained += parameters
     table.add_row("all", "", "", f"{trained:,}", f"{trained / total:.3%}", style="bold")
-    yield table
+    return table
 
+
+def memory_table(plan: Plan, built: BuiltModel) -> Table:
+    """Build the table of the estimated memory of one rank."""
     engine = plan.config.engine
-    parts = estimate_memory(engine, plan.world_size, measure_sizes(model, plan.config))
+    parts = estimate_memory(engine, plan.world_size, measure_sizes(built, plan.config))
     if plan.config.privacy.is_on:
-        learn = [p.numel() for p in model.parameters() if p.requires_grad]
+        learn = [p.numel() for p in built.model.parameters() if p.requires_grad]
         rows = plan.config.train.per_device_train_batch_size if takes_rows_together(plan.config) else 0
         parts.append(estimate_rows(engine, rows, sum(learn), max(learn)))
-    table = _table(f"memory of a rank ({engine.name}, {plan.world_size} workers), estimated", "device", "host", "")
+    table = _table(f"estimated memory per rank ({engine.name}, {plan.world_size} workers)", "device", "host", "")
     for part in parts:
         table.add_row(
             part.name, _mib(part.device) if part.device else "", _mib(part.host) if part.host else "", part.why
         )
     device, host = sum(p.device for p in parts), sum(p.host for p in parts)
     table.add_row("all", _mib(device), _mib(host) if host else "", "without activations and buffers", style="bold")
-    yield table
+    return table
 
 
 def main(arguments: list[str]) -> None:
-    """Print the tables of the plan named first."""
-    run_file, _ = split_run(arguments, "inspection")
+    """Print the tables of the plan given as the first argument."""
+    run_file, _ = split_run(arguments, "inspect.model")
     plan = read_plan(run_file)
     prepared = prepare(plan.config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
-    model = build_meta(plan.config, prepared.model_dir, prepared.facts)
-    tables: Iterable[Table] = render(plan, model)
+    tables = render(plan, build_meta(plan.config, prepared.model_dir, prepared.facts))
     splits = (("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test))
     ledgers = (
         table for name, split in splits if split is not None for table in ledger_tables(plan.config, split, name)
@@ -162,12 +172,13 @@ def main(arguments: list[str]) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _component_of_modules(model: nn.Module) -> dict[str, str]:
-    """Component by module name, of modules that say what they are; their children belong to them."""
+def _component_of_modules(built: BuiltModel) -> dict[str, str]:
+    """Return the component by module name for recognized modules; their submodules belong to the same component."""
+    model, anatomy = built
     inner: Any = model
     embeddings, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    routers = {id(module) for module in find_routers(_plain(model))}
-    inside = {id(module) for block in find_blocks(model) for module in block.modules()}
+    routers = {id(anatomy.part(mixture.router)) for mixture in anatomy.mixtures}
+    inside = {id(module) for block in anatomy.parts(anatomy.blocks) for module in block.modules()}
     kinds: dict[str, str] = {"": "other"}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2].lower()
@@ -186,12 +197,6 @@ def _component_of_modules(model: nn.Module) -> dict[str, str]:
         elif id(module) in inside and any(word in last for word in ("mlp", "feed_forward", "ffn", "moe")):
             kinds[name] = "mlp"
     return kinds
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The transformers model inside a peft one; its configuration tells how many experts there are."""
-    inner: Any = model
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else model
 
 
 def _nearest(name: str, kinds: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
-"""What a run's rows look like to the model: every token, those with loss marked, and what became of all rows.
+"""Display of rows as the model sees them: all tokens with the supervised tokens marked, and the ledger of the split.
 
-`python -m dist_ft.view RUN_YAML [rows=3] [split=train] [width=N]`. On a terminal supervised tokens are green and others
-dim; elsewhere supervised ones stand in [[ ]].
+`python -m dist_ft.inspect.rows RUN_YAML [rows=3] [split=train] [width=N]`. On a terminal, supervised tokens are green
+and other tokens dim; in other output, supervised tokens are enclosed in [[ ]].
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from ..data.store.split import Encoder, encode_row
 from ..errors import DistFtError, RequestError
 from ..prepare import find_facts, prepare
 from ..pretrained.fetch import prepare_model
-from ..state import Example, Facts, Row, Task
+from ..protocols import Task
+from ..state import Example, Facts, Row
 from ..task.table import TASKS
 from .ledger import ledger_tables
 
@@ -37,14 +38,14 @@ SUPERVISED, CONTEXT, NOTE = "bold green", "dim", "italic yellow"
 
 
 def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) -> None:
-    """Print the first `rows` rows of a split as tokens, of a mixture those of each set.
+    """Print the first `rows` rows of a split, or of each set of a mixture, as tokens.
 
     Raises:
-        RequestError: there is no such split, or its rows are wrong.
+        RequestError: If the split is not set or its rows cannot be read.
     """
     sets = sets_of(config, split)
     if not sets:
-        raise RequestError.of(f"data.{split}", "is not set", f"set it, or choose another split than {split}")
+        raise RequestError.of(f"data.{split}", "is not set", f"set it, or choose a split other than {split}")
     tokenizer_dir = prepare_model(config)[1]
 
     @cache
@@ -61,13 +62,13 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
             try:
                 name, canonical, sequences = encode_row(alone, task, encoder, row, place)
             except RowFault as fault:
-                console.print(Text(f"── {place}: nothing to learn: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
+                console.print(Text(f"── {place}: cannot be used: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
                 continue
             tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
             copies = augmenter.copies(canonical, number, place) if augmenter else iter(())
             changed = [sequence for copy in copies for sequence in _encode_copy(task, copy, encoder)]
             for at, sequence in enumerate([*sequences, *changed]):
-                kind = name if at < len(sequences) else "changed copy"
+                kind = name if at < len(sequences) else "augmented copy"
                 title = f"── {place} ({kind}): {describe_sequence(sequence, facts)}"
                 console.print(Text(title, style="bold"))
                 ids = list(sequence["input_ids"])
@@ -76,14 +77,14 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
 
 
 def _encode_copy(task: Task, copy: Row | None, encoder: Encoder) -> Sequence[Example]:
-    """Of what data.augment made of a row; nothing of a copy that is left out."""
+    """Encode an augmented copy of a row; copies that are left out have no sequences."""
     with contextlib.suppress(RowFault):
         return task.encode(copy, encoder()) if copy is not None else ()
     return ()
 
 
 def describe_sequence(sequence: Example, facts: Facts) -> str:
-    """How long it is, and what is learned from it."""
+    """Describe the length and the targets of a sequence."""
     length = f"{len(sequence['input_ids'])} tokens"
     if "label" in sequence:
         return f"{length}, {', '.join(facts.labels[number] for number in sequence['label']) or 'no label'}"
@@ -101,20 +102,20 @@ def describe_sequence(sequence: Example, facts: Facts) -> str:
 
 
 def mark_answer(sequence: Example) -> list[int]:
-    """Labels that show an answer's tokens; none of a sequence that has no answer."""
+    """Return labels that mark the tokens of the answer span; all are ignored if there is no answer."""
     first, last = sequence.get("span", (0, -1))
     first = last + 1 if [first] == list(sequence.get("null", ())) else first
     return [token if first <= i <= last else IGNORED_LABEL for i, token in enumerate(sequence["input_ids"])]
 
 
 def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: bool) -> Text:
-    """The tokens as text, special ones visible.
+    """Render tokens as text, including special tokens.
 
     Args:
-        tokenizer: of transformers; None shows numbers.
-        ids: of a row.
-        labels: of the row, -100 where there is no loss; the first token is never predicted.
-        marked: supervised pieces in [[ ]], for readers without colour.
+        tokenizer: transformers tokenizer; None renders token ids.
+        ids: token ids of a sequence.
+        labels: labels of the sequence, -100 for tokens without loss; the first token is never predicted.
+        marked: whether to enclose supervised text in [[ ]], for output without colors.
     """
     text = Text()
     pairs = [
@@ -128,7 +129,7 @@ def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: 
 
 
 def main(arguments: list[str]) -> int:
-    """Show the plan named first; returns the exit code."""
+    """Run `dist-ft data` on the plan given as the first argument, and return the exit code."""
     try:
         path, options = _read_arguments(arguments)
         config = read_plan(path).config
@@ -145,7 +146,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _tokenizer_of_tokens(config: RunConfig, folder: str) -> Any:
-    """Rows of tokens need no tokenizer; where there is one, it makes them readable."""
+    """Load the tokenizer for rows of token ids; return None if there is none, because such rows do not need one."""
     try:
         return load_tokenizer(config, folder)
     except RequestError:
@@ -160,7 +161,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 def _read_arguments(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {"rows": 3, "split": "train", "width": None}
-    usage = "python -m dist_ft.view RUN_YAML [rows=3] [split=train] [width=100]"
+    usage = "usage: python -m dist_ft.inspect.rows RUN_YAML [rows=3] [split=train] [width=100]"
     if not arguments:
         raise RequestError.of("RUN_YAML", "is missing", usage)
     for argument in arguments[1:]:
@@ -168,7 +169,7 @@ def _read_arguments(arguments: list[str]) -> tuple[str, dict[str, Any]]:
         whole = value.isdecimal() and int(value) > 0
         sound = value in get_args(SplitName) if key == "split" else whole
         if not given or key not in options or not sound:
-            raise RequestError.of(argument, "is not an option of view, or not a value of it", usage)
+            raise RequestError.of(argument, "is not a valid option or value", usage)
         options[key] = value if key == "split" else int(value)
     return arguments[0], options
 

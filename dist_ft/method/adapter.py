@@ -26,8 +26,9 @@ from torch.nn import functional
 
 from ..config.method import AdapterConfig
 from ..errors import RequestError
-from ..model.anatomy import find_sublayer_ends
-from ..state import Weights
+from ..model.anatomy import find_anatomy
+from ..model.sublayers import find_sublayer_ends
+from ..state import Anatomy, Weights
 from .full import train_head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -73,15 +74,15 @@ class Adapter:
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """The same model, frozen, with trainable bottlenecks in it.
 
         Raises:
             RequestError: a block's sublayers do not end in a linear layer, such as a mixture of experts.
         """
-        model.requires_grad_(False)
-        insert(model, self.config)
-        train_head(model)
+        model = anatomy.model.requires_grad_(False)
+        insert(anatomy, self.config)
+        train_head(anatomy)
         return model
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
@@ -113,7 +114,7 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
         raise RequestError.of(str(folder), "holds no bottleneck adapter", "load it by peft.PeftModel.from_pretrained")
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     known = {key: settings[key] for key in AdapterConfig.model_fields if key in settings}
-    insert(base, AdapterConfig(name="adapter", **known))
+    insert(find_anatomy(base), AdapterConfig(name="adapter", **known))
     given = load_file(folder / WEIGHTS)
     wanted = {name: p for name, p in base.named_parameters() if ".adapter." in name or name in given}
     shapes = {name: tuple(p.shape) for name, p in wanted.items()}
@@ -127,15 +128,15 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     return base
 
 
-def insert(model: nn.Module, config: AdapterConfig) -> None:
+def insert(anatomy: Anatomy, config: AdapterConfig) -> None:
     """Give every sublayer that the configuration means a bottleneck in float32, on its device.
 
     Raises:
         RequestError: a sublayer does not end in a linear layer.
     """
-    ends = find_sublayer_ends(model)
+    ends = find_sublayer_ends(anatomy)
     if not ends:
-        rule = f"{type(model).__name__} has no blocks whose attention and MLP end in a linear layer"
+        rule = f"{type(anatomy.model).__name__} has no blocks whose attention and MLP end in a linear layer"
         raise RequestError.of("method", rule, "choose method=lora; experts and routers take no bottleneck")
     for end in ends:
         if config.configuration == "pfeiffer" and end.is_attention:

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..config.method import BitfitConfig
 from ..errors import RequestError
+from ..state import Anatomy
 from .full import Full, train_head
 
 
@@ -17,19 +18,19 @@ class Bitfit(Full):
     def __init__(self, config: BitfitConfig) -> None:
         super().__init__(config)
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """The same model, parameters called `bias` trainable.
 
         Raises:
             RequestError: there are none.
         """
-        self.keep_buffers(model)
-        model.requires_grad_(False)
+        self.keep_buffers(anatomy)
+        model = anatomy.model.requires_grad_(False)
         biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
         if not biases:
             rule = f"{type(model).__name__} has no biases, so bitfit would train nothing"
             raise RequestError.of("method", rule, "choose method=ln_tuning or method=ia3, which are as small")
         for bias in biases:
             bias.requires_grad_(True)
-        train_head(model)
+        train_head(anatomy)
         return model

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config.method import FreezeConfig
 from ..errors import Problem, RequestError
-from ..model.anatomy import find_blocks
+from ..state import Anatomy
 from .full import Full, train_head
 
 
@@ -20,19 +20,19 @@ class Freeze(Full):
     def __init__(self, config: FreezeConfig) -> None:
         super().__init__(config)
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """The same model with the chosen parameters trainable.
 
         Raises:
             RequestError: there are fewer blocks, a pattern matches nothing, or nothing would learn.
         """
-        config = self.config
-        self.keep_buffers(model)
-        blocks = find_blocks(model)
+        config, model = self.config, anatomy.model
+        self.keep_buffers(anatomy)
+        blocks = anatomy.parts(anatomy.blocks)
         problems = [
             *_block_problems(config, len(blocks)),
             *_pattern_problems(config, model),
-            *_tie_problems(config, model),
+            *_tie_problems(config, anatomy),
         ]
         if problems:
             raise RequestError(*problems)
@@ -42,11 +42,11 @@ class Freeze(Full):
         for name, parameter in model.named_parameters():
             if any(re.search(pattern, name) for pattern in config.trainable):
                 parameter.requires_grad_(True)
-        train_head(model)
+        train_head(anatomy)
         if config.train_embeddings:
-            model.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
+            _require_part(anatomy, anatomy.embeddings).requires_grad_(True)
         if config.train_head:
-            model.get_output_embeddings().requires_grad_(True)  # type: ignore[operator]
+            _require_part(anatomy, anatomy.head).requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             way_out = "set method.num_layers=2, method.train_head=true, or patterns in method.trainable"
             raise RequestError.of("method", "nothing would learn: no layers, patterns, embeddings or head", way_out)
@@ -74,12 +74,15 @@ def _pattern_problems(config: FreezeConfig, model: nn.Module) -> list[Problem]:
     return problems
 
 
-def _tie_problems(config: FreezeConfig, model: nn.Module) -> list[Problem]:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if config.train_head and head is None:
+def _require_part(anatomy: Anatomy, name: str | None) -> nn.Module:
+    assert name is not None, "checked before"
+    return anatomy.part(name)
+
+
+def _tie_problems(config: FreezeConfig, anatomy: Anatomy) -> list[Problem]:
+    if config.train_head and anatomy.head is None:
         return [Problem("method.train_head", "the model has no output head", "set it to false")]
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    if head is None or head.weight is not embeddings.weight or config.train_head == config.train_embeddings:
+    if not anatomy.tied or config.train_head == config.train_embeddings:
         return []
     rule = "input embeddings and head of this model are one tensor, and only one of them was to learn"
     return [Problem("method.train_head", rule, "set method.train_embeddings and method.train_head alike")]

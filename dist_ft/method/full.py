@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..config.method import MethodChoice
-from ..model.anatomy import find_buffers
-from ..state import Weights
+from ..state import Anatomy, Weights
 from .shards import write_model
 
 
@@ -20,14 +19,14 @@ class Full:
         self.config = config
         self.buffers: dict[str, Tensor] = {}  # as loaded: nothing here trains them, and `weights` has none
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """The same model, all parameters trainable."""
-        self.keep_buffers(model)
-        return model.requires_grad_(True)
+        self.keep_buffers(anatomy)
+        return anatomy.model.requires_grad_(True)
 
-    def keep_buffers(self, model: nn.Module) -> None:
+    def keep_buffers(self, anatomy: Anatomy) -> None:
         """Remember the buffers that a folder holds (such as a router's correction bias), for the export."""
-        buffers = find_buffers(model)
+        buffers = anatomy.buffers()
         if not any(tensor.is_meta for tensor in buffers.values()):
             self.buffers = {name: tensor.detach().cpu().clone() for name, tensor in buffers.items()}
 
@@ -36,7 +35,7 @@ class Full:
         write_model(model, itertools.chain(weights, self.buffers.items()), out)
 
 
-def train_head(model: nn.Module) -> None:
+def train_head(anatomy: Anatomy) -> None:
     """Have the task's head learn, if it has one that begins anew."""
-    for name in getattr(model, "task_head", ()):
-        model.get_submodule(name).requires_grad_(True)
+    for head in anatomy.parts(anatomy.task_head):
+        head.requires_grad_(True)

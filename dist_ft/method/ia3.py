@@ -11,7 +11,8 @@ from torch import nn
 
 from ..config.method import Ia3Config
 from ..errors import RequestError
-from .through_peft import ThroughPeft, check_names, task_head, task_type_of
+from ..state import Anatomy
+from .through_peft import ThroughPeft, check_names, task_type_of
 
 
 class Ia3(ThroughPeft):
@@ -22,12 +23,13 @@ class Ia3(ThroughPeft):
     def __init__(self, config: Ia3Config) -> None:
         self.config = config
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """Freeze the model and put factors, at first 1, on the target modules.
 
         Raises:
             RequestError: a target matches nothing, or peft knows none for this kind of model.
         """
+        model = anatomy.model
         kind = model.config.model_type  # type: ignore[union-attr]
         targets = self.config.target_modules or TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(kind)
         inner = self.config.feedforward_modules
@@ -45,6 +47,6 @@ class Ia3(ThroughPeft):
             task_type=task_type_of(model),
             target_modules=list(targets),
             feedforward_modules=list(inner),
-            modules_to_save=task_head(model) or None,
+            modules_to_save=list(anatomy.task_head) or None,
         )
         return peft.get_peft_model(model, settings)

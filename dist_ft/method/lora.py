@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,11 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.method import LoraKeys
 from ..errors import Problem, RequestError
-from ..model.anatomy import find_blocks, find_linears, find_token_rows
 from ..model.quantization.packed import find_packed
-from ..state import Weights
+from ..state import Anatomy, Weights
 from .start import ADAPTER, Start, begin, double_rank, read_start, start_problems, subtract, write_start
-from .through_peft import ThroughPeft, check_names, task_head, task_type_of
+from .through_peft import ThroughPeft, check_names, task_type_of
 
 
 class Lora(ThroughPeft):
@@ -37,23 +36,23 @@ class Lora(ThroughPeft):
         self.start_file = start_file
         self.start: Start | None = None
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """Freeze the model and put adapters beside the target modules.
 
         Raises:
             RequestError: a target, a pattern, a layer or a module to save matches nothing, or is where rows of added
                 tokens learn.
         """
-        config = self.config
-        targets = _resolve_targets(config.target_modules, model)
+        config, model = self.config, anatomy.model
+        targets = _resolve_targets(config.target_modules, anatomy)
         check_names("method.modules_to_save", config.modules_to_save, model, [])
         _check_parameters(config, model)
         _check_packed_copies(config, model)
-        if problems := [*_layer_problems(config, model, targets), *_exclusion_problems(config, model)]:
+        if problems := [*_layer_problems(config, len(anatomy.blocks), targets), *_exclusion_problems(config, model)]:
             raise RequestError(*problems)
         if config.layers_to_transform is not None and isinstance(targets, list):
             targets = _within(config.layers_to_transform, targets)
-        rows = find_token_rows(model) if (new_token_ids := list(getattr(model, "new_token_ids", ()))) else {}
+        rows = anatomy.token_rows if anatomy.new_token_ids else ()
         if problems := list(_row_problems(config, rows)):
             raise RequestError(*problems)
         settings = peft.LoraConfig(
@@ -64,14 +63,14 @@ class Lora(ThroughPeft):
             target_modules=targets,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            modules_to_save=[*config.modules_to_save, *task_head(model)] or None,
+            modules_to_save=[*config.modules_to_save, *anatomy.task_head] or None,
             exclude_modules=config.exclude_modules,
             layers_to_transform=config.layers_to_transform,
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
             init_lora_weights=True if config.moves_base else config.init_lora_weights,
             target_parameters=config.target_parameters or None,
-            trainable_token_indices=dict.fromkeys(rows, new_token_ids) or None,
+            trainable_token_indices={name: list(anatomy.new_token_ids) for name in rows} or None,
         )
         _keep_from_experts(settings, model, all_linear=config.target_modules == "all-linear")
         try:
@@ -121,7 +120,7 @@ class Lora(ThroughPeft):
             model.peft_config[ADAPTER] = settings
 
 
-def _row_problems(config: LoraKeys, rows: Mapping[str, nn.Module]) -> Iterator[Problem]:
+def _row_problems(config: LoraKeys, rows: Sequence[str]) -> Iterator[Problem]:
     """Rows of added tokens learn by themselves, which peft cannot do in a module that is adapted or saved whole."""
     for key in ("modules_to_save", "target_modules"):
         wanted = getattr(config, key)
@@ -131,10 +130,9 @@ def _row_problems(config: LoraKeys, rows: Mapping[str, nn.Module]) -> Iterator[P
             yield Problem(f"method.{key}", rule, "leave it out, or choose method=full")
 
 
-def _layer_problems(config: LoraKeys, model: nn.Module, targets: str | list[str]) -> list[Problem]:
+def _layer_problems(config: LoraKeys, blocks: int, targets: str | list[str]) -> list[Problem]:
     problems = []
     if config.layers_to_transform is not None:
-        blocks = len(find_blocks(model))
         if not config.layers_to_transform or max(config.layers_to_transform) >= blocks:
             rule = f"{config.layers_to_transform} names none, or more, of the model's layers 0 to {blocks - 1}"
             problems.append(Problem("method.layers_to_transform", rule, "name some of them, or remove it"))
@@ -176,9 +174,9 @@ def _pattern_problems(config: LoraKeys, adapted: list[str]) -> list[Problem]:
     return problems
 
 
-def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[str]:
+def _resolve_targets(targets: str | list[str], anatomy: Anatomy) -> str | list[str]:
     """What peft is told: the endings of names that stand for exactly the modules meant."""
-    linears = find_linears(model)
+    model, linears = anatomy.model, anatomy.linears
     if targets == "all-linear":
         if not linears:
             raise RequestError.of(
@@ -198,7 +196,7 @@ def _resolve_targets(targets: str | list[str], model: nn.Module) -> str | list[s
     return names
 
 
-def _ambiguous(linears: Mapping[str, nn.Module], model: nn.Module) -> bool:
+def _ambiguous(linears: Sequence[str], model: nn.Module) -> bool:
     """Whether an ending of the targets also names another linear layer, such as a router or the head."""
     endings = {name.rsplit(".", 1)[-1] for name in linears}
     return any(

@@ -6,6 +6,7 @@ import peft
 from torch import nn
 
 from ..config.method import PTuningConfig
+from ..state import Anatomy
 from .through_peft import task_type_of
 from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 
@@ -18,12 +19,12 @@ class PTuning(VirtualTokens):
     def __init__(self, config: PTuningConfig) -> None:
         self.config = config
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """Freeze the model and put what the network gives in front of its input."""
         return put_in_front(
-            model,
+            anatomy,
             peft.PromptEncoderConfig(
-                task_type=task_type_of(model),
+                task_type=task_type_of(anatomy.model),
                 num_virtual_tokens=self.config.num_virtual_tokens,
                 num_transformer_submodules=STACKS,
                 encoder_hidden_size=self.config.encoder_hidden_size,

@@ -6,6 +6,7 @@ import peft
 from torch import nn
 
 from ..config.method import PrefixConfig
+from ..state import Anatomy
 from .through_peft import task_type_of
 from .virtual_tokens import VirtualTokens, put_in_front
 
@@ -18,12 +19,12 @@ class Prefix(VirtualTokens):
     def __init__(self, config: PrefixConfig) -> None:
         self.config = config
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """Freeze the model and put learned keys and values in front of those of every layer."""
         return put_in_front(
-            model,
+            anatomy,
             peft.PrefixTuningConfig(
-                task_type=task_type_of(model),
+                task_type=task_type_of(anatomy.model),
                 num_virtual_tokens=self.config.num_virtual_tokens,
                 prefix_projection=self.config.prefix_projection,
                 encoder_hidden_size=self.config.encoder_hidden_size,

@@ -8,6 +8,7 @@ import peft
 from torch import nn
 
 from ..config.method import PromptConfig
+from ..state import Anatomy
 from .through_peft import task_type_of
 from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 
@@ -20,19 +21,19 @@ class Prompt(VirtualTokens):
     def __init__(self, config: PromptConfig) -> None:
         self.config = config
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, anatomy: Anatomy) -> nn.Module:
         """Freeze the model and put learned embeddings in front of its input."""
         settings: dict[str, Any] = {}
         if self.config.prompt_tuning_init == "TEXT":
-            own = model.config._name_or_path  # type: ignore[union-attr]
+            own = anatomy.model.config._name_or_path  # type: ignore[union-attr]
             settings = {
                 "prompt_tuning_init_text": self.config.prompt_tuning_init_text,
                 "tokenizer_name_or_path": self.config.tokenizer_name_or_path or own,
             }
         return put_in_front(
-            model,
+            anatomy,
             peft.PromptTuningConfig(
-                task_type=task_type_of(model),
+                task_type=task_type_of(anatomy.model),
                 num_virtual_tokens=self.config.num_virtual_tokens,
                 num_transformer_submodules=STACKS,
                 prompt_tuning_init=self.config.prompt_tuning_init,

@@ -43,11 +43,6 @@ def task_type_of(model: nn.Module) -> peft.TaskType:
     return next((kind for ending, kind in TASK_TYPES.items() if name.endswith(ending)), peft.TaskType.CAUSAL_LM)
 
 
-def task_head(model: nn.Module) -> list[str]:
-    """Names of the modules that learn beside every method's own; see model/load.py."""
-    return list(getattr(model, "task_head", ()))
-
-
 def check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str]) -> None:
     """Each of `wanted` must be a module's name or an end of one, at a dot; `usual` is shown where none is near."""
     problems = []

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..config.method import VirtualTokensChoice
 from ..errors import RequestError
-from ..state import Weights
-from .through_peft import task_head, task_type_of
+from ..state import Anatomy, Weights
+from .through_peft import task_type_of
 
 ENCODER = "prompt_encoder.default."
 # Embeddings stand in front of an encoder-decoder's source alone; peft would keep as many again that nothing reads.
@@ -37,15 +37,16 @@ class VirtualTokens:
         model.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
 
 
-def put_in_front(model: nn.Module, settings: peft.PromptLearningConfig) -> nn.Module:
+def put_in_front(anatomy: Anatomy, settings: peft.PromptLearningConfig) -> nn.Module:
     """Freeze the model but for a new head, which is saved along, and have peft put what learns in front of every row.
 
     Raises:
         RequestError: peft cannot do so with this kind of model, or it would go wrong in silence.
     """
+    model, task_head = anatomy.model, list(anatomy.task_head)
     kind, is_prefix = type(model).__name__, isinstance(settings, peft.PrefixTuningConfig)
-    settings.modules_to_save = task_head(model) or None
-    if "score" in task_head(model) and task_type_of(model) == peft.TaskType.SEQ_CLS and not is_prefix:
+    settings.modules_to_save = task_head or None
+    if "score" in task_head and task_type_of(model) == peft.TaskType.SEQ_CLS and not is_prefix:
         # GenericForSequenceClassification finds the last token by its id, and takes the last place where it has none.
         rule = f"{kind} gets embeddings in place of tokens, and would read the class from the padding of shorter rows"
         raise RequestError.of("method.name", rule, f"choose method=prefix; or {OTHER_METHOD}")

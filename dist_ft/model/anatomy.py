@@ -1,133 +1,70 @@
-"""What a model is made of, found from its modules and never from a list of model names."""
+"""What a model is made of, found once from its modules and never from a list of model names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import RequestError
+from ..process import comm
+from ..state import Anatomy, Mixture
 from .quantization.packed import shapes_of
+from .router_form import find_form
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks (layers) in order: children of every outermost ModuleList with more than parameters in it.
-
-    A decoder gives its layers, an encoder-decoder those of both stacks; lists inside a block, such as separate
-    experts, belong to the block.
-    """
-    blocks: list[nn.Module] = []
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            blocks.extend(block for block in child if any(True for _ in block.parameters()))
-        else:
-            blocks.extend(find_blocks(child))
-    return blocks
-
-
-def find_task_head(model: Any) -> list[str]:
-    """Modules, by name, that stand outside a model's base: what a task puts on it. A pooler is among them.
-
-    The pooler of a BERT is trained for its own pre-training task, and not at all in many folders.
+def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_ids: Iterable[int] = ()) -> Anatomy:
+    """Find the parts of a loaded model to which no method was applied yet.
 
     Raises:
-        RequestError: the model does not tell its base from what stands on it.
+        RequestError: A router does not return the logits that it chooses experts by.
     """
-    prefix = model.base_model_prefix
-    if not hasattr(model, prefix):  # T5's form for questions
-        rule = f"{type(model).__name__} has no base model apart from its head"
-        raise RequestError.of("model.name_or_path", rule, "name an encoder, a decoder, or BART")
-    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
-    poolers = [f"{prefix}.{name}" for name, _ in getattr(model, prefix).named_children() if name == "pooler"]
-    return [*poolers, *heads]
-
-
-def find_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Linear layers by name inside the repeated blocks, without routers: what `all-linear` means.
-
-    GPT-2's, which are called Conv1D, are among them; the head, which stands outside the blocks, and fused experts,
-    which are no linear layers, are not.
-    """
-    inside = {id(module) for block in find_blocks(model) for module in block.modules()}
-    routers = {id(module) for module in find_routers(model)}
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and id(module) not in routers
-    }
-
-
-def find_routers(model: nn.Module) -> list[nn.Module]:
-    """What chooses experts in each mixture, in order."""
-    return [mixture.router for mixture in find_mixtures(model)]
-
-
-def find_token_rows(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name that hold a row of their own for each token: the embeddings, and a head that is not tied."""
-    whole: Any = model
-    embeddings, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    blocks = _find_blocks(model)
+    mixtures = _find_mixtures(model, blocks)
     names = {id(module): name for name, module in model.named_modules()}
-    found = {names[id(embeddings)]: embeddings}
-    if head is not None and head.weight is not embeddings.weight:
-        found[names[id(head)]] = head
-    return found
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A block whose tokens go through few of many experts.
-
-    Inside it stand a router, with one row of a [experts, hidden] matrix for each expert, and the experts: one module
-    with parameters of [experts, …, …] (fused), or a list of modules of the same shapes. Adapters may wrap both.
-    """
-
-    name: str  # of the module, in named_modules()
-    layer: int  # which of find_blocks() it is in
-    module: nn.Module
-    router_name: str
-    router: nn.Module  # what the block calls
-    experts_name: str
-    experts: nn.Module
-    num_experts: int
-    fused: bool
+    inside = {id(module) for block in blocks for module in model.get_submodule(block).modules()}
+    routers = {mixture.router for mixture in mixtures}
+    embeddings, head = _embeddings_of(model)
+    return Anatomy(
+        model=model,
+        blocks=tuple(blocks),
+        linears=tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and name not in routers
+        ),
+        norms=tuple(name for name, module in model.named_modules() if _is_norm(module)),
+        mixtures=tuple(mixtures),
+        embeddings=None if embeddings is None else names[id(embeddings)],
+        head=None if head is None else names[id(head)],
+        tied=embeddings is not None and head is not None and head.weight is embeddings.weight,
+        persistent_buffers=tuple(find_buffers(model)),
+        task_head=tuple(task_head),
+        new_token_ids=tuple(new_token_ids),
+    )
 
 
 def find_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What a model's files hold besides parameters, such as the correction bias of DeepSeek-V3's routers."""
+    """Return the buffers of a model's state dict by name."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
-def find_mixtures(model: nn.Module) -> list[Mixture]:
-    """The mixtures of experts of a model, in order; none of a dense one. Shared experts are no part of a mixture."""
-    layers = {id(module): i for i, block in enumerate(find_blocks(model)) for module in block.modules()}
-    found = []
-    for name, module in model.named_modules():
-        if id(module) in layers and not hasattr(module, "base_layer"):
-            for child_name, child in module.named_children():
-                shape = _experts_shape(child)
-                routers = [
-                    (other, sibling)
-                    for other, sibling in module.named_children()
-                    if sibling is not child and shape and _routes(sibling, *shape)
-                ]
-                if shape and len(routers) == 1:
-                    router_name, router = routers[0]
-                    prefix = f"{name}." if name else ""
-                    found.append(
-                        Mixture(
-                            name, layers[id(module)], module, prefix + router_name, router, prefix + child_name, child,
-                            shape[0], not isinstance(child, nn.ModuleList),
-                        )
-                    )  # fmt: skip
-    return found
+def share_buffers(model: nn.Module) -> None:
+    """Send every rank the persistent buffers of rank 0: engines distribute parameters, and some nothing else.
+
+    Otherwise the routers of DeepSeek-V3 would use their correction bias on rank 0 only.
+    """
+    buffers = find_buffers(model)
+    if comm.from_main(bool(buffers)):
+        for name, tensor in comm.from_main({name: buffer.cpu() for name, buffer in buffers.items()}).items():
+            buffers[name].copy_(tensor)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module that peft's adapters, or its copies to train, stand around."""
+    """Return the module that peft wrapped with an adapter or a trainable copy."""
     while True:
         inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
         if not isinstance(inner, nn.Module):
@@ -135,16 +72,60 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def _embeddings_of(model: Any) -> tuple[Any, Any]:
+    """Input and output embeddings of a transformers model; None where it has none."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None, None
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _find_blocks(model: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the children of every outermost ModuleList that have parameters.
+
+    Lists inside a block, such as separate experts, belong to the block.
+    """
+    blocks: list[str] = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            inner = ((f"{prefix}{name}.{i}", block) for i, block in child.named_children())
+            blocks.extend(path for path, block in inner if any(True for _ in block.parameters()))
+        else:
+            blocks.extend(_find_blocks(child, f"{prefix}{name}."))
+    return blocks
+
+
+def _find_mixtures(model: nn.Module, blocks: list[str]) -> list[Mixture]:
+    """The mixtures of experts in order; empty for a dense model."""
+    found = []
+    layers = {id(module): i for i, name in enumerate(blocks) for module in model.get_submodule(name).modules()}
+    for name, module in model.named_modules():
+        if id(module) not in layers:
+            continue
+        prefix = f"{name}." if name else ""
+        for experts_name, experts in module.named_children():
+            shape = _experts_shape(experts)
+            if shape is None:
+                continue
+            siblings = ((other, child) for other, child in module.named_children() if child is not experts)
+            routers = [(other, child) for other, child in siblings if _routes(child, *shape)]
+            if len(routers) == 1:
+                (router_name, router), count = routers[0], shape[0]
+                form = find_form(router, prefix + router_name, getattr(model, "config", None))
+                fused = not isinstance(experts, nn.ModuleList)
+                parts = (prefix + router_name, prefix + experts_name)
+                found.append(Mixture(name, layers[id(module)], *parts, count, fused, form))
+    return found
+
+
 def _experts_shape(module: nn.Module) -> tuple[int, set[int]] | None:
-    """How many experts `module` holds, and the sizes of their matrices; None where it holds none."""
+    """How many experts `module` holds and the sizes of their matrices; None if it holds none."""
     if isinstance(module, nn.ModuleList):
         shapes = [shapes_of(expert) for expert in module]
         alike = len(shapes) > 1 and bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
         return (len(shapes), {size for shape in shapes[0] for size in shape}) if alike else None
-    inner = unwrap(module)
-    if isinstance(inner, _ConvNd):  # its weight has three dimensions too
+    if isinstance(module, _ConvNd):  # its weight has three dimensions too
         return None
-    fused = [shape for shape in shapes_of(inner, recurse=False) if len(shape) == 3]
+    fused = [shape for shape in shapes_of(module, recurse=False) if len(shape) == 3]
     counts = {shape[0] for shape in fused}
     if len(counts) != 1 or counts == {1}:
         return None
@@ -152,65 +133,12 @@ def _experts_shape(module: nn.Module) -> tuple[int, set[int]] | None:
 
 
 def _routes(module: nn.Module, num_experts: int, sizes: set[int]) -> bool:
-    """Whether `module` scores what experts of these sizes take in: a [experts, hidden] matrix of its own."""
-    weight = getattr(unwrap(module), "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] == num_experts and (
-        weight.shape[1] in sizes
-    )  # fmt: skip
+    """Whether `module` scores the input of experts of these sizes: its weight is `[experts, hidden]`."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        return False
+    return weight.shape[0] == num_experts and weight.shape[1] in sizes
 
 
-def find_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Norms by name: modules of a class called so that have a weight for each feature of their own."""
-    norms = {name: module for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    return {name: module for name, module in norms.items() if getattr(getattr(module, "weight", None), "ndim", 0) == 1}
-
-
-@dataclass(frozen=True)
-class SublayerEnd:
-    """The linear layer that a sublayer's output comes from, before it is added to the residual."""
-
-    name: str
-    layer: Any  # nn.Linear, or transformers' Conv1D
-    width: int  # of its output
-    is_attention: bool  # else an MLP
-
-
-def find_sublayer_ends(model: nn.Module) -> list[SublayerEnd]:
-    """Where attention (self and cross) and MLP of each block end; empty if a block has a sublayer that ends otherwise.
-
-    Attention is a module of a class called so; its last linear layer is its end. What linear layers stand outside
-    attention are the block's MLP, and the last of them its end. A block with a router is a mixture of experts.
-    """
-    routers = {id(router) for router in find_routers(model)}
-    names = {id(module): name for name, module in model.named_modules()}
-    ends: list[SublayerEnd] = []
-    for block in find_blocks(model):
-        attentions = _outermost_attentions(block)
-        groups = [(True, _linears_of(attention)) for attention in attentions]
-        inside = {id(linear) for _, linears in groups for linear in linears}
-        groups.append((False, [linear for linear in _linears_of(block) if id(linear) not in inside]))
-        is_mixture = any(id(m) in routers or hasattr(m, "experts") for m in block.modules())
-        if is_mixture or not attentions or not all(linears for _, linears in groups):
-            return []
-        for is_attention, linears in groups:
-            last = linears[-1]
-            ends.append(SublayerEnd(names[id(last)], last, _output_width(last), is_attention))
-    return ends
-
-
-def _outermost_attentions(module: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for child in module.children():
-        is_attention = "Attention" in type(child).__name__ and _linears_of(child)
-        found.extend([child] if is_attention else _outermost_attentions(child))
-    return found
-
-
-def _linears_of(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
-
-
-def _output_width(linear: nn.Module) -> int:
-    width = linear.out_features if isinstance(linear, nn.Linear) else linear.nf
-    assert isinstance(width, int)
-    return width
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and getattr(getattr(module, "weight", None), "ndim", 0) == 1

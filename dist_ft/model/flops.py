@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, and what a device can do: the two halves of model FLOPs utilisation.
+"""Floating-point operations of a training step, and the peak of a device: the two halves of model FLOPs utilization.
 
-Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products only, recomputation is not model work. Attention
-is counted for each document's own length and causally, so that packing gains nothing on paper. Weights that are
-frozen need no weight gradient: two thirds of the work of trained ones. Of a mixture's experts those count that work.
+Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products only; recomputation is not model work. Attention
+is counted for each document's own length and causally, so that packing gains nothing on paper. Frozen weights need no
+weight gradient: two thirds of the work of trained ones. Of a mixture's experts only the chosen ones count.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .anatomy import find_blocks, find_mixtures
+from ..state import Anatomy, BuiltModel
 from .quantization.packed import shapes_of
-from .router_form import find_form
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
@@ -30,28 +29,25 @@ class StepCost:
     per_pair: float
 
     def of(self, tokens: int, squared_lengths: int) -> float:
-        """FLOP of `tokens` in documents whose squared lengths add up to `squared_lengths`."""
+        """Return the FLOP of `tokens` in documents whose squared lengths add up to `squared_lengths`."""
         return self.per_token * tokens + self.per_pair * squared_lengths
 
 
-def count_step_cost(model: nn.Module) -> StepCost:
-    """From the model's matrices: 2 FLOP a weight and token forward, as much for each of the two gradients.
+def count_step_cost(built: BuiltModel) -> StepCost:
+    """Count FLOP from the model's matrices: 2 per weight and token forward, as many for each of the two gradients.
 
-    Embeddings are looked up and do not count; a tied head does, as a product. Of a mixture's experts a token uses
-    `top_k`, whichever they are, so their matrices and the adapters on them count by that share; routers and shared
-    experts see every token. A low-rank adapter counts as its factors, however its product is computed. Attention
-    counts as if every layer saw the whole document: a sliding window does less than that.
-
-    Raises:
-        RequestError: a mixture's router does not show how many experts it chooses.
+    Embedding lookups do not count; a tied head does, as a product. A token uses `top_k` of a mixture's experts,
+    so their matrices and the adapters on them count by that share; routers and shared experts see every token. A
+    low-rank adapter counts as its factors, however its product is computed. Attention counts as if every layer saw the
+    whole document: a sliding window does less than that.
     """
-    mixtures = find_mixtures(model)
+    model, anatomy = built
     shares = {
-        id(module): find_form(mixture, model).top_k / mixture.num_experts
-        for mixture in mixtures
-        for module in mixture.experts.modules()
+        id(module): mixture.form.top_k / mixture.num_experts
+        for mixture in anatomy.mixtures
+        for module in anatomy.part(mixture.experts).modules()
     }
-    routers = {id(module) for mixture in mixtures for module in mixture.router.modules()}
+    routers = {id(module) for mixture in anatomy.mixtures for module in anatomy.part(mixture.router).modules()}
     idle = _replaced(model)
     frozen = trained = 0.0
     for module in model.modules():
@@ -60,13 +56,13 @@ def count_step_cost(model: nn.Module) -> StepCost:
         share = shares.get(id(module), 1.0)
         for size, learns in _matrices(module, is_expert=id(module) in shares, is_router=id(module) in routers):
             trained, frozen = trained + share * size * learns, frozen + share * size * (not learns)
-    # QK and AV: 2 FLOP a feature over half of the square forward, twice that backward.
-    return StepCost(6.0 * trained + 4.0 * frozen, 3.0 * _attention_features(model) * len(find_blocks(model)))
+    # QK and AV: 2 FLOP per feature over half of the square forward, twice that backward.
+    return StepCost(6.0 * trained + 4.0 * frozen, 3.0 * _attention_features(anatomy) * len(anatomy.blocks))
 
 
 def _matrices(module: nn.Module, *, is_expert: bool, is_router: bool) -> list[tuple[int, bool]]:
-    """Elements of the matrices of a module's own that tokens are multiplied with, and whether each learns."""
-    if isinstance(module, nn.Linear):  # a quantised one too, whose parameter has another size
+    """Elements of the module's own matrices that tokens are multiplied with, and whether each is trained."""
+    if isinstance(module, nn.Linear):  # also a quantized one, whose parameter has another size
         return [(module.in_features * module.out_features, module.weight.requires_grad)]
     if isinstance(module, Conv1D):
         return [(module.weight.numel(), module.weight.requires_grad)]
@@ -76,26 +72,26 @@ def _matrices(module: nn.Module, *, is_expert: bool, is_router: bool) -> list[tu
 
 
 def _replaced(model: nn.Module) -> set[int]:
-    """Modules that are kept and not called, because peft's copy of them learns."""
+    """Modules that are kept but not called, because peft trains a copy of them."""
     wrappers = [module for module in model.modules() if getattr(module, "modules_to_save", None)]
     originals = [getattr(wrapper, "original_module", None) for wrapper in wrappers]
     return {id(module) for original in originals if original is not None for module in original.modules()}
 
 
-def _attention_features(model: nn.Module) -> float:
-    """Features of a layer's queries and of its values, all heads together."""
-    config = model.config
+def _attention_features(anatomy: Anatomy) -> float:
+    """Features of a layer's queries and of its values, over all heads."""
+    config = anatomy.model.config
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
     values = getattr(config, "v_head_dim", None) or width
-    # Of latent attention (DeepSeek-V2, 2024, section 2.1) `head_dim` is the rotated part alone.
+    # In latent attention (DeepSeek-V2, 2024, section 2.1) `head_dim` is only the rotary part.
     plain, rotated = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
     queries = width if plain is None or rotated is None else plain + rotated
     return float(heads * (queries + values))
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 peak in FLOP/s, or None where it is not known (a CPU, another GPU)."""
+    """Return the device's dense bfloat16 peak in FLOP/s, or None if it is unknown (a CPU, another GPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -13,11 +13,11 @@ from transformers.initialization import no_init_weights
 
 from ..config.model import ModelConfig
 from ..errors import Problem, RequestError
-from ..state import Architecture
-from .anatomy import find_task_head
+from ..state import Anatomy, Architecture
+from .anatomy import find_anatomy
 from .attention import AttentionChoice, choose_attention
 from .noise import set_dropout
-from .quantize import quantize
+from .quantize import quantize_parts
 from .vocabulary import grow, grow_settings
 
 
@@ -44,17 +44,24 @@ def attention_of(config: ModelConfig, folder: str, device: torch.device, archite
 
 def load_model(
     config: ModelConfig, folder: str, attention: AttentionChoice, architecture: Architecture, *, weights: bool
-) -> PreTrainedModel:
-    """The model on the CPU in `config.dtype`.
+) -> Anatomy:
+    """Load the model on the CPU in `config.dtype`, quantized as `config.quantization` says.
 
-    Linear layers are quantised one by one as `config.quantization` says. With `weights` false, modules and buffers are
-    the same and parameters are uninitialised memory, which the operating system does not even allocate until it is
-    written: ranks that are sent their weights cost nothing here. A new head starts from torch's generator; its modules
-    are named in the model's attribute `task_head`, which methods train beside what they add; the ids of added tokens
-    are its `new_token_ids`.
+    A new head is initialized from torch's generator.
+
+    Args:
+        config: The `model` group.
+        folder: The model's files.
+        attention: The attention implementation.
+        architecture: What the task needs of the model.
+        weights: If false, modules and buffers are the same and parameters are uninitialized memory, which the operating
+            system does not allocate before it is written: ranks that receive their weights later need none here.
+
+    Returns:
+        The model with its parts.
 
     Raises:
-        RequestError: weights are missing, have other shapes, or belong to another architecture.
+        RequestError: Weights are missing, have other shapes, or belong to another architecture.
     """
     settings = load_config(config, folder)
     if config.dropout is not None:
@@ -79,13 +86,31 @@ def load_model(
         model.tie_weights()
     if not weights or config.from_scratch:
         _settle_generation(model, config, folder)
-    model.task_head = tuple(find_task_head(model)) if architecture.new_head else ()
-    model.new_token_ids = architecture.new_token_ids
-    quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=weights)
+    task_head = find_task_head(model) if architecture.new_head else ()
+    anatomy = find_anatomy(model, task_head=task_head, new_token_ids=architecture.new_token_ids)
+    if config.quantization not in (None, "none"):
+        quantize_parts(anatomy, config.quantization, options["dtype"], weights=weights)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+    return anatomy
+
+
+def find_task_head(model: Any) -> list[str]:
+    """Return the names of the modules outside a model's base: what a task puts on it. A pooler is among them.
+
+    The pooler of a BERT is trained for its own pre-training task, and not at all in many folders.
+
+    Raises:
+        RequestError: The model does not separate its base from its head.
+    """
+    prefix = model.base_model_prefix
+    if not hasattr(model, prefix):  # T5ForQuestionAnswering
+        rule = f"{type(model).__name__} has no base model that is separate from its head"
+        raise RequestError.of("model.name_or_path", rule, "use an encoder, a decoder, or BART")
+    heads = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    poolers = [f"{prefix}.{name}" for name, _ in getattr(model, prefix).named_children() if name == "pooler"]
+    return [*poolers, *heads]
 
 
 def auto_class(architecture: Architecture) -> Any:

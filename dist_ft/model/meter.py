@@ -1,35 +1,48 @@
-"""What a step cost: time, tokens, memory, and how much of the device's arithmetic it used."""
+"""What a step cost: time, tokens, memory, and the share of the device's arithmetic that it used."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
-from ..state import Metrics
+from ..state import Batch, Metrics, StepInfo
 from .flops import StepCost, peak_flops
 
 
-def meter(device: torch.device, world_size: int, cost: StepCost | None) -> Callable[[float, int, int], Metrics]:
-    """The function behind `perf/*`: (step time in s, tokens, squared document lengths, of all ranks) → metrics."""
-    peak = peak_flops(device)
+class Meter:
+    """A hook that measures `perf/*`.
 
-    def measure(step_time_s: float, tokens: int, squared_lengths: int) -> Metrics:
+    Args:
+        device: Of this rank.
+        world_size: Number of ranks, over which the device peak adds up.
+        cost: FLOP of the model.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, cost: StepCost) -> None:
+        self.device = device
+        self.cost = cost
+        peak = peak_flops(device)
+        self.peak = None if peak is None else peak * world_size
+
+    def before_step(self, micros: Sequence[Batch]) -> None:
+        """Do nothing: the loop takes the time."""
+
+    def after_step(self, info: StepInfo) -> Metrics:
+        """Return throughput, step time, peak memory and, if the device's peak is known, MFU."""
         metrics = {
-            "perf/tokens_per_second": tokens / step_time_s,
-            "perf/step_time_s": step_time_s,
-            "perf/peak_memory_bytes": float(peak_memory_bytes(device)),
+            "perf/tokens_per_second": info.tokens / info.step_time_s,
+            "perf/step_time_s": info.step_time_s,
+            "perf/peak_memory_bytes": float(peak_memory_bytes(self.device)),
         }
-        if peak is not None and cost is not None:
-            metrics["perf/mfu"] = cost.of(tokens, squared_lengths) / step_time_s / (peak * world_size)
+        if self.peak is not None:
+            metrics["perf/mfu"] = self.cost.of(info.tokens, info.squared_lengths) / info.step_time_s / self.peak
         return metrics
-
-    return measure
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held: on its GPU, or of its process."""
+    """Return the most memory that this rank has held: on its GPU, or of its process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

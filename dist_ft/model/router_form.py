@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import RequestError
-from .anatomy import Mixture, unwrap
+from ..state import RouterForm
 
 
-@dataclass(frozen=True)
-class RouterForm:
-    """What a router's forward gives: found by calling a copy of it, so that nothing is taken for what it is not."""
-
-    logits_at: int | None  # index of the raw logits in its outputs; None: they are its only output
-    indices_at: int | None  # index of the chosen experts; None: the top_k of the logits
-    top_k: int
-    sigmoid: bool  # scores are sigmoids and not a softmax (DeepSeek-V3)
-
-
-def find_form(mixture: Mixture, model: nn.Module) -> RouterForm:
-    """Call a copy of the router on random tokens and see which output is `x @ weight.T + bias`.
+def find_form(router: nn.Module, name: str, config: Any) -> RouterForm:
+    """Call a copy of the router on random tokens and find the output that equals `x @ weight.T + bias`.
 
     Several models return probabilities where logits are expected (transformers #45120), and a balance loss over them
-    takes the softmax twice. Raw logits are recognised here by their values, never by their place.
+    would apply the softmax twice. Raw logits are therefore recognized by their values and not by their position.
+
+    Args:
+        router: With a `[experts, hidden]` weight; it may be on the meta device.
+        name: Of the router, for errors.
+        config: The model's configuration, or None.
 
     Raises:
-        RequestError: none of the outputs are raw logits.
+        RequestError: No output holds the raw logits.
     """
-    dice = torch.Generator().manual_seed(0)
-    router = copy.deepcopy(unwrap(mixture.router)).to_empty(device="cpu").float().eval()
+    generator = torch.Generator().manual_seed(0)
+    router = copy.deepcopy(router).to_empty(device="cpu").float().eval()
     with torch.no_grad():
         for parameter in router.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=dice, device="cpu"))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
         for buffer in router.buffers():
             buffer.zero_()
         weight, bias = getattr(router, "weight"), getattr(router, "bias", None)  # noqa: B009  # typed as any module's
-        x = torch.randn(5, weight.shape[1], generator=dice, device="cpu")
+        x = torch.randn(5, weight.shape[1], generator=generator, device="cpu")
         expected = functional.linear(x, weight, bias)
         outputs = router(x)
     if isinstance(outputs, Tensor):
@@ -50,10 +45,10 @@ def find_form(mixture: Mixture, model: nn.Module) -> RouterForm:
         logits_at = next((i for i, output in enumerate(outputs) if _is(output, expected)), -1)
         indices_at = next((i for i, output in enumerate(outputs) if output.dtype == torch.int64), None)
     if logits_at == -1:
-        rule = f"{mixture.router_name} does not give the logits that it chooses experts by"
-        raise RequestError.of("model.name_or_path", rule, "its routing cannot be seen; use a model of transformers")
+        rule = f"{name} does not return the logits that it chooses experts by, so its routing cannot be measured"
+        raise RequestError.of("model.name_or_path", rule, "use a mixture of experts that transformers implements")
     if indices_at is None:
-        top_k = int(getattr(getattr(model, "config", None), "num_experts_per_tok", 0) or 1)
+        top_k = int(getattr(config, "num_experts_per_tok", 0) or 1)
         return RouterForm(logits_at, None, top_k, False)
     chosen = outputs[indices_at]
     others = [o for i, o in enumerate(outputs) if i not in (logits_at, indices_at) and o.shape == chosen.shape]
@@ -65,6 +60,6 @@ def _is(output: Tensor, expected: Tensor) -> bool:
 
 
 def _sigmoid(weights: Tensor, logits: Tensor, chosen: Tensor) -> bool:
-    """Whether the weights of the chosen experts stand to each other as sigmoids of their logits do."""
+    """Whether the weights of the chosen experts are proportional to the sigmoids of their logits."""
     scores = logits.sigmoid().gather(1, chosen)
     return torch.allclose(weights / weights.sum(-1, keepdim=True), scores / scores.sum(-1, keepdim=True), rtol=1e-3)

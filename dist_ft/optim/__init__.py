@@ -1,4 +1,4 @@
 """Optimizers and learning-rate schedules.
 
-Imports `config`.
+May import `config`.
 """

@@ -1,8 +1,4 @@
-"""AdamW and its learning-rate schedule.
-
-The rate of a step is a pure function of the step, so a checkpoint needs no schedule state and every engine follows
-the same curve.
-"""
+"""AdamW with per-parameter weight decay and learning-rate scale."""
 
 from __future__ import annotations
 
@@ -21,11 +17,17 @@ def build_adamw(
     lr_scale: Callable[[str], float] = lambda name: 1.0,
     **options: Any,
 ) -> torch.optim.AdamW:
-    """AdamW over named parameters; what scales or shifts single features is not decayed.
+    """Build AdamW without weight decay for parameters that scale or shift single features.
 
-    These are vectors (biases, norms, DoRA's magnitudes) and matrices with one row or one column ((IA)^3's factors,
-    which start at one, and LoRA's of rank 1). Each group carries its `lr_scale`: engines set the group's rate to the
-    step's rate times this.
+    These are vectors (biases, norm weights, DoRA magnitudes) and matrices with a single row or column ((IA)^3 vectors,
+    which are initialized to one, and LoRA factors of rank 1).
+
+    Args:
+        config: Optimizer configuration.
+        parameters: Names and parameters to optimize.
+        lr_scale: Returns the learning-rate multiplier of a parameter, given its name. Each parameter group stores it
+            as `lr_scale`; engines set the learning rate of the group to that of the step times this value.
+        **options: Further arguments of `torch.optim.AdamW`, such as `fused`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:

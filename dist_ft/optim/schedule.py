@@ -1,4 +1,8 @@
-"""The learning rate as a pure function of the step."""
+"""Learning-rate schedules.
+
+The learning rate is a pure function of the step, so checkpoints hold no scheduler state and all engines use the same
+schedule.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from ..config.optim import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of `step` (1-based) of `total_steps`.
+    """Return the learning rate of `step`, which counts from 1 to `total_steps`.
 
-    As transformers' `get_*_schedule_with_warmup` (optimization.py) set it for the same update: its first update uses
-    rate 0 where there is a warm-up; here the first of w warm-up steps already uses 1/w of the rate, so that no step
-    trains nothing.
+    The schedules follow `get_*_schedule_with_warmup` in `optimization.py` of transformers, except for the warmup: in
+    transformers, the first update has a learning rate of 0; here, the first of w warmup steps has 1/w of the peak
+    learning rate, so that no step is wasted.
     """
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step <= warmup:

@@ -1,4 +1,4 @@
-"""Where a pretrained model comes from: resolved, downloaded, converted; and what its files say without torch.
+"""Resolution, download and conversion of pretrained models, and facts read from their files without torch.
 
 Imports `config`, `storage` and `state`.
 """

@@ -1,4 +1,4 @@
-"""Downloads or converts a pretrained model once, into a folder that every worker reads."""
+"""Download or convert a pretrained model once, into a folder that every worker reads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _HUB_CODE = "*.py"
 
 
 def prepare_model(config: RunConfig, say: Say = lambda line: None) -> tuple[str, str]:
-    """The folders of the model and of its tokenizer, converted or downloaded if need be.
+    """Return the folders of the model and of its tokenizer, after download or conversion if necessary.
 
     Raises:
-        RequestError: there is no such model, or the hub does not give it.
-        MachineError: a package is missing, or the cache cannot be written.
+        RequestError: If the model does not exist or cannot be downloaded from the Hub.
+        MachineError: If a package is not installed or the cache is not writable.
     """
     model_dir = _local_folder(config, config.model.name_or_path, "model.name_or_path", say)
     if config.model.tokenizer is None:
@@ -42,7 +42,7 @@ def _local_folder(config: RunConfig, name: str, key: str, say: Say) -> str:
 
         def build(out: Path) -> None:
             require_room(out, gguf.stat().st_size * gguf_model.FLOAT32_OF_GGUF)
-            say(f"{key}: converting {gguf.name} to safetensors, once")
+            say(f"{key}: converting {gguf.name} to safetensors (only once)")
             gguf_model.convert(gguf, out)
 
         publish(folder, build)
@@ -50,7 +50,7 @@ def _local_folder(config: RunConfig, name: str, key: str, say: Say) -> str:
 
 
 def _download(config: RunConfig, name: str, key: str) -> str:
-    """A hub model's folder, fetched by one process of the node while the others wait."""
+    """Return the folder of a Hub model, downloaded by one process of the node while the others wait."""
     from filelock import FileLock
     from huggingface_hub import snapshot_download
 
@@ -61,9 +61,9 @@ def _download(config: RunConfig, name: str, key: str) -> str:
     try:
         with FileLock(root / "download.lock"):
             return snapshot_download(name, revision=revision, allow_patterns=patterns)
-    except (OSError, ValueError, RuntimeError) as error:  # the hub's own errors derive from these
+    except (OSError, ValueError, RuntimeError) as error:  # base classes of the errors of huggingface_hub
         if (known := find_snapshot(name, revision)) is not None:
             return known
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        way_out = "see the id, the network and HF_TOKEN, or name a folder that is here"
-        raise RequestError.of(key, f"the hub does not give {name} ({reason})", way_out) from error
+        way_out = "check the ID, the network and HF_TOKEN, or set it to a local folder"
+        raise RequestError.of(key, f"{name} cannot be downloaded from the Hub ({reason})", way_out) from error

@@ -1,4 +1,4 @@
-"""Facts from the files of a pretrained model's folder, read without torch."""
+"""Facts read from the files of a pretrained model's folder, without torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def is_known_dense(name_or_path: str) -> bool:
-    """Whether a local folder's config.json speaks of no experts; the model's own modules have the last word."""
+    """Return whether a local folder's config.json mentions no experts.
+
+    This is a preliminary check: the modules of the loaded model are authoritative.
+    """
     config, problem = read_json(Path(name_or_path) / "config.json")
     if problem is not None:
         return False
@@ -17,24 +20,24 @@ def is_known_dense(name_or_path: str) -> bool:
 
 
 def weight_bytes(name_or_path: str) -> int | None:
-    """Bytes of a local folder's weights; None where they are not here yet."""
+    """Return the size in bytes of a local folder's safetensors files; None if there is no such folder."""
     folder = Path(name_or_path)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else None
 
 
 def read_json(file: Path) -> tuple[dict[str, Any], str | None]:
-    """A JSON object and None, or nothing and what is wrong."""
+    """Return a file's JSON object and None, or an empty dictionary and a description of the problem."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, f"{file.parent} has no {file.name}"
     except (OSError, ValueError) as error:
         return {}, f"{file} cannot be read: {error}"
-    return (value, None) if isinstance(value, dict) else ({}, f"{file} holds no JSON object")
+    return (value, None) if isinstance(value, dict) else ({}, f"{file} does not contain a JSON object")
 
 
 def decoder_start(folder: Path) -> int:
-    """Of encoder-decoders; 0, which nothing reads, of other models."""
+    """Return the decoder start token id of an encoder-decoder; 0, which is not used, for other models."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -44,6 +47,7 @@ def decoder_start(folder: Path) -> int:
 
 
 def vocabulary_size(folder: Path) -> int | None:
+    """Return the vocabulary size in config.json, or None if it is not given."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""A GGUF file turned into a Hugging Face folder, once: every rank then reads safetensors, which takes a moment.
+"""Conversion of a GGUF file to a Hugging Face folder, so that every rank loads safetensors, which is fast.
 
-Quantised weights are exact in float32, so that nothing is lost on the way.
+The dequantized weights are exact in float32, so the conversion is lossless.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from ..errors import MachineError, RequestError
 
-FLOAT32_OF_GGUF = 8  # times the file's size that the folder may take: 4-bit weights become 32-bit ones
+FLOAT32_OF_GGUF = 8  # maximum size of the folder relative to the file: 4-bit weights become 32-bit weights
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write config.json, safetensors (float32), tokenizer and chat template of `gguf` into the folder `out`.
+    """Write config.json, safetensors (float32), tokenizer and chat template of `gguf` to the folder `out`.
 
     Raises:
-        MachineError: the package gguf is missing.
-        RequestError: transformers cannot read the file.
+        MachineError: If the package gguf is not installed.
+        RequestError: If transformers cannot read the file.
     """
     if importlib.util.find_spec("gguf") is None:
         raise MachineError.of(
-            "gguf", "the Python package is not installed, and the model is a GGUF", "pip install gguf"
+            "gguf", "the Python package is not installed, but the model is a GGUF file", "run pip install gguf"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -31,7 +31,7 @@ def convert(gguf: Path, out: Path) -> None:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # Without dequantize the model counts as quantised, and transformers refuses to train or to save it.
+        # Without dequantize, transformers treats the model as quantized and refuses to train or save it.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -40,7 +40,7 @@ def convert(gguf: Path, out: Path) -> None:
         )
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        way_out = "name a safetensors folder of the model instead"
+        way_out = "use a folder with the safetensors version of the model"
         raise RequestError.of(str(gguf), f"transformers cannot read this GGUF ({reason})", way_out) from error
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

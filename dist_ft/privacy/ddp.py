@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..engine.ddp import Ddp
 from ..process import comm
-from ..state import Batch, LossFn, LossSum, ModelFactory, OptimFactory, StepStats
+from ..protocols import LossFn, OptimFactory
+from ..state import Batch, BuiltModel, LossSum, StepStats
 from .hooks import attach_hooks
 from .mechanism import Privacy
 from .rows import (
@@ -48,9 +49,9 @@ class Private(Ddp):
         self.proven = False
         self.rows = 0  # of the micro-batch that the model sees now
 
-    def setup(self, build_model: ModelFactory, build_optim: OptimFactory) -> None:
+    def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None:
         """Build as Ddp does; refuse a model that mixes rows."""
-        super().setup(build_model, build_optim)
+        super().setup(built, build_optim)
         refuse_batch_norm(self.model)
         self.sums = [torch.zeros_like(parameter, dtype=torch.float32) for _, parameter in self.trained]
         if self.privacy.hooks and not getattr(self.model, "is_gradient_checkpointing", False):
@@ -61,9 +62,9 @@ class Private(Ddp):
             else:
                 repeat_shared_positions(self.model, lambda: self.rows)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, built: BuiltModel) -> nn.Module:
         """Move to the device and take the weights of rank 0; gradients are summed in `step`, not in the backward."""
-        model.to(self.device)
+        model = built.model.to(self.device)
         if self.place.world_size > 1:
             for tensor in model.parameters():
                 dist.broadcast(tensor.data, src=0)

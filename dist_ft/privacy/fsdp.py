@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..config.engine import FsdpConfig
 from ..engine.fsdp import Fsdp
 from ..errors import TrainingError
-from ..state import Batch, LossFn, LossSum, StepStats
+from ..protocols import LossFn
+from ..state import Batch, BuiltModel, LossSum, StepStats
 from .hooks import attach_streaming_hooks
 from .mechanism import Privacy
 from .norms import RowNorms, total_norms
@@ -54,8 +55,9 @@ class PrivateFsdp(Fsdp):
         self.proven = False
         self.rows = 0  # that the model sees now under hooks
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, built: BuiltModel) -> nn.Module:
         """Attach hooks where the model is still whole, then shard; refuse a model that mixes rows."""
+        model = built.model
         refuse_batch_norm(model)
         if self.privacy.hooks and not getattr(model, "is_gradient_checkpointing", False):
             try:
@@ -65,7 +67,7 @@ class PrivateFsdp(Fsdp):
             else:
                 self.hooks.disable_hooks()
                 repeat_shared_positions(model, lambda: self.rows)
-        wrapped = super().wrap(model)
+        wrapped = super().wrap(built)
         units: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, FSDPModule)]
         for name, unit in units:  # behind FSDP2's own hook, which gathers the unit's weights
             unit.register_forward_pre_hook(partial(self._watch, f"{name}." if name else ""))

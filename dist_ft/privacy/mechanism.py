@@ -107,7 +107,7 @@ class Privacy:
         return rdp.compute_rdp(q=self.sample_rate, noise_multiplier=self.noise_multiplier, steps=1, orders=self._orders)
 
 
-def build_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
+def agree_on_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
     """`find_privacy` alike on every rank: hosts may differ in the last bit, and weights of ranks would drift apart."""
     found = find_privacy(config, order, steps)
     return replace(found, noise_multiplier=comm.from_main(found.noise_multiplier))

@@ -1,4 +1,4 @@
-"""One worker among the workers: rank and device, collectives, watchdog, failure report, command-line entry.
+"""Worker processes: rank and device, collectives, watchdog, failure report, entry point of commands.
 
 Imports `config`, `errors` and `state`.
 """

@@ -1,7 +1,6 @@
-"""Where this process stands among the workers, and the few collectives that are not an engine's own.
+"""The store and process group of the workers, and the few collectives that engines do not provide.
 
-The environment is read here and nowhere else in the package (launch/environ.py writes it). torchrun, deepspeed and
-`srun` name ranks differently; alone, a process is rank 0 of 1 and needs no launcher.
+Without a process group, the collectives behave as with a single rank.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from torch.distributed import HashStore, Store
 from ..errors import MachineError
 from .place import Place, environ, publish_place
 
-PREPARATION_LIMIT = datetime.timedelta(days=7)  # tokenising may take long and no collective waits for it
+PREPARATION_LIMIT = datetime.timedelta(days=7)  # tokenization may take long, and no collective waits for it
 
 
 def open_store(place: Place, timeout_s: float) -> Store:
-    """The key-value store that all workers share, before any process group exists.
+    """Open the key-value store that all workers share, before the process group is initialized.
 
     Raises:
-        MachineError: the first worker cannot be reached, or its port is taken.
+        MachineError: If the first worker cannot be reached or its port is in use.
     """
     publish_place(place)
     if place.world_size == 1:
@@ -36,22 +35,22 @@ def open_store(place: Place, timeout_s: float) -> Store:
         reason = str(error).splitlines()[0]
         raise MachineError.of(
             where,
-            f"{place} found no rendezvous there: {reason}",
-            "see that the first host is up, that its address is the one on the workers' network, and the port is free",
+            f"{place} could not join the rendezvous: {reason}",
+            "check that the first host is up, that its address is on the network of the workers, and the port is free",
         ) from error
     return store
 
 
 def connect_again(store: Store) -> Store:
-    """A connection of its own to the same store: a call that waits blocks all others on its connection."""
+    """Open another connection to the store, since a waiting call blocks all other calls on its connection."""
     clone: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
     return clone
 
 
 def join(place: Place, store: Store, device: torch.device, timeout_s: float) -> None:
-    """Form the default process group (gloo; NCCL for tensors on GPUs).
+    """Initialize the default process group (gloo; NCCL for CUDA tensors).
 
-    Waits for ranks that still prepare data as long as they need; only then does a time-out begin to count.
+    Waits up to `PREPARATION_LIMIT` for ranks that are still preparing data; `timeout_s` applies to later collectives.
     """
     store.set(f"ready/{place.rank}", place.host)
     store.wait([f"ready/{rank}" for rank in range(place.world_size)], PREPARATION_LIMIT)
@@ -65,26 +64,26 @@ def join(place: Place, store: Store, device: torch.device, timeout_s: float) -> 
 
 
 def leave() -> None:
-    """End the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def total(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place; any shape, returned for convenience."""
+    """All-reduce (sum) a tensor of any shape over all ranks, in place, and return it."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait until every rank reaches this call."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's small Python object, in rank order, on every rank."""
+    """All-gather small Python objects, in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -93,7 +92,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's small Python object, on every rank."""
+    """Broadcast a small Python object from rank 0."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]

@@ -1,4 +1,4 @@
-"""`KEY=VALUE` words of the commands that look at a run, and how such a command ends."""
+"""Entry point of the commands that inspect a run: `KEY=VALUE` words, error output and exit codes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Options = TypeVar("Options", bound=Strict)
 
 
 def read_words(kind: type[Options], words: Sequence[str]) -> Options:
-    """The options of a command.
+    """Parse the options of a command.
 
     Raises:
-        RequestError: words that are no KEY=VALUE, unknown keys (with the nearest known one), wrong values; all at once.
+        RequestError: With all malformed words, unknown keys (and the closest known one) and invalid values at once.
     """
     values: dict[str, object] = {}
     problems = []
@@ -32,9 +32,9 @@ def read_words(kind: type[Options], words: Sequence[str]) -> Options:
         if not sign or key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             way_out = f"did you mean {near[0]}=…?" if near else f"known keys: {', '.join(fields)}"
-            problems.append(Problem(word, "is not a setting of this command", way_out))
+            problems.append(Problem(word, "is not an option of this command", way_out))
         elif key in values:
-            problems.append(Problem(word, f"{key} is given twice", "give it once"))
+            problems.append(Problem(word, f"{key} is set more than once", "set it once"))
         else:
             values[key] = text if fields[key].annotation in (str, str | None) else _scalar(text)
     if problems:
@@ -49,7 +49,7 @@ def read_words(kind: type[Options], words: Sequence[str]) -> Options:
 
 
 def run_command(main: Callable[[list[str]], None]) -> int:
-    """Call `main` with this process's words; the exit code. A user's fault is shown without a traceback."""
+    """Call `main` with the words of the command line and return the exit code; show `DistFtError` without traceback."""
     hush_libraries()
     try:
         main(sys.argv[1:])
@@ -64,9 +64,9 @@ def run_command(main: Callable[[list[str]], None]) -> int:
 
 
 def hush_libraries() -> None:
-    """Keep libraries' advice to their callers, and their progress bars, out of what a command prints."""
+    """Suppress warnings and progress bars of libraries in the output of a command."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # DeepSpeed, which accelerate imports, sets its logger's level itself; a filter stays.
+    # DeepSpeed, imported by accelerate, resets the level of its logger; a filter persists.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
@@ -76,13 +76,15 @@ def hush_libraries() -> None:
 
 
 def split_run(arguments: Sequence[str], command: str) -> tuple[str, Sequence[str]]:
-    """The run's file, which comes first, and the words behind it.
+    """Split the arguments into the path of the run's file and the words after it.
 
     Raises:
-        RequestError: there is no such word.
+        RequestError: If the path is missing.
     """
     if not arguments or "=" in arguments[0]:
-        raise RequestError.of("RUN_YAML", "is missing", f"python -m dist_ft.{command} runs/NAME/run.yaml [KEY=VALUE …]")
+        raise RequestError.of(
+            "RUN_YAML", "is missing", f"start {command} with the arguments runs/NAME/run.yaml [KEY=VALUE …]"
+        )
     return arguments[0], arguments[1:]
 
 

@@ -1,7 +1,7 @@
-"""The first failure of a run is shown once; the others only stop.
+"""Failure reports: only the first failure of a run is shown.
 
-The worker that fails first claims `failure.json` in the run's folder and prints the report; a rank that fails because
-another one did finds it claimed and stays quiet. Its own traceback stands in its log.
+The worker that fails first claims `failure.json` in the run's folder and prints the report. A rank that fails as a
+consequence finds the file claimed and prints nothing; its traceback is in its log.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .place import Place
 
 
 def forget(run_dir: Path, started: float) -> None:
-    """Remove the report of an earlier start; one that is younger than `started` (Unix time) is a peer's."""
+    """Remove the report of an earlier start; a report newer than `started` (Unix time) is from another rank."""
     path = run_dir / FAILURE_FILE
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_mtime < started:
@@ -28,7 +28,7 @@ def forget(run_dir: Path, started: float) -> None:
 
 
 def report(error: BaseException, place: Place, run_dir: Path, terminal: TextIO) -> int:
-    """Log `error`, show it if it is the run's first, and return the exit code for it."""
+    """Log `error`, print it if it is the first failure of the run, and return its exit code."""
     print("".join(traceback.format_exception(error)), flush=True)
     code = error.exit_code if isinstance(error, DistFtError) else TrainingError.exit_code
     text = describe(error, place, run_dir)
@@ -38,7 +38,7 @@ def report(error: BaseException, place: Place, run_dir: Path, terminal: TextIO) 
 
 
 def describe(error: BaseException, place: Place, run_dir: Path) -> str:
-    """The report: what, where, and the way out."""
+    """Return the text of the report: what failed, on which rank, and how to fix it."""
     if isinstance(error, DistFtError):
         return f"dist-ft: {error.title} ({place})\n" + "\n".join(f"  {problem}" for problem in error.problems)
     lines = [
@@ -48,8 +48,8 @@ def describe(error: BaseException, place: Place, run_dir: Path) -> str:
     ]
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         lines.append(
-            "    → less memory: train.per_device_train_batch_size, task.max_length, model.gradient_checkpointing=true, "
-            "engine=fsdp or zero3"
+            "    → to reduce memory: lower train.per_device_train_batch_size or task.max_length, or set "
+            "model.gradient_checkpointing=true, engine=fsdp or engine=zero3"
         )
     if frames := traceback.extract_tb(error.__traceback__):
         lines.append(f"    at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}")
@@ -57,14 +57,14 @@ def describe(error: BaseException, place: Place, run_dir: Path) -> str:
 
 
 def claim(run_dir: Path, place: Place, exit_code: int, text: str) -> bool:
-    """Whether this is the first failure of the run; if so it stands in failure.json now."""
+    """Write failure.json if it does not exist yet; return whether this is the first failure of the run."""
     record = {"rank": place.rank, "host": place.host, "exit_code": exit_code, "time": time.time(), "report": text}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(run_dir / FAILURE_FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    except OSError:  # no room or no folder: better said by several ranks than by none
+    except OSError:  # disk full or not writable: several reports are better than none
         return True
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         json.dump(record, file)

@@ -1,7 +1,7 @@
-"""A worker ends when what started it has ended.
+"""End a worker when the launcher that started it has ended.
 
-`kill -9` of torchrun, deepspeed or an ssh client leaves their workers running, and training goes on unseen. A worker
-therefore watches the launchers above it; the kernel's parent-death signal covers the nearest one at once.
+`kill -9` of torchrun, deepspeed or an ssh client leaves their workers running unnoticed. Each worker therefore watches
+the launchers among its parent processes; on Linux, the parent-death signal covers the nearest one without delay.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def find_launchers() -> list[psutil.Process]:
-    """The processes above this one that launched it, nearest first: launchers, shells between them, their sshd.
+    """Return the parent processes that launched this one, nearest first: launchers, shells between them, their sshd.
 
-    An interactive shell is none: a run started with nohup outlives it.
+    Interactive shells are not included, since a run started with nohup must outlive them.
     """
     chain: list[psutil.Process] = []
     found = 0
@@ -46,7 +46,7 @@ def find_launchers() -> list[psutil.Process]:
 
 
 def hold() -> None:
-    """Watch the launchers from a daemon thread; end this process, hard, when one of them is gone."""
+    """Watch the launchers in a daemon thread and kill this process with SIGKILL when one of them has ended."""
     launchers = find_launchers()
     if not launchers:
         return
@@ -58,5 +58,5 @@ def hold() -> None:
 def _watch(launchers: list[psutil.Process]) -> None:
     while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
         time.sleep(INTERVAL_S)
-    # Nobody is left to report to, and a collective may hold the main thread: no clean-up could be relied on.
+    # A collective may block the main thread, so a clean shutdown cannot be relied on.
     os.kill(os.getpid(), signal.SIGKILL)

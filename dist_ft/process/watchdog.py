@@ -1,9 +1,9 @@
-"""Finds a rank that stops answering, names it, and ends the run.
+"""Detection of a hanging rank, which is reported before the run is ended.
 
-Collectives wait for the slowest rank, so when one hangs all seem to. Each rank counts its progress (a micro-batch, a
-phase) and publishes the count with what its main thread is doing; each looks at its right-hand neighbour's, so a
-stopped process is seen by one that runs. When nothing has moved for the time-out, a rank that publishes no more is
-the one that the others wait for; if all still do, it is one with the smallest count that is not itself inside a
+Collectives wait for the slowest rank, so if one rank hangs, all ranks appear to hang. Each rank counts its progress (a
+micro-batch, a phase) and publishes the count with the stack of its main thread. Each rank also monitors the next rank,
+so that a stopped process is noticed by a running one. After `timeout_s` seconds without progress, the suspects are the
+ranks that no longer publish. If all ranks still publish, they are those with the smallest count that are not inside a
 collective.
 """
 
@@ -29,14 +29,14 @@ COLLECTIVES = "torch/distributed/"
 
 
 class Watchdog:
-    """A daemon thread beside the main thread.
+    """Daemon thread that watches the progress of this rank and the heartbeat of the next one.
 
     Args:
-        place: this rank.
-        store: a connection of its own to the workers' store; a waiting call would block a shared one.
-        timeout_s: without progress for so long, the run is given up.
-        run_dir: where the failure is reported.
-        terminal: where the report is shown.
+        place: Place of this rank.
+        store: Separate connection to the store of the workers; a waiting call would block a shared connection.
+        timeout_s: Seconds without progress after which the run is ended.
+        run_dir: Run folder, to which the failure report is written.
+        terminal: Stream to which the failure report is printed.
     """
 
     def __init__(self, place: Place, store: Store, timeout_s: float, run_dir: Path, terminal: TextIO) -> None:
@@ -55,17 +55,17 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._thread.start()
 
     def beat(self, phase: str) -> None:
-        """Say that the main thread has come as far as `phase`."""
+        """Record progress: the main thread has reached `phase`."""
         self.count += 1
         self.phase = phase
         self.moved_at = time.monotonic()
 
     def close(self) -> None:
-        """Stop watching; the neighbour is told that this rank is done."""
+        """Stop watching, and publish that this rank is done."""
         self._ended.set()
         self._thread.join(timeout=5)
 
@@ -83,7 +83,7 @@ class Watchdog:
                 if max(now - seen[1], now - self.moved_at) > self.timeout_s:
                     self._give_up()
             self._publish("done")
-        except RuntimeError:  # the store is gone with its host; the collectives report that
+        except RuntimeError:  # the host of the store has ended, which the collectives report
             return
 
     def _publish(self, state: str) -> None:
@@ -110,15 +110,15 @@ class Watchdog:
         return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)[-FRAMES:]]
 
     def _find_suspects(self) -> tuple[str, list[int]]:
-        """What is wrong, and the ranks that the others wait for."""
+        """Return a description of the problem and the ranks that the others wait for."""
         before = self._read_running()
         time.sleep(2 * self.interval_s)
         self._publish("runs")
         pulses = self._read_running()
         silent = [rank for rank, pulse in pulses.items() if rank in before and pulse["pulse"] == before[rank]["pulse"]]
         if silent:
-            return "no sign of life", silent
-        # A rank inside a collective waits; one that is as far behind and is not, is waited for.
+            return "no heartbeat", silent
+        # A rank inside a collective waits for others; a rank with the same count outside of one is waited for.
         behind = [rank for rank, pulse in pulses.items() if pulse["count"] == min(p["count"] for p in pulses.values())]
         busy = [rank for rank in behind if not any(COLLECTIVES in frame for frame in pulses[rank]["stack"])]
         return "no progress", busy or behind
@@ -136,8 +136,8 @@ class Watchdog:
             lines.extend(f"      {frame}" for frame in pulse["stack"])
         error = TrainingError.of(
             f"{what} for {self.timeout_s:g} s",
-            "the others wait for\n    " + "\n    ".join(lines),
-            "see its log; raise train.timeout_s if a step may take so long",
+            "the other ranks are waiting for\n    " + "\n    ".join(lines),
+            "check the log of that rank; increase train.timeout_s if a step can take this long",
         )
         code = failure.report(error, self.place, self.run_dir, self.terminal)
-        os._exit(code)  # the main thread is inside a collective and cannot be woken
+        os._exit(code)  # the main thread is blocked in a collective and cannot be interrupted

@@ -1,4 +1,4 @@
-"""The root of the cache, and the hashes that name its folders."""
+"""The root folder of the cache, and the hashes used as names of its subfolders."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 from ..config.run import RunConfig
 from .files import digest_file
 
-CODE_VERSION = 3  # of what is prepared: raise it with every change of tokens, labels, packing or conversion
+CODE_VERSION = 3  # of prepared content: increase it with every change of tokens, labels, packing or conversion
 _REMEMBERED_BYTES = 64 << 20
 
 
 def cache_root(config: RunConfig) -> Path:
-    """`data.cache_dir`, or `~/.cache/dist_ft`."""
+    """Return `data.cache_dir`, or `~/.cache/dist_ft` if it is not set."""
     return Path(config.data.cache_dir or "~/.cache/dist_ft").expanduser()
 
 
 def remembering_digest(root: Path) -> Callable[[Path], str]:
-    """`digest_file` that reads a large file once for each size and time of change."""
+    """Return a variant of `digest_file` that caches the digests of large files by path, inode, size and mtime."""
 
     def digest(path: Path) -> str:
         state = path.stat()
@@ -36,7 +36,7 @@ def remembering_digest(root: Path) -> Callable[[Path], str]:
             if len(known := memory.read_text(encoding="ascii")) == 64:
                 return known
         value = digest_file(path)
-        with contextlib.suppress(OSError):  # not remembering costs time only
+        with contextlib.suppress(OSError):  # without the cached digest the file is only hashed again
             memory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="ascii") as file:
                 file.write(value)
@@ -47,4 +47,5 @@ def remembering_digest(root: Path) -> Callable[[Path], str]:
 
 
 def hash_of(content: Any) -> str:
+    """Return the first 32 hexadecimal digits of the SHA-256 of `content` as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Files on this machine: digests, and the folders of installed packages."""
+"""Digests of files, and the folders of installed packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGE = "package:"
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     whole = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -20,7 +20,7 @@ def digest_file(path: Path) -> str:
 
 
 def find_package(name: str) -> Path | None:
-    """The folder of an installed package, found without importing it; None if there is none."""
+    """Return the folder of an installed package without importing it; None if it is not installed."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):

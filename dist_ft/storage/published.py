@@ -1,4 +1,4 @@
-"""Folders of the cache that are published complete or not at all."""
+"""Atomic publication of cache folders: a published folder is always complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MANIFEST = "manifest.json"
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether everything that was published in `folder` is there, by names and sizes."""
+    """Return whether all files of the published `folder` exist with their recorded sizes."""
     try:
         sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -26,10 +26,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def publish(folder: Path, build: Callable[[Path], None]) -> None:
-    """Have `build` fill a folder that appears as `folder` whole or not at all; only one process at a time builds it.
+    """Create `folder` atomically with the files that `build` writes, unless it is already complete.
+
+    A lock makes sure that concurrent processes build the folder only once.
 
     Raises:
-        MachineError: the cache cannot be written, or has no room.
+        MachineError: If the cache is not writable or the disk is full.
     """
     from filelock import FileLock
 
@@ -38,7 +40,7 @@ def publish(folder: Path, build: Callable[[Path], None]) -> None:
         with FileLock(f"{folder}.lock"):
             if is_whole(folder):
                 return
-            for rest in (folder, *folder.parent.glob(f".{folder.name}-*")):  # torn, or of a process that was killed
+            for rest in (folder, *folder.parent.glob(f".{folder.name}-*")):  # incomplete, or left by a killed process
                 shutil.rmtree(rest, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
@@ -50,22 +52,22 @@ def publish(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def require_room(folder: Path, needed_bytes: int) -> None:
-    """See that the disk that will hold `folder` has room.
+    """Check that the disk of `folder`, which need not exist yet, has enough free space.
 
     Raises:
-        MachineError: it has not.
+        MachineError: If less than `needed_bytes` are free.
     """
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        rule = f"has {free >> 20} MiB free where about {needed_bytes >> 20} MiB are needed"
-        raise MachineError.of(str(folder), rule, "make room, or set data.cache_dir to a folder on another disk")
+        rule = f"has {free >> 20} MiB free, but about {needed_bytes >> 20} MiB are needed"
+        raise MachineError.of(str(folder), rule, "free disk space, or set data.cache_dir to a folder on another disk")
 
 
 def _finish(folder: Path) -> None:
-    """Write the manifest and have the disk confirm every file."""
-    folder.chmod(0o755)  # users of a shared cache read it
+    """Write the manifest and flush every file to disk."""
+    folder.chmod(0o755)  # other users of a shared cache need read access
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = folder / _MANIFEST
     manifest.write_text(json.dumps({str(f.relative_to(folder)): f.stat().st_size for f in files}), encoding="utf-8")
@@ -80,9 +82,9 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            way_out = "make room, or set data.cache_dir to a folder on another disk"
-            raise MachineError.of(str(folder.parent), "there is no room left on the disk", way_out) from error
+            way_out = "free disk space, or set data.cache_dir to a folder on another disk"
+            raise MachineError.of(str(folder.parent), "no space is left on the disk", way_out) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            way_out = "set data.cache_dir to a folder that you can write"
-            raise MachineError.of(str(folder.parent), f"cannot be written ({error.strerror})", way_out) from error
+            way_out = "set data.cache_dir to a writable folder"
+            raise MachineError.of(str(folder.parent), f"is not writable ({error.strerror})", way_out) from error
         raise

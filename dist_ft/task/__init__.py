@@ -1,4 +1,4 @@
-"""What is learned: one module per task.
+"""Training tasks, with one module per task.
 
-Imports `config`, `data`, `process` and `state`.
+May import `config`, `data`, `process` and `state`.
 """

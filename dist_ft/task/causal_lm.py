@@ -1,4 +1,4 @@
-"""Continued pre-training: every token of a document is predicted from those before it."""
+"""Causal language modeling (continued pre-training): each token of a document is predicted from the previous ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class CausalLM(LanguageModelTask):
     answers = False
 
     def tokens_of(self, row: Row, tokenizer: Any) -> Example:
-        """`{"text"}` by `tokenizer.encode_text` (see data/template.py), `{"input_ids", "labels"}` as it is."""
+        """Tokenize the text of a row; rows with `input_ids` and `labels` are kept as is."""
         if "input_ids" in row:
             return {"input_ids": row["input_ids"], "labels": row["labels"]}
         example: Example = tokenizer.encode_text(row["text"])

@@ -1,4 +1,4 @@
-"""Answers to prompts: what the assistant says is predicted from the conversation before it."""
+"""Instruction tuning (supervised fine-tuning): only the tokens of the assistant's answers are supervised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Instruction(LanguageModelTask):
     answers = True
 
     def tokens_of(self, row: Row, tokenizer: Any) -> Example:
-        """Messages or a prompt and its completion by `tokenizer` (see data/template.py); token rows as they are."""
+        """Tokenize messages, or a prompt and its completion; rows with `input_ids` and `labels` are kept as is."""
         if "input_ids" in row:
             return {"input_ids": row["input_ids"], "labels": row["labels"]}
         example: Example

@@ -1,4 +1,4 @@
-"""What tasks of causal language models share: layout, loss and metrics; a task adds how a row becomes tokens."""
+"""Base class of the tasks for causal language models: layout, loss and metrics, but not the tokenization of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ..config.task import CausalLMConfig, InstructionConfig
 from ..data.read.faults import RowFault
 from ..data.read.formats import IGNORED_LABEL
 from ..data.store.pack import count_shifted
-from ..state import CAUSAL_LM, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
+from ..protocols import Task
+from ..state import CAUSAL_LM, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class LanguageModelTask(Task):
-    """A task over next-token prediction.
+    """Base class of the tasks that train a causal language model with next-token prediction.
 
-    torch is imported by the workers that need it, not where data is prepared.
+    Methods import torch lazily, because data preparation does not need it.
 
     Args:
-        config: the task's keys.
-        facts: of the data.
-        padding_free: lay documents out one after another, for models whose attention keeps them apart.
+        config: Task configuration.
+        facts: Not used.
+        padding_free: Whether to concatenate documents without padding; requires a model whose attention separates them.
     """
 
     uses_facts: ClassVar[bool] = False
-    answers: ClassVar[bool]  # whether a document is an answer, so that the share of exact ones means something
+    answers: ClassVar[bool]  # whether documents are answers to prompts, for which exact_match is meaningful
 
     def __init__(
         self, config: CausalLMConfig | InstructionConfig, facts: Facts | None = None, *, padding_free: bool
@@ -39,12 +40,12 @@ class LanguageModelTask(Task):
 
     @staticmethod
     def architecture(config: Any, facts: Facts) -> Architecture:
-        """A causal language model with the head that it has."""
+        """Return the architecture: a causal language model with its pretrained head."""
         return CAUSAL_LM
 
     @property
     def layout(self) -> Layout:
-        """Token columns; documents are cut, or packed, or neither."""
+        """Columns of the token table, and whether documents are cut into blocks or packed."""
         cuts = isinstance(self.config, CausalLMConfig) and self.config.packing
         return Layout(
             limits={"max_length": self.config.max_length},
@@ -54,69 +55,72 @@ class LanguageModelTask(Task):
         )
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The row's tokens and labels; see `tokens_of`.
+        """Tokenize a row; see `tokens_of`.
 
         Raises:
-            RowFault: nothing can be learned from it.
+            RowFault: If the row has no supervised token.
         """
         return [check_supervised(self.tokens_of(row, tokenizer))]
 
     @abstractmethod
     def tokens_of(self, row: Row, tokenizer: Any) -> Example:
-        """`input_ids` and `labels` of a row."""
+        """Return the `input_ids` and `labels` of a row, without truncation."""
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The first `max_length` tokens.
+        """Tokenize a row and truncate it to its first `max_length` tokens.
 
         Raises:
-            RowFault: nothing supervised is among them.
+            RowFault: If none of these tokens is supervised.
         """
         example = self.tokens_of(row, tokenizer)
         cut = {name: values[: self.config.max_length] for name, values in example.items()}
         if not is_supervised(cut):
-            raise RowFault("all that is supervised stands behind task.max_length", "raise task.max_length")
+            raise RowFault("no token within the first task.max_length tokens is supervised", "raise task.max_length")
         return [cut]
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: positions that enter the loss."""
+        """Return the number of supervised tokens of each sample, `[samples]` int64."""
         return count_shifted(table, samples, IGNORED_LABEL)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """A micro-batch."""
+        """Collate samples into a padding-free or a padded micro-batch."""
         from .batches import tokens
 
         return (tokens.collate_documents if self.padding_free else tokens.collate_padded)(samples)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of token losses and number of supervised tokens."""
+        """Compute the sum of the token losses and the number of supervised tokens."""
         from .batches import tokens
 
         return tokens.sum_losses(model, batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss with counts for `metrics`."""
+        """Compute the loss and the counts that `metrics` needs."""
         from .batches import tokens
 
         return tokens.sum_scores(model, batch)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss, perplexity, token_accuracy; for answers exact_match, the share that greedy decoding gets right."""
+        """Compute `loss`, `perplexity`, `token_accuracy` and, for answers to prompts, `exact_match`.
+
+        `exact_match` is the fraction of answers that greedy decoding generates exactly.
+        """
         from .batches import tokens
 
         return tokens.metrics_of(totals, exact=self.answers)
 
 
 def is_supervised(example: Example) -> bool:
-    """Whether a label enters the loss: the first token's does not, as nothing predicts it."""
+    """Return whether any token is supervised, except for the first one, which is never predicted."""
     return any(label != IGNORED_LABEL for label in example["labels"][1:])
 
 
 def check_supervised(example: Example) -> Example:
-    """The example.
+    """Return the example unchanged if it has a supervised token.
 
     Raises:
-        RowFault: no label enters the loss.
+        RowFault: If it has none.
     """
     if not is_supervised(example):
-        raise RowFault("no label but perhaps the first token's is supervised", "see its labels")
+        raise RowFault("no token after the first one is supervised", "supervise at least one later token")
     return example

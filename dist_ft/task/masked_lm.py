@@ -1,4 +1,4 @@
-"""Masked language modelling: tokens are hidden, and predicted from all that stands around them."""
+"""Masked language modeling: randomly selected tokens are masked and predicted from the tokens on both sides."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ import numpy as np
 from ..config.task import MaskedLMConfig
 from ..data.read.faults import EMPTY_TEXT, RowFault
 from ..errors import RequestError
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
+from ..protocols import Task
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 from .batches.masks import draw_masks, share_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-WORDS = "word_ids"  # which word of its row a token belongs to; -1 of special tokens
+WORDS = "word_ids"  # token column: index of the token's word in its row; -1 for special tokens
 
 
 class MaskedLM(Task):
     """The task `masked_lm`.
 
-    Packed, documents are cut one after another into blocks with the tokenizer's special tokens at both ends. Attention
-    goes over the whole block, so its documents see each other, as in RoBERTa's FULL-SENTENCES (Liu et al. 2019).
-    What is hidden is drawn when a batch is put together: see masks.py. Evaluation always takes the first draw.
+    With packing, documents are concatenated and cut into blocks, and each block is wrapped in the special tokens of the
+    tokenizer. Attention covers the whole block, so its documents attend to each other, as in the FULL-SENTENCES format
+    of RoBERTa (Liu et al. 2019). Masks are drawn when a batch is collated, see `batches/masks.py`; evaluation always
+    uses the first draw.
 
     Args:
-        config: the task's keys.
-        facts: of the tokenizer: mask, special tokens, padding.
-        padding_free: not possible here.
-        seed: of the masks; `train.seed`.
+        config: Task configuration.
+        facts: Properties of the tokenizer: mask token, special tokens and padding.
+        padding_free: Ignored; this task always pads.
+        seed: Seed of the masks, `train.seed`.
     """
 
     uses_facts: ClassVar[bool] = True
@@ -45,31 +47,34 @@ class MaskedLM(Task):
 
     @staticmethod
     def architecture(config: MaskedLMConfig, facts: Facts) -> Architecture:
-        """A head over the vocabulary, the model's own unless it is to begin anew."""
+        """Return the architecture: a masked language model, whose head is newly initialized with `task.new_head`."""
         return Architecture("AutoModelForMaskedLM", new_head=config.new_head)
 
     @property
     def layout(self) -> Layout:
-        """Blocks, or a sequence a row; a block leaves room for the special tokens around it."""
+        """Blocks with packing, else one sequence per row; blocks leave room for the special tokens around them."""
         frame = len(self.facts.prefix_ids) + len(self.facts.suffix_ids) if self.config.packing else 0
         limits = {"max_length": self.config.max_length - frame}
         return Layout(limits, ("input_ids", WORDS), cuts_blocks=self.config.packing)
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The text's tokens and the words they belong to; special tokens stand around it unless blocks are cut.
+        """Tokenize a text; special tokens are added unless documents are packed into blocks.
 
         Raises:
-            RowFault: there is no token in the text.
-            RequestError: the tokenizer has no mask token, or does not tell words.
+            RowFault: If the text is empty or has no tokens.
+            RequestError: If the tokenizer has no mask token, or does not provide the word IDs for whole-word masking.
         """
         return self._encode(row, tokenizer)
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """At most `max_length` tokens, special ones included."""
+        """Tokenize a text and truncate it to `max_length` tokens, including special tokens."""
         return self._encode(row, tokenizer, truncation=True, max_length=self.config.max_length)
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: tokens that are hidden; with `whole_word` about so many, as words differ in length."""
+        """Return the number of tokens to predict in each sample, `[samples]` int64.
+
+        With `whole_word`, it is an estimate, because words differ in length.
+        """
         maskable = self._maskable(np.asarray(table.columns["input_ids"]), np.asarray(table.columns[WORDS]))
         ends = np.concatenate(([0], np.cumsum(maskable, dtype=np.int64)))
         origins = table.offsets[samples.rows]
@@ -78,7 +83,7 @@ class MaskedLM(Task):
         return np.array([share_of(int(count), self.config.mlm_probability) for count in counts], dtype=np.int64)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded rows with hidden tokens; targets [n] are what they were."""
+        """Mask samples and collate them into padded rows; targets are the original IDs of selected tokens, `[n]`."""
         import torch
 
         from .batches.padded import pad_rows
@@ -101,11 +106,11 @@ class MaskedLM(Task):
         return Batch(inputs, flat, positions, documents, tokens, tuple(sample.index for sample in samples))
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of cross-entropies (float32) of the hidden tokens, and their number."""
+        """Compute the sum of the cross-entropy over the selected tokens, in float32, and the number of these tokens."""
         return _loss(_logits(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss, with how many hidden tokens the model would have put back."""
+        """Compute the loss and count the selected tokens that are predicted correctly."""
         from dataclasses import replace
 
         logits = _logits(model, batch)
@@ -113,19 +118,22 @@ class MaskedLM(Task):
         return replace(_loss(logits, batch), counts={"correct_tokens": right})
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss, perplexity (of hidden tokens, hence no likelihood of texts), token_accuracy."""
+        """Compute `loss`, `perplexity` and `token_accuracy` over the selected tokens.
+
+        The perplexity is not that of texts, because it covers only the selected tokens.
+        """
         from .batches.tokens import metrics_of
 
         return metrics_of(totals, exact=False)
 
     def _encode(self, row: Row, tokenizer: Any, **options: Any) -> Sequence[Example]:
         if self.facts.mask_id is None:
-            rule = "the tokenizer has no mask token, so nothing can be hidden"
-            raise RequestError.of("task", rule, "name a model that has one, or choose task=causal_lm")
+            rule = "the tokenizer has no mask token, which task=masked_lm requires"
+            raise RequestError.of("task", rule, "set model.name_or_path to a model that has one, or task=causal_lm")
         inner = tokenizer.tokenizer
         if self.config.whole_word and not inner.is_fast:
-            rule = "the tokenizer does not tell which tokens make a word (it is no fast one)"
-            raise RequestError.of("task.whole_word", rule, "set it to false, or give a folder with tokenizer.json")
+            rule = "whole-word masking is not supported with a slow tokenizer, which provides no word IDs"
+            raise RequestError.of("task.whole_word", rule, "set it to false, or use a folder with tokenizer.json")
         encoded = inner(
             row["text"],
             add_special_tokens=not self.config.packing,
@@ -135,29 +143,29 @@ class MaskedLM(Task):
         )
         special = encoded["special_tokens_mask"]
         if not row["text"].strip() or all(special):
-            raise RowFault(EMPTY_TEXT, "leave such rows out")
+            raise RowFault(EMPTY_TEXT, "remove such rows")
         known = encoded.word_ids() if inner.is_fast else range(len(special))
         words = [-1 if mark or word is None else word for mark, word in zip(special, known, strict=True)]
         return [{"input_ids": list(encoded["input_ids"]), WORDS: words}]
 
     def _maskable(self, ids: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """[tokens] bool: neither put there by the tokenizer nor special where they stand in the text."""
+        """Return which tokens may be masked, `[tokens]` bool: all but special tokens, also those in the text itself."""
         return (words >= 0) & ~np.isin(ids, self.facts.special_ids)
 
     def _hide(self, sample: Sample) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-        """A sample's tokens with and without masks, each [T], and the places [n] that are to be predicted."""
+        """Return the masked and the original token IDs of a sample, `[tokens]`, and the selected positions, `[n]`."""
         ids = np.concatenate([segment["input_ids"] for segment in sample.segments]).astype(np.int64)
         words = np.concatenate([segment[WORDS] for segment in sample.segments]).astype(np.int64)
         pieces = np.repeat(np.arange(len(sample.segments)), [len(s["input_ids"]) for s in sample.segments])
         places = np.flatnonzero(self._maskable(ids, words))
-        # a number of its own for each word of the block; without whole_word every token is one
+        # Word IDs start again in every document of a block, so words are numbered by (document, word ID).
         groups = np.unique(np.stack([pieces, words])[:, places], axis=1, return_inverse=True)[1].reshape(-1)
         units = groups if self.config.whole_word else np.arange(len(places))
-        assert self.facts.mask_id is not None, "no row is encoded without one"
+        assert self.facts.mask_id is not None, "rows are only encoded with a mask token"
         drawn = draw_masks(units, self.config.mlm_probability, (self.seed, sample.index, sample.draw))
         chosen = places[drawn.chosen]
         hidden = ids.copy()
-        assert self.facts.mask_id is not None, "prepare refuses a tokenizer without one"
+        assert self.facts.mask_id is not None, "data preparation requires a mask token"
         hidden[chosen[drawn.masked]] = self.facts.mask_id
         hidden[chosen[drawn.replaced]] = self.candidates[drawn.words[drawn.replaced] % len(self.candidates)]
         if not self.config.packing:
@@ -168,8 +176,8 @@ class MaskedLM(Task):
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[n, vocabulary] float32 at the hidden tokens."""
-    width = batch.inputs["input_ids"].shape[1]  # a method may have put virtual tokens in front
+    """Return the logits at the selected tokens, `[n, vocab_size]` float32."""
+    width = batch.inputs["input_ids"].shape[1]  # the method may have prepended virtual tokens
     logits: Tensor = model(**batch.inputs).logits[:, -width:]
     return logits.flatten(0, 1)[batch.positions].float()
 

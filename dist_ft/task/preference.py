@@ -1,14 +1,14 @@
-"""Preference optimisation: the chosen answer becomes more probable than the rejected one (DPO and its kin).
+"""Preference optimization: direct preference optimization (DPO) and its variants.
 
-With r = log p(answer) - log p_start(answer), p_start being the model as it starts, m = beta * (r_chosen - r_rejected)
-and e = label_smoothing, the losses of a pair are, as in TRL:
+With r = log p(answer) - log p_ref(answer), where p_ref is the reference model (the model before training),
+m = beta * (r_chosen - r_rejected) and e = label_smoothing, the losses of a pair are, as in TRL:
 
 | loss_type | loss | source |
 | --- | --- | --- |
 | sigmoid | -(1 - e) log sigmoid(m) - e log sigmoid(-m) | Rafailov et al. 2023, eq. 7; e > 0: Mitchell 2023 (cDPO) |
 | robust | (-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e) | Chowdhury et al. 2024, eq. 12 |
 | hinge | max(0, 1 - m) | Zhao et al. 2023 (SLiC) |
-| ipo | (r_chosen / tokens - r_rejected / tokens - 1 / (2 beta))² | Azar et al. 2023, eq. 17, over means of tokens |
+| ipo | (r_chosen / tokens - r_rejected / tokens - 1 / (2 beta))² | Azar et al. 2023, eq. 17, with means over tokens |
 """
 
 from __future__ import annotations
@@ -20,20 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..config.task import PreferenceConfig
 from ..data.read.formats import IGNORED_LABEL
 from ..data.store.pack import count_shifted
-from ..state import (
-    CAUSAL_LM,
-    REFERENCE,
-    Architecture,
-    Batch,
-    Example,
-    Facts,
-    Layout,
-    LossSum,
-    Metrics,
-    Row,
-    Sample,
-    Task,
-)
+from ..protocols import Task
+from ..state import CAUSAL_LM, REFERENCE, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 from .batches.pairs import cut_pair, encode_pair
 from .language_model import check_supervised
 
@@ -42,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-MEANS = (  # over pairs, under TRL's names
+MEANS = (  # means over pairs, with the metric names of TRL
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -53,12 +41,12 @@ MEANS = (  # over pairs, under TRL's names
 
 
 class Preference(Task):
-    """The task `preference`: a sample is two sequences, the prompt with its chosen and with its rejected answer.
+    """The task `preference`, whose samples are two sequences: the prompt with the chosen and with the rejected answer.
 
     Args:
-        config: the task's keys.
-        facts: of the data.
-        padding_free: lay documents out one after another, for models whose attention keeps them apart.
+        config: Task configuration.
+        facts: Not used.
+        padding_free: Whether to concatenate documents without padding; requires a model whose attention separates them.
     """
 
     uses_facts: ClassVar[bool] = False
@@ -69,38 +57,38 @@ class Preference(Task):
 
     @staticmethod
     def architecture(config: Any, facts: Facts) -> Architecture:
-        """A causal language model with the head that it has."""
+        """Return the architecture: a causal language model with its pretrained head."""
         return CAUSAL_LM
 
     @property
     def layout(self) -> Layout:
-        """Two sequences a row that never see each other."""
+        """Two sequences per row, which do not attend to each other."""
         return Layout(
             {"max_length": self.config.max_length}, id_columns=("input_ids", "labels"), sequences=2, apart=True
         )
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """See pairs.py.
+        """Tokenize a pair; see `encode_pair`.
 
         Raises:
-            RowFault: nothing can be learned from it.
+            RowFault: If an answer is empty or has no supervised token, or if both answers are the same.
         """
         return [check_supervised(one) for one in encode_pair(row, tokenizer)]
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The first `max_length` tokens of each.
+        """Tokenize a pair and truncate both sequences to their first `max_length` tokens.
 
         Raises:
-            RowFault: nothing is left in which they differ.
+            RowFault: If the truncated sequences are identical, or one of them has no supervised token.
         """
         return [check_supervised(one) for one in cut_pair(encode_pair(row, tokenizer), self.config.max_length)]
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: tokens of both answers."""
+        """Return the number of supervised tokens of both answers of each sample, `[samples]` int64."""
         return count_shifted(table, samples, IGNORED_LABEL)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """A document for each answer, a pair's one after the other; the weight is the number of pairs."""
+        """Collate pairs, each as its chosen and then its rejected sequence; the weight is the number of pairs."""
         import torch
 
         from .batches import tokens
@@ -112,11 +100,11 @@ class Preference(Task):
         return replace(batch, weight=float(len(samples)), reference=reference)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of the pairs' losses, and their number."""
+        """Compute the sum of the losses of the pairs, and the number of pairs."""
         return self._loss(self._log_probabilities(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss with sums for `metrics`, and both rewards of each pair."""
+        """Compute the loss, the sums that `metrics` needs, and the rewards of both answers of each pair."""
         found = self._log_probabilities(model, batch)
         rewards = self.config.beta * self._ratios(found, batch)
         (chosen, rejected), logps = rewards.unbind(1), found.unbind(1)
@@ -129,26 +117,26 @@ class Preference(Task):
         return replace(self._loss(found, batch), counts=counts, predictions=predictions)
 
     def refer(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Both log-probabilities of each pair, as predictions."""
+        """Compute the log-probabilities of both answers of each pair, returned as predictions."""
         found = self._log_probabilities(model, batch)
         pairs = zip(batch.samples[::2], found.tolist(), strict=True)
         predictions = [{"sample": sample, "values": values} for sample, values in pairs]
         return LossSum(found.new_zeros(()), found.new_tensor(batch.loss_weight), predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss and MEANS; before the first step every reward is 0, and no pair's answers are apart."""
+        """Compute `loss` and the metrics in `MEANS`; before the first step, rewards, margins and accuracies are 0."""
         pairs = float(totals.weight)
         return {"loss": float(totals.loss) / pairs} | {name: float(totals.counts[name]) / pairs for name in MEANS}
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[pairs, 2] float64: of the chosen and of the rejected answer."""
+        """Return the log-probabilities of the chosen and the rejected answers, `[pairs, 2]` float64."""
         from .batches import tokens
 
         return _in_pairs(tokens.sum_log_probabilities(model, batch))
 
     def _ratios(self, found: Tensor, batch: Batch) -> Tensor:
-        """[pairs, 2]: log-probabilities less those of the model as it started."""
-        assert batch.reference is not None, "reference.py measures it before the first loss"
+        """Return the log-probabilities minus those of the reference model, `[pairs, 2]` float64."""
+        assert batch.reference is not None, "reference log-probabilities are computed before training"
         return found - _in_pairs(batch.reference)
 
     def _loss(self, found: Tensor, batch: Batch) -> LossSum:
@@ -169,10 +157,10 @@ class Preference(Task):
                 losses = ((1 - share) * right - share * wrong) / (1 - 2 * share)
             else:
                 losses = (1 - share) * right + share * wrong
-        chosen = torch.arange(0, 2 * len(losses), 2, device=losses.device)  # documents: a pair is told by its first
+        chosen = torch.arange(0, 2 * len(losses), 2, device=losses.device)  # a loss is assigned to its chosen document
         return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses, documents=chosen)
 
 
 def _in_pairs(values: Tensor) -> Tensor:
-    """[2 * pairs] as [pairs, 2]; a rank without samples has none."""
+    """Reshape `[2 * pairs]` to `[pairs, 2]`, also without any pairs."""
     return values.view(len(values) // 2, 2)

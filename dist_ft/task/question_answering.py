@@ -1,4 +1,7 @@
-"""Answers that stand in a text, by their first and last token; long texts are read in overlapping pieces."""
+"""Extractive question answering: the answer is a span of the context, given by its first and last token.
+
+Long contexts are split into overlapping chunks, which are called pieces in the code.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,39 @@ import numpy as np
 from ..config.task import QuestionAnsweringConfig
 from ..data.read.faults import RowFault
 from ..errors import RequestError
-from ..state import ORIGIN, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Prediction, Row, Sample, Task
+from ..protocols import Task
+from ..state import ORIGIN, Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Prediction, Row, Sample
 from .batches.answer_spans import Span, answer_rows, cut_pieces, find_answer, find_tokens, rank_spans
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-BEGINS, ENDS = "begins", "ends"  # token columns: characters of the context that a token stands for, -1 of other tokens
-SPAN = "span"  # row column: first and last token of the answer; the null place twice where the piece has none
-NULL = "null"  # row column: the place that stands for no answer
+BEGINS, ENDS = "begins", "ends"  # token columns: character offsets in the context; -1 for tokens outside it
+SPAN = "span"  # row column: first and last token of the answer; twice the null position if the chunk has no answer
+NULL = "null"  # row column: null position, which is predicted if there is no answer
 
 
 @dataclass(frozen=True)
 class PieceBatch(Batch):
-    """A micro-batch that knows where its tokens stand in their contexts."""
+    """Micro-batch with the character offsets of its tokens, which turn predicted spans into text."""
 
-    begins: Tensor | None = None  # [B, T] int64, of the context's tokens; -1 elsewhere
-    ends: Tensor | None = None
-    nulls: tuple[int, ...] = ()
-    origins: tuple[int, ...] = ()  # which of the split's rows each piece is of
+    begins: Tensor | None = None  # [batch, seq_len] int64, offset of the first character; -1 outside the context
+    ends: Tensor | None = None  # [batch, seq_len] int64, offset after the last character; -1 outside the context
+    nulls: tuple[int, ...] = ()  # null position of each chunk
+    origins: tuple[int, ...] = ()  # index of the row in the split that each chunk belongs to
 
 
 class QuestionAnswering(Task):
-    """The task `question_answering`: each piece of a row is a sample of its own, and metrics join a row's pieces.
+    """The task `question_answering`: each chunk of a row is a sample, and metrics combine the chunks of a row.
 
-    A piece is the whole question and as much of the context as fits. Where it does not hold the answer, the null place
-    is to be predicted: the tokenizer's CLS token, or the first token where there is none.
+    A chunk consists of the whole question and as much of the context as fits. If it does not contain the answer, its
+    target is the null position: the CLS token of the tokenizer, or the first token if there is no CLS token.
 
     Args:
-        config: the task's keys.
-        facts: of the tokenizer: padding, token types.
-        padding_free: not possible here.
+        config: Task configuration.
+        facts: Properties of the tokenizer: padding and token types.
+        padding_free: Ignored; this task always pads.
     """
 
     uses_facts: ClassVar[bool] = True
@@ -53,12 +57,15 @@ class QuestionAnswering(Task):
 
     @staticmethod
     def architecture(config: QuestionAnsweringConfig, facts: Facts) -> Architecture:
-        """A head with two outputs a token, for the first and the last one; a base may have had other labels."""
+        """Return the architecture: a newly initialized head with two outputs per token, the start and the end logit.
+
+        `num_labels` overrides that of the base model, which may have been trained with other labels.
+        """
         return Architecture("AutoModelForQuestionAnswering", {"num_labels": 2}, new_head=True)
 
     @property
     def layout(self) -> Layout:
-        """Each piece is a sequence with the characters of its tokens."""
+        """One sequence per chunk, with the character offsets of its tokens."""
         from .batches.padded import input_columns
 
         return Layout(
@@ -69,35 +76,35 @@ class QuestionAnswering(Task):
         )
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The row's pieces, none longer than `max_length`.
+        """Tokenize a row into chunks of at most `max_length` tokens.
 
         Raises:
-            RequestError: the tokenizer does not tell where a token stands in the text.
-            RowFault: question or context are empty, the answer is not in the context or not given, or the question
-                leaves too little room.
+            RequestError: If the tokenizer does not provide character offsets.
+            RowFault: If the question or the context is empty, the answer is missing or does not occur in the context,
+                or the question is too long.
         """
         fast = tokenizer.tokenizer
         if not fast.is_fast:
-            rule = "a slow tokenizer does not tell where in the text a token stands"
-            raise RequestError.of("model.tokenizer", rule, "set model.tokenizer to one with a tokenizer.json")
+            rule = "a slow tokenizer is not supported with task=question_answering: it provides no character offsets"
+            raise RequestError.of("model.tokenizer", rule, "set it to a folder with tokenizer.json")
         question, context = row["question"].strip(), row["context"]
         for name, text in (("question", question), ("context", context.strip())):
             if not text:
-                raise RowFault(f"the {name} is empty", "leave such rows out")
+                raise RowFault(f"the {name} is empty", "remove such rows")
         answer = self._find_answer(row)
         encoded = fast(question, context, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
         return self._cut(encoded, context, answer, fast.cls_token_id)
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The same: pieces are never too long."""
+        """Return the same chunks as `encode`, which are never too long."""
         return self.encode(row, tokenizer)
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: each piece is one example."""
+        """Return 1 for each sample, `[samples]` int64: each chunk is one term of the loss."""
         return np.ones(len(samples), dtype=np.int64)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded pieces; targets [B, 2]: places of the answer's first and last token."""
+        """Collate chunks into padded rows; targets are the first and the last token of the answer, `[batch, 2]`."""
         import torch
 
         from .batches.padded import only_segments, pad_inputs, pad_rows
@@ -119,17 +126,17 @@ class QuestionAnswering(Task):
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum over pieces of the mean of two cross-entropies, that of the first and that of the last token's place."""
+        """Compute the sum over chunks of the mean of the start and the end cross-entropy, and the number of chunks."""
         return _loss(_logits(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss with each piece's best spans."""
+        """Compute the loss and the best spans of each chunk."""
         from dataclasses import replace
 
         assert isinstance(batch, PieceBatch) and batch.begins is not None and batch.ends is not None
         logits = _logits(model, batch)
         starts, ends = logits.detach().cpu().unbind(dim=1)
-        kept = slice(len(batch.samples))  # no samples without targets
+        kept = slice(len(batch.samples))  # empty for a batch without targets
         allowed = batch.begins[kept] >= 0
         ranked = rank_spans(starts, ends, allowed, self.config.max_answer_length, self.config.n_best)
         begins, stops = batch.begins.tolist(), batch.ends.tolist()
@@ -141,28 +148,28 @@ class QuestionAnswering(Task):
         return replace(_loss(logits, batch), predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss, exact_match, f1; see answer_scores.py."""
+        """Compute `loss`, `exact_match` and `f1`; see `scores/answers.py`."""
         from .scores.answers import measure
 
         return {"loss": float(totals.loss) / float(totals.weight)} | measure(self.by_row(totals, rows))
 
     def by_row(self, totals: LossSum, rows: Sequence[Row]) -> Sequence[Prediction]:
-        """One answer a row, from those of all its pieces."""
+        """Combine the predictions of the chunks of each row into one answer per row."""
         return answer_rows(totals.predictions, rows, self.config.n_best, self.config.null_score_diff_threshold)
 
     def _find_answer(self, row: Row) -> Span | None:
-        """Characters of the answer; None where the row is known to have none."""
+        """Return the character offsets of the answer, or None if the question is unanswerable."""
         if not row["answers"]["text"]:
             if self.config.null_score_diff_threshold is None:
-                way_out = "set task.null_score_diff_threshold=0.0, with which nothing can be the answer"
-                raise RowFault("it has no answer", way_out)
+                way_out = "set task.null_score_diff_threshold=0.0 to allow unanswerable questions"
+                raise RowFault("the row has no answer", way_out)
             return None
         if (answer := find_answer(row["context"], row["answers"])) is None:
-            raise RowFault("its answer does not stand in its context", "correct the answer's text")
+            raise RowFault("the answer does not occur in the context", "correct the text of the answer")
         return answer
 
     def _cut(self, encoded: Any, context: str, answer: Span | None, cls_id: int | None) -> list[Example]:
-        """The pieces of a row whose question and context are `encoded` as a pair."""
+        """Split a row into chunks; `encoded` is its tokenized pair of question and context."""
         from .batches.padded import input_columns
 
         ids, sides = encoded["input_ids"], encoded.sequence_ids(0)
@@ -171,14 +178,14 @@ class QuestionAnswering(Task):
         stop = first + count
         offsets = [_trim(context, *pair) for pair in encoded["offset_mapping"][first:stop]]
         if all(begin < 0 for begin, _ in offsets):
-            raise RowFault("no word of the context has a token", "leave such rows out")
+            raise RowFault("the context has no tokens", "remove such rows")
         begins, ends = np.array(offsets).T
         found = None if answer is None else find_tokens(begins, ends, answer)
         if answer is not None and found is None:
-            raise RowFault("no token of the context has its answer", "leave such rows out")
+            raise RowFault("the answer has no tokens", "remove such rows")
         room = self.config.max_length - (len(ids) - count)
         if room < count and room <= self.config.doc_stride:
-            rule = "the question leaves room for no more of the context than pieces share (task.doc_stride)"
+            rule = "the question is too long: at most task.doc_stride tokens of the context fit into task.max_length"
             raise RowFault(rule, "raise task.max_length, or lower task.doc_stride")
         null = next((place for place, side in enumerate(sides) if side is None and ids[place] == cls_id), 0)
         columns = {name: list(encoded[name]) for name in input_columns(self.facts)}
@@ -197,9 +204,9 @@ class QuestionAnswering(Task):
 
 
 def _trim(context: str, begin: int, end: int) -> Span:
-    """A token's characters without blanks at their ends, which byte-level tokenizers count to it; -1 if none is left.
+    """Strip whitespace from the character offsets of a token; the result is (-1, -1) if nothing is left.
 
-    So an answer neither begins nor ends with a blank.
+    Byte-level tokenizers count the whitespace before a word to its token, but an answer must not start or end with it.
     """
     text = context[begin:end]
     bare = text.strip()
@@ -208,13 +215,16 @@ def _trim(context: str, begin: int, end: int) -> Span:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[n, 2, T] float32: of first and last tokens; -inf at padding, so that a loss depends on no neighbour's length."""
+    """Return the start and end logits, `[n, 2, seq_len]` float32.
+
+    They are -inf at padding, so that the loss of a chunk does not depend on the length of others in the micro-batch.
+    """
     import torch
 
     output = model(**batch.inputs)
     mask = batch.inputs["attention_mask"]
     both = torch.stack([output.start_logits, output.end_logits], dim=1)
-    both = both[..., -mask.shape[1] :].float()  # a method may have put virtual tokens in front
+    both = both[..., -mask.shape[1] :].float()  # the method may have prepended virtual tokens
     return both.masked_fill(mask[:, None] == 0, float("-inf"))[batch.positions]
 
 

@@ -1,8 +1,7 @@
-"""Reward modelling: a score for an answer, learned from which of two was preferred.
+"""Reward modeling: a score for answers is learned from pairs of a preferred and a rejected answer.
 
-The loss of a pair is -log sigmoid(score of the chosen - score of the rejected) (Bradley and Terry 1952; Ouyang et al.
-2022, eq. 1), and with `center_rewards_coefficient` c times the squared sum of both besides (Eisenstein et al. 2023,
-section 2), as in TRL.
+The loss of a pair is -log sigmoid(score_chosen - score_rejected) (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1)
+plus `center_rewards_coefficient` * (score_chosen + score_rejected)² (Eisenstein et al. 2023, section 2), as in TRL.
 """
 
 from __future__ import annotations
@@ -15,26 +14,27 @@ import numpy as np
 
 from ..config.task import RewardConfig
 from ..data.read.faults import RowFault
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
+from ..protocols import Task
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 from .batches.pairs import EQUAL, cut_pair, encode_pair
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-MEANS = ("accuracy", "margin", "mean_reward")  # TRL's names
+MEANS = ("accuracy", "margin", "mean_reward")  # means over pairs, with the metric names of TRL
 
 
 class Reward(Task):
-    """The task `reward`: a sample is two sequences, the prompt with its chosen and with its rejected answer.
+    """The task `reward`, whose samples are two sequences: the prompt with the chosen and with the rejected answer.
 
-    The head is transformers' for one label: it reads an encoder's first token, or a decoder's last one that is no
-    padding.
+    The head is the sequence classification head of transformers with a single label. It reads the first token of an
+    encoder, or the last token of a decoder that is not padding.
 
     Args:
-        config: the task's keys.
-        facts: of the data: padding.
-        padding_free: not possible here.
+        config: Task configuration.
+        facts: Properties of the tokenizer: padding and token types.
+        padding_free: Ignored; this task always pads.
     """
 
     uses_facts: ClassVar[bool] = True
@@ -45,32 +45,37 @@ class Reward(Task):
 
     @staticmethod
     def architecture(config: RewardConfig, facts: Facts) -> Architecture:
-        """A head with one output."""
+        """Return the architecture: a newly initialized head with one output."""
         overrides = {"num_labels": 1, "pad_token_id": facts.pad_id}
         return Architecture("AutoModelForSequenceClassification", overrides, new_head=True)
 
     @property
     def layout(self) -> Layout:
-        """Two sequences a row that never see each other."""
+        """Two sequences per row, which do not attend to each other."""
         from .batches.padded import input_columns
 
         return Layout({"max_length": self.config.max_length}, input_columns(self.facts), sequences=2, apart=True)
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """See pairs.py; where the tokenizer marks the texts of a pair (BERT), prompt and answer are such a pair.
+        """Tokenize a pair; see `encode_pair`.
+
+        If the tokenizer has token types or no EOS token (such as that of BERT), prompt and answer are tokenized as a
+        pair of texts.
 
         Raises:
-            RowFault: an answer is empty, or both are the same.
+            RowFault: If an answer is empty, or both answers are the same.
         """
         if not self._marks_pairs(row, tokenizer):
             return [{"input_ids": one["input_ids"]} for one in encode_pair(row, tokenizer)]
         return self._encode_marked(row, tokenizer)
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The first `max_length` tokens of each; of a marked pair of texts the longer one is cut.
+        """Tokenize a pair and truncate both sequences to `max_length` tokens.
+
+        If prompt and answer are tokenized as a pair of texts, the longer of them is truncated.
 
         Raises:
-            RowFault: nothing is left in which they differ.
+            RowFault: If the truncated sequences are identical.
         """
         if not self._marks_pairs(row, tokenizer):
             return cut_pair(self.encode(row, tokenizer), self.config.max_length)
@@ -78,11 +83,11 @@ class Reward(Task):
         return cut_pair(cut, self.config.max_length)
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: each is one comparison."""
+        """Return 1 for each sample, `[samples]` int64: each pair is one term of the loss."""
         return np.ones(len(samples), dtype=np.int64)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded rows [2 * pairs, T], a pair's one after the other; `positions` [pairs, 2] are their numbers."""
+        """Collate pairs into padded rows, `[2 * pairs, seq_len]`; `positions` holds the rows of pairs, `[pairs, 2]`."""
         import torch
 
         from .batches.padded import pad_inputs
@@ -96,11 +101,11 @@ class Reward(Task):
         return Batch(inputs, places, positions, places, tokens, indices, float(len(samples)))
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of the pairs' losses, and their number."""
+        """Compute the sum of the losses of the pairs, and the number of pairs."""
         return self._loss(self._scores(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss with sums for `metrics`, and both scores of each pair."""
+        """Compute the loss, the sums that `metrics` needs, and the scores of both answers of each pair."""
         scores = self._scores(model, batch)
         chosen, rejected = scores.double().unbind(1)
         sums = ((chosen > rejected).double(), chosen - rejected, (chosen + rejected) / 2)
@@ -112,7 +117,7 @@ class Reward(Task):
         return replace(self._loss(scores, batch), counts=counts, predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss, accuracy (the chosen answer has the higher score), margin, mean_reward."""
+        """Compute `loss`, `accuracy` (fraction of pairs with a higher chosen score), `margin` and `mean_reward`."""
         pairs = float(totals.weight)
         return {"loss": float(totals.loss) / pairs} | {name: float(totals.counts[name]) / pairs for name in MEANS}
 
@@ -124,13 +129,13 @@ class Reward(Task):
 
         answers = (row["chosen"], row["rejected"])
         if answers[0] == answers[1]:
-            raise RowFault(EQUAL, "leave such pairs out")
+            raise RowFault(EQUAL, "remove such pairs")
         if not all(answer.strip() for answer in answers):
-            raise RowFault("an answer is empty", "leave such pairs out")
+            raise RowFault("an answer is empty", "remove such pairs")
         return [tokenize(tokenizer.tokenizer, self.facts, row["prompt"], answer, **options) for answer in answers]
 
     def _scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[pairs, 2] float32: of the chosen and of the rejected answer."""
+        """Return the scores of the chosen and the rejected answers, `[pairs, 2]` float32."""
         logits: Tensor = model(**batch.inputs).logits
         return logits.float().squeeze(-1)[batch.positions]
 

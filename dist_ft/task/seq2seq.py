@@ -1,4 +1,4 @@
-"""Texts from texts on encoder-decoder models: translation, summaries."""
+"""Sequence-to-sequence tasks such as translation and summarization, with encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import numpy as np
 from ..config.task import Seq2SeqConfig
 from ..data.read.faults import EMPTY_TEXT, RowFault
 from ..data.render.added_tokens import add_tokens
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
+from ..protocols import Task
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class Seq2Seq(Task):
-    """The task `seq2seq`: a row is two sequences of the table, its source and its target.
+    """The task `seq2seq`, whose samples are two sequences: the source and the target.
 
     Args:
-        config: the task's keys.
-        facts: of the data and model: padding, the decoder's first token, the tokenizer's folder.
-        padding_free: not possible here.
+        config: Task configuration.
+        facts: Properties of the tokenizer and the model: padding, decoder start token, folder of the tokenizer.
+        padding_free: Ignored; this task always pads.
     """
 
     uses_facts: ClassVar[bool] = True
@@ -35,36 +36,39 @@ class Seq2Seq(Task):
 
     @staticmethod
     def architecture(config: Seq2SeqConfig, facts: Facts) -> Architecture:
-        """An encoder-decoder with the head that it has."""
+        """Return the architecture: an encoder-decoder model with its pretrained head."""
         return Architecture("AutoModelForSeq2SeqLM", {})
 
     @property
     def layout(self) -> Layout:
-        """Two sequences a row, each with a limit of its own."""
+        """Two sequences per row, with separate length limits."""
         limits = {"max_length": self.config.max_length, "max_target_length": self.config.max_target_length}
         return Layout(
             limits, ("input_ids",), sequences=2, kept=("source", "target", "references", "prompt", "completion")
         )
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """Source with its prefix, and target; both as the tokenizer ends them, the target always in EOS.
+        """Tokenize the source with its prefix, and the target; EOS is appended to the target if it is missing.
 
         Raises:
-            RowFault: either is empty.
+            RowFault: If the source or the target is empty.
         """
         return self._encode(row, tokenizer.tokenizer, None)
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """Each at most as long as its limit, special tokens (EOS) included."""
+        """Tokenize a row and truncate source and target to their limits, including special tokens such as EOS."""
         return self._encode(row, tokenizer.tokenizer, (self.config.max_length, self.config.max_target_length))
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: tokens of the target, EOS included."""
+        """Return the number of target tokens of each sample, including EOS, `[samples]` int64."""
         lengths = table.lengths
         return np.asarray([lengths[samples[i][1][0]] for i in range(len(samples))], dtype=np.int64)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded sources [B, S] and decoder inputs [B, T]; a target's position is its place in [B * T]."""
+        """Collate samples into padded sources `[batch, source_len]` and decoder inputs `[batch, target_len]`.
+
+        The positions of the targets are indices into the flattened logits, `[batch * target_len]`.
+        """
         import torch
 
         from .batches.padded import pad_inputs, pad_rows
@@ -72,7 +76,7 @@ class Seq2Seq(Task):
         assert all(len(sample.segments) == 2 for sample in samples)
         inputs = pad_inputs([sample.segments[0] for sample in samples], replace(self.facts, has_token_types=False))
         labels = [np.asarray(sample.segments[1]["input_ids"]) for sample in samples]
-        # The decoder reads what stands before each target; it begins with a token of the model's configuration.
+        # Each target is predicted from the previous ones, and the first one from the decoder start token.
         shifted = [np.concatenate([[self.facts.decoder_start_id], ids[:-1]]) for ids in labels]
         inputs["decoder_input_ids"] = pad_rows(shifted, self.facts.pad_id)
         width = inputs["decoder_input_ids"].shape[1]
@@ -86,11 +90,11 @@ class Seq2Seq(Task):
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of cross-entropies over the targets' tokens."""
+        """Compute the sum of the cross-entropy over the target tokens, and the number of target tokens."""
         return self._loss(self._logits(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss, how many tokens are right, and each row's text if metrics want it."""
+        """Compute the loss, count correct tokens, and generate the text of each row if `task.metrics` are set."""
         logits = self._logits(model, batch)
         right = (logits.argmax(dim=-1) == batch.targets).sum()
         found = self._loss(logits, batch)
@@ -98,7 +102,7 @@ class Seq2Seq(Task):
         return replace(found, counts={"right": right}, predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss, perplexity, token_accuracy, and those of `task.metrics`; see text_scores.py."""
+        """Compute `loss`, `perplexity`, `token_accuracy` and those of `task.metrics`; see `scores/texts.py`."""
         from math import exp
 
         from .scores.texts import measure
@@ -114,7 +118,7 @@ class Seq2Seq(Task):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What turns generated tokens into text."""
+        """Tokenizer that decodes generated tokens."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.facts.tokenizer_dir)
@@ -124,7 +128,7 @@ class Seq2Seq(Task):
     def _encode(self, row: Row, tokenizer: Any, limits: tuple[int, int] | None) -> Sequence[Example]:
         source, target = _texts(row)
         if not source.strip() or not target.strip():
-            raise RowFault(EMPTY_TEXT, "leave such rows out")
+            raise RowFault(EMPTY_TEXT, "remove such rows")
         cut = [{"truncation": True, "max_length": limit} for limit in limits] if limits else [{}, {}]
         options = {"return_attention_mask": False, "verbose": False}
         ids = list(tokenizer(self.config.source_prefix + source, **options, **cut[0])["input_ids"])
@@ -135,7 +139,7 @@ class Seq2Seq(Task):
         return [{"input_ids": ids}, {"input_ids": labels}]
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[n, vocabulary] float32."""
+        """Return the logits of the target tokens, `[n, vocab_size]` float32."""
         logits: Tensor = model(**batch.inputs).logits
         return logits.flatten(0, 1)[batch.positions].float()
 
@@ -151,7 +155,7 @@ class Seq2Seq(Task):
         from torch import distributed
 
         whole: Any = model if hasattr(model, "generate") else model.module
-        # Where weights are sharded, a rank that is done must go on until all are.
+        # With sharded weights, a rank that has finished must continue its forward passes until all ranks have finished.
         synced = distributed.is_initialized() and distributed.get_world_size() > 1
         with torch.no_grad():
             ids = whole.generate(
@@ -165,7 +169,7 @@ class Seq2Seq(Task):
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         labels = [batch.targets[batch.documents == i] for i in range(len(batch.samples))]
         given = [self.tokenizer.decode(label.tolist(), skip_special_tokens=True) for label in labels]
-        # Evaluation neither packs nor leaves out rows, so that a sample's number is its line of the kept rows.
+        # Evaluation neither packs nor drops rows, so the index of a sample is also the index of its row.
         return [
             {"sample": sample, "origin": sample, "prediction": text.strip(), "label": label.strip()}
             for sample, text, label in zip(batch.samples, texts, given, strict=False)
@@ -173,11 +177,11 @@ class Seq2Seq(Task):
 
 
 def _texts(row: Row) -> tuple[str, str]:
-    """Source and target of either format.
+    """Return the source and the target of a row in either format.
 
     Raises:
-        RowFault: the row is of messages.
+        RowFault: If the row consists of messages.
     """
     if "messages" in row:
-        raise RowFault("prompt and completion are lists of messages", "give both as text")
+        raise RowFault("prompt and completion are lists of messages", "provide both as text")
     return (row["source"], row["target"]) if "source" in row else (row["prompt"], row["completion"])

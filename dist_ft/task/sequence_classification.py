@@ -1,4 +1,4 @@
-"""Labels for texts: one of several, or any of them, on encoders and on decoders alike."""
+"""Classification of texts or pairs of texts, single-label or multi-label, with encoders or decoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from ..config.task import SequenceClassificationConfig
 from ..data.read.faults import EMPTY_TEXT, RowFault
 from ..data.render.labels import head_settings, number_of
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
+from ..protocols import Task
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,12 +23,13 @@ LABEL = "label"
 class SequenceClassification(Task):
     """The task `sequence_classification`.
 
-    The head is that of transformers: it reads an encoder's first token, or a decoder's last one that is no padding.
+    The head is that of transformers, which reads the first token of an encoder, or the last token of a decoder that is
+    not padding.
 
     Args:
-        config: the task's keys.
-        facts: of the data: labels, padding.
-        padding_free: not possible here.
+        config: Task configuration.
+        facts: Properties of the data and the tokenizer: labels and padding.
+        padding_free: Ignored; this task always pads.
     """
 
     uses_facts: ClassVar[bool] = True
@@ -38,42 +40,43 @@ class SequenceClassification(Task):
 
     @staticmethod
     def architecture(config: SequenceClassificationConfig, facts: Facts) -> Architecture:
-        """A head with an output for each label, whose names go into config.json."""
+        """Return the architecture: a newly initialized head with one output per label; config.json gets the labels."""
         kind = "multi_label_classification" if config.multi_label else "single_label_classification"
         overrides = {**head_settings(facts), "problem_type": kind}
         return Architecture("AutoModelForSequenceClassification", overrides, new_head=True)
 
     @staticmethod
     def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """The row's labels that are given, with the name of a number where the row has it."""
+        """Return the labels of a row, each with its name if the row has one; missing labels are skipped."""
         several = row["label"] if isinstance(row["label"], list) else [row["label"]]
         return [(value, row.get("label_text")) for value in several if value not in (None, "", -1)]
 
     @property
     def layout(self) -> Layout:
-        """A row is a sequence with its labels' numbers."""
+        """One sequence per row, with the indices of its labels."""
         from .batches.padded import input_columns
 
         return Layout({"max_length": self.config.max_length}, input_columns(self.facts), (LABEL,))
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The text or pair, and the numbers of its labels.
+        """Tokenize a text or a pair of texts, and convert its labels to indices.
 
         Raises:
-            RowFault: the text is empty, a label is missing or unknown, or there are several where one is meant.
+            RowFault: If the text is empty, a label is missing or unknown, or the row has several labels without
+                `task.multi_label`.
         """
         return self._encode(row, tokenizer)
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """At most `max_length` tokens, special ones included; of a pair the longer text is cut."""
+        """Tokenize a row and truncate it to `max_length` tokens; of a pair of texts, the longer one is truncated."""
         return self._encode(row, tokenizer, truncation=True, max_length=self.config.max_length)
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: each is one example."""
+        """Return 1 for each sample, `[samples]` int64: each row is one term of the loss."""
         return np.ones(len(samples), dtype=np.int64)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded rows; targets [B] label numbers, or [B, labels] of 0 and 1."""
+        """Collate samples into padded rows; targets are label indices, `[batch]`, or multi-hot, `[batch, labels]`."""
         import torch
 
         from .batches.padded import only_segments, pad_inputs
@@ -95,11 +98,11 @@ class SequenceClassification(Task):
         return Batch(inputs, targets, places, places, tokens, tuple(sample.index for sample in samples), weight)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of cross-entropies, each times its label's weight; of multi-label rows, of all yes-or-no losses."""
+        """Compute the sum of the weighted cross-entropy or, for multi-label, binary cross-entropy, and its weight."""
         return self._loss(self._logits(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss with each row's probabilities."""
+        """Compute the loss and the class probabilities of each row."""
         from dataclasses import replace
 
         logits = self._logits(model, batch)
@@ -119,23 +122,23 @@ class SequenceClassification(Task):
         return replace(self._loss(logits, batch), predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss, accuracy, f1 (macro), calibration_error; see classes.py."""
+        """Compute `loss`, `accuracy`, macro `f1` and further metrics; see `scores/classes.py`."""
         from .scores.classes import measure
 
         loss = {"loss": float(totals.loss) / float(totals.weight)}
         return loss | measure(totals.predictions, self.facts.labels, multi_label=self.config.multi_label)
 
     def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Precision, recall and F1 of every class, and what is taken for what."""
+        """Compute precision, recall and F1 of each class and, for single-label, the confusion matrix."""
         from .scores.classes import describe
 
         return describe(totals.predictions, self.facts.labels, multi_label=self.config.multi_label)
 
     def class_weights(self) -> Tensor | None:
-        """[labels]: what a row with each label weighs; None where all weigh 1.
+        """Return the class weights, `[labels]` float32, or None if all of them are 1.
 
-        `balanced` is rows / (labels * rows with the label) as in scikit-learn's compute_class_weight; of multi-label
-        rows, how many are without the label for one that has it.
+        `balanced` is rows / (labels * rows with the label), as in `compute_class_weight` of scikit-learn. For
+        multi-label, it is (rows without the label) / (rows with the label).
         """
         import torch
 
@@ -153,10 +156,10 @@ class SequenceClassification(Task):
         from .batches.padded import tokenize
 
         if not row["text"].strip() and not (row.get("text_pair") or "").strip():
-            raise RowFault(EMPTY_TEXT, "leave such rows out")
+            raise RowFault(EMPTY_TEXT, "remove such rows")
         several = isinstance(row["label"], list)
         if several and not self.config.multi_label and len(row["label"]) != 1:
-            raise RowFault(f"it has {len(row['label'])} labels", "set task.multi_label=true")
+            raise RowFault(f"the row has {len(row['label'])} labels instead of one", "set task.multi_label=true")
         labels = row["label"] if several else [row["label"]]
         numbers = [number_of(value, self.facts.labels) for value in labels]
         return [
@@ -164,7 +167,7 @@ class SequenceClassification(Task):
         ]
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[n, labels] float32."""
+        """Return the logits, `[n, labels]` float32."""
         logits: Tensor = model(**batch.inputs).logits
         return logits.float()[batch.positions]
 

@@ -1,4 +1,4 @@
-"""Every task by name."""
+"""Table of all tasks by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tag for each word, learned on the word's first piece: named entities, parts of speech."""
+"""Token classification, such as named entity recognition: each word has a tag, predicted at its first token."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from ..data.read.formats import IGNORED_LABEL
 from ..data.render.labels import NO_LABEL, OUTSIDE, head_settings, number_of
 from ..data.store.pack import count_labels
 from ..errors import RequestError
-from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample, Task
+from ..protocols import Task
+from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-LABELS = "labels"  # token column: the tag's number on the first piece of each word
-TAGS = "tags"  # row column: the tag's number of every word, also of those that have no token
-WORDS = "words"  # row column: which word each label is of
+LABELS = "labels"  # token column: index of the tag at the first token of each word
+TAGS = "tags"  # row column: index of the tag of every word, including words without a token
+WORDS = "words"  # row column: index of the word that each label belongs to
 
 
 @dataclass(frozen=True)
 class TaggedBatch(Batch):
-    """A micro-batch that knows the words behind its targets."""
+    """Micro-batch with the words that its targets belong to."""
 
-    tags: tuple[tuple[int, ...], ...] = ()  # of each document: the tag's number of every word
-    words: tuple[int, ...] = ()  # [n]: which of its document's words each target is of
+    tags: tuple[tuple[int, ...], ...] = ()  # tag index of every word, per document
+    words: tuple[int, ...] = ()  # [n] index, in its document, of the word that each target belongs to
 
 
 class TokenClassification(Task):
     """The task `token_classification`.
 
-    Words that have no token, because they were cut off or a tokenizer knows nothing in them, are neither learned nor
-    asked for; scores count them as predicted `O`, so that every split keeps its words whatever `max_length` is.
+    Words without a token, because they were truncated or the tokenizer produces none for them, do not enter the loss.
+    Metrics count them as predicted `O`, so that the words of a split do not depend on `max_length`.
 
     Args:
-        config: the task's keys.
-        facts: of the data: labels, padding.
-        padding_free: not possible here.
+        config: Task configuration.
+        facts: Properties of the data and the tokenizer: labels and padding.
+        padding_free: Ignored; this task always pads.
     """
 
     uses_facts: ClassVar[bool] = True
@@ -54,41 +55,41 @@ class TokenClassification(Task):
 
     @staticmethod
     def architecture(config: TokenClassificationConfig, facts: Facts) -> Architecture:
-        """A head with an output for each tag, whose names go into config.json."""
+        """Return the architecture: a newly initialized head with one output per tag; config.json gets the tags."""
         return Architecture("AutoModelForTokenClassification", head_settings(facts), new_head=True)
 
     @staticmethod
     def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
-        """The tags of the row's words that are given."""
+        """Return the tags of the words of a row; missing and ignored tags are skipped."""
         return [(tag, None) for tag in row["tags"] if tag not in (None, "", NO_LABEL, IGNORED_LABEL)]
 
     @property
     def layout(self) -> Layout:
-        """A row is a sequence with labels beside its tokens and the tags of its words."""
+        """One sequence per row, with the labels of its tokens and the tags of its words."""
         from .batches.padded import input_columns
 
         columns = (*input_columns(self.facts), LABELS)
         return Layout({"max_length": self.config.max_length}, columns, (TAGS, WORDS))
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """The words' pieces, each word's tag on its first one.
+        """Tokenize the words of a row; the label at the first token of each word is its tag.
 
         Raises:
-            RequestError: the tokenizer does not tell which word a token is of.
-            RowFault: there are no words, no word has a token, or a tag is missing or unknown.
+            RequestError: If the tokenizer does not provide word IDs.
+            RowFault: If the row has no words, no word has a token, or a tag is missing or unknown.
         """
         return self._encode(row, tokenizer.tokenizer)
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """At most `max_length` tokens, special ones included."""
+        """Tokenize a row and truncate it to `max_length` tokens, including special tokens."""
         return self._encode(row, tokenizer.tokenizer, truncation=True, max_length=self.config.max_length)
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
-        """[samples]: words with a token."""
+        """Return the number of words with a token in each sample, `[samples]` int64."""
         return count_labels(table, samples, IGNORED_LABEL)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded rows; targets [n] label numbers of the words, at the flat place of each word's first piece."""
+        """Collate samples into padded rows; targets are the tag indices of the words that have a token, `[n]`."""
         import torch
 
         from .batches.padded import only_segments, pad_inputs, pad_rows
@@ -110,18 +111,18 @@ class TokenClassification(Task):
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sum of the words' cross-entropies."""
+        """Compute the sum of the cross-entropy over words, and the number of words."""
         return self._loss(self._logits(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The loss with the tags of each row's words, given and predicted."""
+        """Compute the loss and the predicted tags of the words of each row."""
         from dataclasses import replace
 
         assert isinstance(batch, TaggedBatch)
         logits, names = self._logits(model, batch), self.facts.labels
         predictions = [
             {"sample": sample, "tags": [names[tag] for tag in tags], "prediction": [OUTSIDE] * len(tags)}
-            for sample, tags in zip(batch.samples, batch.tags, strict=False)  # no samples without targets
+            for sample, tags in zip(batch.samples, batch.tags, strict=False)  # a batch without targets has no samples
         ]
         found = logits.argmax(dim=-1).tolist()
         for document, word, number in zip(batch.documents.tolist(), batch.words, found, strict=False):
@@ -129,13 +130,13 @@ class TokenClassification(Task):
         return replace(self._loss(logits, batch), predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
-        """loss, accuracy of words, and precision, recall, f1 of entities; see entities.py."""
+        """Compute `loss`, word `accuracy`, and `precision`, `recall` and `f1` of entities; see `scores/entities.py`."""
         from .scores.entities import measure
 
         return {"loss": float(totals.loss) / float(totals.weight)} | measure(totals.predictions, self.facts.labels)
 
     def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
-        """Precision, recall and F1 of every type of entity."""
+        """Compute precision, recall and F1 of each entity type, or of each tag if the tags are not of an IOB scheme."""
         from .scores.entities import describe
 
         return describe(totals.predictions, self.facts.labels)
@@ -144,7 +145,7 @@ class TokenClassification(Task):
         from .batches.padded import input_columns
 
         if not row["tokens"]:
-            raise RowFault("it has no words", "leave such rows out")
+            raise RowFault("the row has no words", "remove such rows")
         tags = [number_of(tag, self.facts.labels) for tag in row["tags"]]
         lead = self._find_lead(tokenizer)
         spaced = [lead + word if word.strip() else word for word in row["tokens"]]
@@ -157,32 +158,34 @@ class TokenClassification(Task):
             if begins:
                 words.append(word)
         if not words:
-            raise RowFault("no word has a token", "leave such rows out, or see task.max_length")
+            raise RowFault("no word has a token", "remove such rows, or raise task.max_length")
         columns = {name: list(encoded[name]) for name in input_columns(self.facts)}
         return [{**columns, LABELS: labels, TAGS: tags, WORDS: words}]
 
     def _find_lead(self, tokenizer: Any) -> str:
-        """What stands before a word: a space where the tokenizer would else join words to one.
+        """Return the prefix of each word: a space if the tokenizer would otherwise join the words, else nothing.
 
-        Byte-level tokenizers (GPT-2, RoBERTa, Qwen) tell a word in a sentence from the first one by its space, which
-        `add_prefix_space` gives to GPT-2's and RoBERTa's only; others add what they need.
+        Byte-level tokenizers (GPT-2, RoBERTa, Qwen) encode a word inside a sentence with the space before it, but only
+        those of GPT-2 and RoBERTa have the option `add_prefix_space`. Other tokenizers separate words themselves.
 
         Raises:
-            RequestError: the tokenizer does not tell which word a token is of.
+            RequestError: If the tokenizer does not provide word IDs.
         """
         if self._lead is None:
             if not tokenizer.is_fast:
-                way_out = "set model.tokenizer to one with a tokenizer.json"
+                way_out = "set it to a folder with tokenizer.json"
                 raise RequestError.of(
-                    "model.tokenizer", "a slow tokenizer does not tell which word a token is of", way_out
+                    "model.tokenizer",
+                    "a slow tokenizer is not supported with task=token_classification: it provides no word IDs",
+                    way_out,
                 )
             ids = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
             self._lead = "" if " " in tokenizer.decode(ids).strip() else " "
         return self._lead
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[n, labels] float32."""
-        width = batch.inputs["input_ids"].shape[1]  # a method may have put virtual tokens in front
+        """Return the logits at the targets, `[n, labels]` float32."""
+        width = batch.inputs["input_ids"].shape[1]  # the method may have prepended virtual tokens
         logits: Tensor = model(**batch.inputs).logits[:, -width:]
         return logits.flatten(0, 1)[batch.positions].float()
 

@@ -1,1 +1,1 @@
-"""Helpers for tests of several processes."""
+"""Helpers for multi-process tests."""

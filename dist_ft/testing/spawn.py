@@ -1,7 +1,7 @@
-"""Groups of worker processes for tests: started once, given many cases.
+"""Process groups for multi-process tests.
 
-Importing the stack costs seconds and a case milliseconds, so a test module spawns one group and hands it all of its
-cases.
+Importing the libraries takes seconds and a test case takes milliseconds, so a test module should spawn one process
+group and pass it all of its test cases.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ STARTED_AS = "dist_ft.testing.spawn"
 
 
 def spawn(world_size: int, function: str, payload: Any, *, timeout_s: float = 300) -> list[Any]:
-    """Call `function(place, payload)` in `world_size` joined processes; return what each returned, in rank order.
+    """Call `function(place, payload)` in `world_size` processes that form a process group.
 
     Args:
-        world_size: number of processes.
-        function: `module:name`, importable from the current directory.
-        payload: JSON-able argument.
-        timeout_s: all are ended after so long.
+        world_size: Number of processes.
+        function: Function to call, as `module:name`; must be importable from the current directory.
+        payload: JSON-serializable argument of the function.
+        timeout_s: Time in seconds after which all processes are killed.
+
+    Returns:
+        The JSON-serializable return values of the processes, in rank order.
 
     Raises:
-        RuntimeError: a process failed; the message holds the end of every process's output.
+        RuntimeError: If a process fails or times out; the message holds the last output of every process.
     """
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "payload.json"

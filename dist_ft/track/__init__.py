@@ -1,4 +1,4 @@
-"""Where metrics go: the terminal, metrics.jsonl, W&B.
+"""Metric trackers: the terminal, metrics.jsonl and Weights & Biases (W&B).
 
-Imports `config`, `process` and `state`.
+May import `config`, `process` and `state`.
 """

@@ -1,36 +1,37 @@
-"""Several trackers as one, and none at all: null objects instead of branches."""
+"""Trackers that combine several trackers or do nothing, so that callers need no branches."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 
-from ..state import Metrics, Tracker
+from ..protocols import Tracker
+from ..state import Metrics
 
 
 class NullTracker:
-    """Tracks nothing, on ranks other than 0 and where tracking is off."""
+    """Tracker that does nothing, for ranks other than 0 and for disabled trackers."""
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Trackers:
-    """Hands everything to each of `trackers`, in order."""
+    """Tracker that forwards all calls to each of `trackers`, in order."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = list(trackers)
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        """Log to each."""
+        """Log to each tracker."""
         for tracker in self.trackers:
             tracker.log(metrics, step=step)
 
     def close(self) -> None:
-        """Close each, in reverse order, also where another one fails."""
+        """Close each tracker, in reverse order, even if closing another one fails."""
         with contextlib.ExitStack() as stack:
             for tracker in self.trackers:
                 stack.callback(tracker.close)

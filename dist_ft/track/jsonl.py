@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a logged step, whole lines only, each step once however often a run is resumed."""
+"""metrics.jsonl: one JSON object per logged step, without duplicate steps after the run has been resumed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..state import Metrics
 
 
 class JsonLines:
-    """Appends metrics to `path`; what is logged of one step in several calls stands in one object.
+    """Tracker that appends metrics to a JSON Lines file; all metrics of a step are merged into one object.
 
     Args:
-        path: the file; its folder must exist.
-        after_step: the step that the run goes on from. Lines of later steps are dropped, for they come again. 0 begins
-            a new file.
+        path: Path of the file, whose folder must exist.
+        after_step: Step that the run resumes from. The lines of later steps are deleted, because these steps are
+            trained again. With 0, the file is replaced by an empty one.
     """
 
     def __init__(self, path: Path, *, after_step: int = 0) -> None:
@@ -36,29 +36,29 @@ class JsonLines:
         self._start = self._end - len(_encode(self._last)) if lines else 0
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        """Add `metrics` to the line of `step`; the file holds them when this returns."""
+        """Add `metrics` to the line of `step`; they have been written to the file when this returns."""
         if step == self._last.get("step"):
             self._last |= metrics
         else:
             self._last = {"step": step, **metrics}
             self._start = self._end
-        # One write: a reader sees the line before or after, and a crash leaves at worst a torn last line.
+        # A single write, so that a crash can leave at most the last line incomplete.
         line = _encode(self._last)
         os.pwrite(self._handle, line, self._start)
         self._end = self._start + len(line)
         os.ftruncate(self._handle, self._end)
 
     def close(self) -> None:
-        """Bring the file to the disk and close it; a second call does nothing."""
+        """Sync the file to disk and close it; further calls have no effect."""
         if self._handle >= 0:
-            with contextlib.suppress(OSError):  # a full disk must not hide what ended the run
+            with contextlib.suppress(OSError):  # a full disk must not mask the error that ended the run
                 os.fsync(self._handle)
             os.close(self._handle)
             self._handle = -1
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a line torn by a crash is left out, a missing file has none."""
+    """Yield the objects of a metrics.jsonl file; incomplete lines are skipped, and a missing file counts as empty."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -70,7 +70,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_evaluations(path: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last evaluation (`eval/…` names and `step`); empty where there is none, equal where one."""
+    """Return the first and the last evaluation in a metrics.jsonl file, each with its `step` and `eval/…` metrics.
+
+    Both are empty if the file has no evaluation, and equal if it has only one.
+    """
     evaluations = [
         {name: value for name, value in line.items() if name == "step" or name.startswith("eval/")}
         for line in read_metrics(path)
@@ -80,6 +83,6 @@ def read_evaluations(path: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:
-    """One line; what is not a number in JSON (nan, inf) becomes null, so that every reader can read it."""
+    """Encode a line as strict JSON, which has no NaN and infinity; these are replaced by null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
     return json.dumps(plain, ensure_ascii=False).encode() + b"\n"

@@ -1,8 +1,8 @@
-"""What a run says of itself: at its start, while it trains, and at its end."""
+"""Messages that a run prints when it starts and when it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..config.plan import EXPORT, METRICS_FILE, Plan
@@ -21,28 +21,36 @@ def describe(
     device: torch.device,
     progress: Progress,
     steps: int,
-    notes: Sequence[str] = (),
-) -> str:
-    """What runs, in a few lines: also what every `auto` became; `notes` are further ones."""
+) -> Iterator[str]:
+    """Describe the run in a few lines, including the values that `auto` settings resolved to.
+
+    Args:
+        plan: Plan of the run.
+        attention: Attention kernel and layout of micro-batches, and the reason for choosing them.
+        device: Device of this rank.
+        progress: Progress of the run; step 0 for a new run.
+        steps: Total number of steps.
+    """
     config = plan.config
-    layout = "documents without padding" if attention.padding_free else "padded rows"
+    layout = "padding-free micro-batches" if attention.padding_free else "padded micro-batches"
     base = config.model.dtype if config.model.quantization in (None, "none") else config.model.quantization
-    begin = f"from the checkpoint of step {progress.step}" if progress.step else "from the start"
-    return (
-        f"dist-ft: {config.method.name} of {config.model.name_or_path} by {config.engine.name} on {plan.world_size} "
-        f"{device.type} worker(s), {steps} steps {begin}; output in {plan.run_dir}\n"
-        f"dist-ft: compute {config.model.dtype}, base weights {base}, trained weights and AdamW float32; "
+    begin = f"resuming from the checkpoint of step {progress.step}" if progress.step else "starting from step 0"
+    yield (
+        f"method {config.method.name}, model {config.model.name_or_path}, engine {config.engine.name}, "
+        f"{plan.world_size} {device.type} worker(s), {steps} steps, {begin}; output directory {plan.run_dir}"
+    )
+    yield (
+        f"compute dtype {config.model.dtype}, base weights {base}, trained weights and AdamW state float32; "
         f"attention {attention.kernel} ({attention.reason}), {layout}"
-    ) + "".join(f"\ndist-ft: {note}" for note in notes)
+    )
 
 
-def summarise(plan: Plan, step: int) -> str:
-    """What came of it: the first and the last evaluation side by side, and where the model is."""
+def summarize(plan: Plan, step: int) -> Iterator[str]:
+    """Summarize a finished run: first and last evaluation, spent privacy budget, and the path of the model."""
     before, after = read_evaluations(plan.run_dir / METRICS_FILE)
     changes = [f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in after if name in before and name != "step"]
-    lines = [f"dist-ft: trained {step} steps" + (": " + ", ".join(changes) if changes else "")]
+    yield f"trained {step} steps" + (": " + ", ".join(changes) if changes else "")
     spent = [line["train/epsilon"] for line in read_metrics(plan.run_dir / METRICS_FILE) if "train/epsilon" in line]
     if spent:
-        lines.append(f"dist-ft: epsilon {spent[-1]:.3f} is spent on the rows of data.train")
-    lines.append(f"dist-ft: model in {plan.run_dir / EXPORT}, loaded again to the same logits")
-    return "\n".join(lines)
+        yield f"privacy budget spent on the rows of data.train: epsilon {spent[-1]:.3f}"
+    yield f"model saved in {plan.run_dir / EXPORT}; the reloaded model has the same logits"

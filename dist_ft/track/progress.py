@@ -1,4 +1,4 @@
-"""Progress on rank 0's terminal: a live bar, or a line a logged step where nobody watches."""
+"""Training progress on rank 0: a progress bar in a terminal, or one line per logged step elsewhere."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..state import Metrics, Tracker
+from ..protocols import Tracker
+from ..state import Metrics
 
 
 def open_progress(total_steps: int, *, after_step: int, file: TextIO) -> Tracker:
-    """A live bar on a terminal, plain lines elsewhere.
+    """Build a progress bar if `file` is a terminal, and a tracker that prints plain lines otherwise.
 
     Args:
-        total_steps: of the whole run.
-        after_step: the step that the run goes on from.
-        file: where to write.
+        total_steps: Total number of steps of the run.
+        after_step: Step that the run resumes from; 0 for a new run.
+        file: Text stream to write to.
     """
     if file.isatty():
         return Bar(total_steps, after_step=after_step, console=Console(file=file))
@@ -27,7 +28,7 @@ def open_progress(total_steps: int, *, after_step: int, file: TextIO) -> Tracker
 
 
 class Bar:
-    """A rich progress bar with the numbers of the last logged step; evaluations stay above it as lines."""
+    """Tracker with a rich progress bar and the metrics of the last logged step; evaluations are printed above it."""
 
     def __init__(self, total_steps: int, *, after_step: int, console: Console) -> None:
         self._progress = Progress(
@@ -39,26 +40,26 @@ class Bar:
             TextColumn("{task.fields[numbers]}"),
             console=console,
             refresh_per_second=4,
-            redirect_stdout=False,  # the worker's own streams go to its log
+            redirect_stdout=False,  # stdout and stderr of the worker go to its log file
             redirect_stderr=False,
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=after_step, numbers="")
         self._progress.start()
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        """Move the bar, or print an evaluation above it."""
+        """Advance the bar, or print an evaluation above it."""
         if evaluation := format_evaluation(metrics):
             self._progress.console.print(f"step {step}  {evaluation}", markup=False, highlight=False)
         if numbers := "  ".join(format_training(metrics)):
             self._progress.update(self._task, completed=step, numbers=numbers)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar and leave it on the screen."""
         self._progress.stop()
 
 
 class Lines:
-    """One line of plain text a logged step, without control characters."""
+    """Tracker that prints one line of plain text per logged step, without control characters."""
 
     def __init__(self, total_steps: int, *, file: TextIO) -> None:
         self._total_steps = total_steps
@@ -75,11 +76,11 @@ class Lines:
         print(f"step {step}/{self._total_steps}", *filter(None, words), sep="  ", file=self._file, flush=True)
 
     def close(self) -> None:
-        """Nothing: the file is its owner's."""
+        """Do nothing; the caller closes the file."""
 
 
 def format_training(metrics: Metrics) -> Iterator[str]:
-    """Loss, tokens/s, memory and learning rate of a training step, of those that are there."""
+    """Format those of loss, learning rate, tokens/s and peak memory that are in the metrics of a training step."""
     for name, text in (
         ("train/loss", "loss {:.4f}"),
         ("train/learning_rate", "lr {:.2e}"),
@@ -92,5 +93,5 @@ def format_training(metrics: Metrics) -> Iterator[str]:
 
 
 def format_evaluation(metrics: Metrics) -> str:
-    """The evaluation's numbers, or an empty string if there are none."""
+    """Format the evaluation metrics; the result is empty if there are none."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval/"))

@@ -1,4 +1,4 @@
-"""Weights & Biases: the run's metrics and settings, online or on disk; never its secrets, never in training's way."""
+"""Weights & Biases (W&B) tracking, online or offline, which never logs secrets and never interrupts training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import wandb
 from ..config.track import TrackConfig
 from ..errors import MachineError
 from ..process.place import environ
-from ..state import Metrics, Tracker
+from ..protocols import Tracker
+from ..state import Metrics
 from .compose import NullTracker
 
 INIT_TIMEOUT_S = 60
@@ -28,11 +29,11 @@ HIDDEN = "[hidden]"
 
 
 class WandbTracker:
-    """A W&B run. Whatever W&B raises is a warning, said once; training goes on.
+    """Tracker of a W&B run. The first error that W&B raises disables the tracker with a warning.
 
     Args:
-        run: the run, as `wandb.init` gave it.
-        warn: takes a sentence for the user.
+        run: Run returned by `wandb.init`.
+        warn: Shows a warning to the user.
     """
 
     def __init__(self, run: Any, warn: Callable[[str], None]) -> None:
@@ -40,15 +41,15 @@ class WandbTracker:
         self._warn = warn
 
     def log(self, metrics: Metrics, *, step: int) -> None:
-        """Log under the same names as everywhere; steps that W&B has already are W&B's to ignore."""
+        """Log under the same metric names as in metrics.jsonl; W&B ignores steps that it has already recorded."""
         self._call("log", dict(metrics), step=step)
 
     def close(self) -> None:
-        """Finish the run; what could not be sent stays on disk for `wandb sync`."""
+        """Finish the run; data that was not uploaded remains on disk for `wandb sync`."""
         self._call("finish")
         if self._run is not None:
             self._run = None
-            # `finish` returns before W&B's service has written its file, and the service ends with this process.
+            # `finish` returns before the W&B service has written its file, and the service ends with this process.
             with contextlib.suppress(Exception):
                 wandb.teardown()
 
@@ -61,7 +62,7 @@ class WandbTracker:
             folder = getattr(self._run, "dir", None)
             self._run = None
             reason = _first_line(error)
-            self._warn(f"W&B failed and is given up ({reason}); what it has is in {folder}, see `wandb sync`")
+            self._warn(f"W&B failed ({reason}) and is disabled; upload the data in {folder} with `wandb sync`")
 
 
 def open_wandb(
@@ -73,21 +74,23 @@ def open_wandb(
     run_id: str | None,
     warn: Callable[[str], None] | None = None,
 ) -> tuple[Tracker, str | None]:
-    """Begin a W&B run in `run_dir`/wandb, or go on with the run `run_id`.
+    """Start a W&B run in the folder `wandb` of the run directory, or resume the W&B run `run_id`.
+
+    If W&B cannot be reached, the run is started offline; if this fails too, W&B is disabled for this run.
 
     Args:
-        config: mode, project, name and tags.
-        run_dir: the run's folder.
-        run_name: the name in W&B unless `config` has one.
-        settings: what is shown as the run's config; values that look like secrets are hidden.
-        run_id: of the run that a checkpoint belongs to.
-        warn: takes a sentence for the user; a Python warning if not given.
+        config: W&B mode, project, run name, group and tags.
+        run_dir: Directory of the run.
+        run_name: Name of the W&B run if `config` has none.
+        settings: Configuration to log; values that look like secrets are replaced.
+        run_id: ID of the W&B run to resume, from a checkpoint; None starts a new one.
+        warn: Shows a warning to the user; `warnings.warn` by default.
 
     Returns:
-        The tracker, and the run's id to keep in checkpoints (None without W&B; `run_id` is then still valid).
+        The tracker, and the W&B run ID to store in checkpoints, which is `run_id` if W&B is disabled.
 
     Raises:
-        MachineError: `online` was asked for, and no key is found.
+        MachineError: If `track.wandb` is `online` and no API key is found.
     """
     warn = warn or _warn
     mode = find_mode(config.wandb)
@@ -107,21 +110,22 @@ def open_wandb(
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 return WandbTracker(_begin(attempt, run_dir, arguments), warn), identity
-        except Exception as error:  # a tracker's failure is never the training's
-            then = "goes on offline" if attempt == "online" else "is left out"
-            warn(f"W&B could not begin {attempt} ({_first_line(error)}) and {then}")
+        except Exception as error:  # training must not fail because tracking does
+            then = "starting offline" if attempt == "online" else "W&B is disabled"
+            warn(f"W&B cannot start {attempt} ({_first_line(error)}); {then}")
             with contextlib.suppress(Exception):
-                wandb.teardown()  # its service takes the id for used otherwise
+                wandb.teardown()  # otherwise the W&B service considers the run ID to be in use
     return NullTracker(), run_id
 
 
 def find_mode(wanted: str) -> str:
-    """What `track.wandb` becomes here: online, offline or off.
+    """Resolve `track.wandb` to online, offline or off.
 
-    `auto` follows WANDB_MODE where that is set, as W&B's users expect; then it is online where a key is found.
+    `auto` follows WANDB_MODE if that is offline or disabled; otherwise, it is online if an API key is found, and else
+    offline.
 
     Raises:
-        MachineError: `online` without a key.
+        MachineError: If `wanted` is `online` and no API key is found.
     """
     if wanted == "auto":
         asked = {"offline": "offline", "dryrun": "offline", "disabled": "off"}.get(environ("WANDB_MODE") or "")
@@ -129,14 +133,14 @@ def find_mode(wanted: str) -> str:
     if wanted == "online" and not has_key():
         raise MachineError.of(
             "track.wandb=online",
-            "no W&B key is found: neither WANDB_API_KEY nor an entry of ~/.netrc",
-            "run `wandb login`, set WANDB_API_KEY, or set track.wandb=offline and `wandb sync` later",
+            "no W&B API key was found in WANDB_API_KEY or ~/.netrc",
+            "run `wandb login`, set WANDB_API_KEY, or set track.wandb=offline and run `wandb sync` later",
         )
     return wanted
 
 
 def has_key() -> bool:
-    """Whether W&B can log in without asking: by environment, or by the machine's netrc file."""
+    """Return whether the environment or the netrc file has an API key for the W&B server."""
     if environ("WANDB_API_KEY"):
         return True
     host = urllib.parse.urlsplit(environ("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
@@ -148,7 +152,7 @@ def has_key() -> bool:
 
 
 def hide_secrets(value: Any) -> Any:
-    """`value` (nested) with what looks like a secret replaced: the values of such keys, and parts of strings."""
+    """Replace secrets in nested data: values whose key names a secret, and parts of strings that look like one."""
     if isinstance(value, Mapping):
         return {k: HIDDEN if _names_secret(str(k)) and v else hide_secrets(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -166,7 +170,7 @@ def _names_secret(key: str) -> bool:
 
 
 def _begin(mode: str, run_dir: Path, arguments: Mapping[str, Any]) -> Any:
-    """`wandb.init` with nothing captured: no code, no argv, no console, no machine's package list, no git remote."""
+    """Call `wandb.init` without capturing code, arguments, console output, package list or git remote."""
     wanted: dict[str, Any] = {
         "mode": mode,
         "root_dir": str(run_dir),
@@ -184,7 +188,7 @@ def _begin(mode: str, run_dir: Path, arguments: Mapping[str, Any]) -> Any:
     }
     known = wandb.Settings.model_fields
     options = {name: value for name, value in wanted.items() if name in known}
-    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)  # wandb falls back to /tmp where there is no such folder
+    (run_dir / "wandb").mkdir(parents=True, exist_ok=True)  # wandb falls back to /tmp if this folder does not exist
     return wandb.init(**arguments, dir=str(run_dir), resume="allow", settings=wandb.Settings(**options))
 
 

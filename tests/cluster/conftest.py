@@ -1,4 +1,4 @@
-"""A real SLURM cluster and real ssh hosts on this machine, each put up once."""
+"""Fixtures that start a real SLURM cluster and real ssh hosts on this machine, once per module."""
 
 import os
 import shutil
@@ -21,16 +21,16 @@ def pytest_collection_modifyitems(items):
 
 def put_up(script, *options):
     if not SCRIPTS.is_dir():
-        pytest.skip("no ../shared/cluster with the scripts that put up clusters")
+        pytest.skip("../shared/cluster with the scripts that start clusters does not exist")
     if os.geteuid() != 0:
-        pytest.skip("clusters need root")
-    folder = tempfile.mkdtemp(prefix="dist-ft-", dir="/tmp")  # a socket's path in it must be short
+        pytest.skip("starting a cluster requires root")
+    folder = tempfile.mkdtemp(prefix="dist-ft-", dir="/tmp")  # the paths of sockets in it must be short
     run = subprocess.run([SCRIPTS / script, *options, f"{folder}/c"], capture_output=True, text=True, timeout=240)
     if run.returncode:
         shutil.rmtree(folder, ignore_errors=True)
-        # where everything was installed for it (CI), a cluster that does not come up is a failure
+        # CI installs all requirements, so a cluster that does not start is a failure there.
         end = pytest.fail if os.environ.get("CI") else pytest.skip
-        end(f"{script} cannot put up a cluster here: {run.stderr.strip()[-300:]}")
+        end(f"{script} cannot start a cluster on this machine: {run.stderr.strip()[-300:]}")
     printed = subprocess.run(
         ["bash", "-c", run.stdout + '\nprintf "%s\\n" "$PATH" "${HOSTFILE:-}" "$CLUSTER_DIR"'],
         capture_output=True,
@@ -62,7 +62,7 @@ def hosts():
 
 @pytest.fixture
 def tiny_words(tmp_path, tiny_llama):
-    """The words of a training run of seconds."""
+    """Return the arguments of a training run that takes seconds."""
     rows = ROOT / "dist_ft" / "data" / "support_desk" / "validation.jsonl"
     return [
         *(f"model.name_or_path={tiny_llama}", "data=jsonl", f"data.train={rows}", "track=off"),

@@ -1,4 +1,4 @@
-"""`launch=deepspeed` on two hosts, over real ssh and pdsh."""
+"""Tests of `launch=deepspeed` on two hosts, over real ssh and pdsh."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_a_failing_worker_ends_the_other_host_too_and_its_code_is_the_runs(hosts
 def test_no_worker_outlives_the_command(hosts, env, tmp_path, signum):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").touch()
-    (tmp_path / "run" / "fail-9").touch()  # nobody: all wait
+    (tmp_path / "run" / "fail-9").touch()  # rank 9 does not exist, so all workers wait
     process = start(STUB, words_of(hosts, tmp_path), env)
     end = time.monotonic() + 60
     while len(said_by(tmp_path / "run")) < 4:
@@ -122,8 +122,8 @@ def test_every_bad_host_is_named_before_anything_starts(hosts, env, tmp_path):
     process = start(STUB, words_of(hosts, tmp_path, *words, hostfile=hostfile), env)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3, output
-    assert "nowhere: ssh does not get in" in output
-    assert "10.77.0.99: ssh does not get in" in output
+    assert "nowhere: ssh cannot log in" in output
+    assert "10.77.0.99: ssh cannot log in" in output
     assert "n1:" not in output
     assert not said_by(tmp_path / "run")
 

@@ -1,4 +1,4 @@
-"""`dist-ft submit launch=slurm` on two nodes of a real SLURM."""
+"""Tests of `dist-ft submit launch=slurm` on two nodes of a real SLURM cluster."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def submit(code, words, env):
 
 
 def finish(identity, env, limit_s):
-    """Wait for a job's end; its state and exit code."""
+    """Wait until a job has ended; return its state and exit code."""
     end = time.monotonic() + limit_s
     while True:
         shown = subprocess.run(["scontrol", "show", "job", identity], env=env, capture_output=True, text=True).stdout
@@ -87,10 +87,10 @@ def test_a_failing_worker_ends_the_job_with_its_code(slurm, env, tmp_path):
 def test_what_slurm_refuses_is_said_in_its_words(slurm, env, tmp_path):
     run = submit(STUB, stub_words(tmp_path, "launch.workers_per_node=1", "launch.partition=none"), env)
     assert run.returncode == 3
-    assert "SLURM refuses the job: " in run.stderr
+    assert "SLURM rejects the job: " in run.stderr
     assert "invalid partition" in run.stderr.lower()
     words = [word for word in stub_words(tmp_path, "launch.workers_per_node=1") if word != "launch.gpus_per_node=0"]
-    assert submit(STUB, [*words, "launch.gpus_per_node=3"], env).returncode == 3  # nodes have 2
+    assert submit(STUB, [*words, "launch.gpus_per_node=3"], env).returncode == 3  # each node has 2 GPUs
 
 
 def test_trains_for_real(slurm, env, tmp_path, tiny_words):

@@ -17,7 +17,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.loop import fit
 from dist_ft.prepare import prepare
 from dist_ft.process import comm
-from dist_ft.process.place import Place
+from dist_ft.process.place import Place, Worker
 from dist_ft.state import Weights
 
 
@@ -33,17 +33,17 @@ def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     prepared = prepare(config)
     comm.barrier()
     torch.manual_seed(1234 + place.rank)  # ranks that start from their own random state must not matter
-    run = build(plan, prepared, place, torch.device("cpu"), sys.stderr, lambda phase: None)
+    run = build(plan, prepared, Worker(place, torch.device("cpu"), sys.stderr, lambda phase: None))
     if case.get("stop_after"):
         run.total_steps = case["stop_after"]  # the schedule still aims at the configured end
-    with contextlib.closing(run.tracker):
+    with contextlib.closing(run.records.tracker):
         progress = fit(run)
         if case.get("export"):
-            run.export()
-    keep_weights(place, run.engine.weights(trainable=True), plan.run_dir / "weights.pt")
-    keep_weights(place, run.engine.weights(trainable=False), plan.run_dir / "all_weights.pt")
+            run.records.export()
+    keep_weights(place, run.training.engine.weights(trainable=True), plan.run_dir / "weights.pt")
+    keep_weights(place, run.training.engine.weights(trainable=False), plan.run_dir / "all_weights.pt")
     comm.barrier()
-    return {"step": progress.step, "engine": type(run.engine).__name__}
+    return {"step": progress.step, "engine": type(run.training.engine).__name__}
 
 
 def keep_weights(place: Place, weights: Weights, path: Path) -> None:
@@ -77,7 +77,7 @@ def buffers_after_setup(place: Place, configs: list[dict[str, Any]]) -> list[dic
         config = RunConfig.model_validate(given)
         plan = make_plan(config, nodes=1, workers_per_node=place.world_size, origins={})
         write_plan(plan)
-        run = build(plan, prepare(config), place, torch.device("cpu"), sys.stderr, lambda phase: None)
-        model: Any = run.engine.model  # type: ignore[attr-defined]
+        run = build(plan, prepare(config), Worker(place, torch.device("cpu"), sys.stderr, lambda phase: None))
+        model: Any = run.training.engine.model  # type: ignore[attr-defined]
         found.append({name: [str(b.dtype), float(b.double().sum())] for name, b in model.named_buffers()})
     return found

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from dist_ft.build import build
 from dist_ft.config.plan import make_plan, write_plan
 from dist_ft.config.run import RunConfig
-from dist_ft.families import build_method, choose_attention, model_factory
+from dist_ft.families import ModelRecipe, build_method, choose_attention
 from dist_ft.loop import Run, fit
 from dist_ft.prepare import prepare
 from dist_ft.process import comm
-from dist_ft.process.place import Place
+from dist_ft.process.place import Place, Worker
 from dist_ft.state import CAUSAL_LM
 
 
@@ -44,7 +44,7 @@ def hold(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     trim()
     comm.barrier()
     resident = forget_peak()
-    run = build(plan, prepared, place, torch.device("cpu"), sys.stderr, lambda phase: None)
+    run = build(plan, prepared, Worker(place, torch.device("cpu"), sys.stderr, lambda phase: None))
     found: dict[str, Any] = {"build_peak": peak_resident() - resident}
     trim()
     found["build"] = read_status("VmRSS") - resident
@@ -63,10 +63,10 @@ def load_all(place: Place, configs: list[dict[str, Any]]) -> list[int]:
         config = RunConfig.model_validate(given)
         prepared = prepare(config)
         attention = choose_attention(config, prepared.model_dir, torch.device("cpu"), CAUSAL_LM)
-        factory = model_factory(config, prepared.model_dir, attention, CAUSAL_LM, build_method(config))
+        recipe = ModelRecipe(config, prepared.model_dir, attention, CAUSAL_LM, build_method(config))
         trim()
         resident = read_status("VmRSS")
-        model = factory(place.is_main)
+        model = recipe.build(weights=place.is_main)
         trim()
         found.append(read_status("VmRSS") - resident)
         del model
@@ -76,7 +76,7 @@ def load_all(place: Place, configs: list[dict[str, Any]]) -> list[int]:
 
 def watch_steps(run: Run, before: list[Tensor]) -> dict[str, Any]:
     """Train to the end; count between the last backward and its step, when moments are there and gradients still."""
-    engine: Any = run.engine
+    engine: Any = run.training.engine
     found: dict[str, Any] = {}
     step, left = engine.step, iter(range(run.total_steps - 1, -1, -1))
 

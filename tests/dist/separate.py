@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from dist_ft.config.engine import FsdpConfig, Zero3Config
 from dist_ft.engine import deepspeed as zero
 from dist_ft.engine.ddp import Ddp
 from dist_ft.engine.fsdp import Fsdp
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.moe.policy import keep_in_graph
 from dist_ft.process.place import Place
-from dist_ft.state import Batch, LossSum
+from dist_ft.state import Batch, BuiltModel, LossSum
 
 WIDTH, EXPERTS, LAYERS, STEPS = 320, 4, 2, 3  # 320 x 320 is above the size that ZeRO-3 never takes apart
 
@@ -79,17 +81,14 @@ def train(place: Place, case: dict[str, Any]) -> list[float]:
         "fsdp": lambda: Fsdp(FsdpConfig(name="fsdp"), **options),
         "zero3": lambda: zero.Zero(Zero3Config(name="zero3"), micro_batch_size=2, accumulation_steps=1, **options),
     }[case["engine"]]()
+    torch.manual_seed(0)
+    model = Model()
+    anatomy = find_anatomy(model)
+    if case.get("touch", True):
+        keep_in_graph(anatomy)
     if not case.get("leaf", True):
-        zero.find_mixtures = lambda model: []
-
-    def build(weights: bool) -> nn.Module:
-        torch.manual_seed(0)
-        model = Model()
-        if case.get("touch", True):
-            keep_in_graph(model)
-        return model
-
-    engine.setup(build, lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-3))
+        anatomy = replace(anatomy, mixtures=())
+    engine.setup(BuiltModel(model, anatomy), lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-3))
     found = []
     for step in range(STEPS):
         batches = [batch_of(place.rank, step)] if place.world_size > 1 else [batch_of(0, step), batch_of(1, step)]

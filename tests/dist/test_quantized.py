@@ -98,13 +98,13 @@ def test_merged_into_the_whole_base(
     spawn(1, "tests.dist.cases:run_cases", [{"config": config, "export": True}])
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     export_again([str(tmp_path / "run"), f"out={tmp_path / 'again'}"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("adapter over the")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("adapter on the")]
     own, whole_base = (float(line.split("relative ")[1]) for line in lines)
-    assert own < 1e-5 < 1e-2 < whole_base and "nf4 base" in lines[0] and "base in float32" in lines[1]
-    assert f"relative {lines[1].split('relative ')[1]}" in card and "over the base in nf4" in card
+    assert own < 1e-5 < 1e-2 < whole_base and "nf4 base" in lines[0] and "base model in float32" in lines[1]
+    assert f"relative {lines[1].split('relative ')[1]}" in card and "on the nf4 base model" in card
     export_again([str(tmp_path / "run"), "merge=true", f"out={tmp_path / 'merged'}"])
     said = capsys.readouterr().out
-    assert "against the dequantised nf4 base that was trained on" in said and "merged in memory" in said
+    assert "instead of the nf4 base model" in said and "merged in memory" in said
     whole = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     base = LlamaForCausalLM.from_pretrained(wide)
     change = whole.model.layers[0].self_attn.q_proj.weight - base.model.layers[0].self_attn.q_proj.weight

@@ -17,6 +17,7 @@ import transformers
 
 from dist_ft.errors import RequestError
 from dist_ft.families import METHODS
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.state import Architecture
 from dist_ft.testing.spawn import spawn
 from tests.dist import conftest
@@ -186,4 +187,4 @@ def test_what_cannot_work_is_refused_with_the_reason(shape: str, method: str, ba
     model = getattr(transformers, architecture_of(shape).auto_class).from_pretrained(bases[shape])
     settings = read_method(CASES[method])
     with pytest.raises(RequestError, match=REFUSED[shape, method]):
-        METHODS[settings.name](settings).apply(model)
+        METHODS[settings.name](settings).apply(find_anatomy(model))

@@ -1,4 +1,4 @@
-"""One rank's failure is everyone's, at once: one report, the right exit code, and no process left behind."""
+"""Tests of failures: when one rank fails, all end promptly, with one report, one exit code and no process left."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 INJECT = Path(__file__).parent / "inject"
-LIMIT_S = 10  # from the fault to the last process's end
+LIMIT_S = 10  # from the fault until the last process has ended
 
 
 class Job:
-    """A `dist-ft train` with a fault in it."""
+    """A `dist-ft train` process with an injected fault."""
 
     def __init__(self, folder: Path, fault: str, words: list[str]) -> None:
         self.folder, self.mark = folder, folder / "mark"
@@ -42,7 +42,7 @@ class Job:
         )
 
     def wait_for_fault(self) -> float:
-        """When the fault happened."""
+        """Wait for the fault and return its time."""
         deadline = time.time() + 120
         while not self.mark.exists() or not self.mark.read_text():
             assert self.process.poll() is None and time.time() < deadline, self.output()
@@ -54,7 +54,7 @@ class Job:
         return self.process.communicate()[0]
 
     def members(self) -> list[psutil.Process]:
-        """Every process that descends from the command, also orphans: the environment tells."""
+        """Return all descendants of the command including orphans, identified by an environment variable."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -122,7 +122,7 @@ def test_a_killed_rank_stops_all(start) -> None:
     assert "dist-ft: training failed" in output
 
 
-@pytest.mark.parametrize(("kind", "what"), [("hang", "no progress"), ("stop", "no sign of life")])
+@pytest.mark.parametrize(("kind", "what"), [("hang", "no progress"), ("stop", "no heartbeat")])
 def test_a_rank_that_stops_answering_is_named(start, kind: str, what: str) -> None:
     job = start(f"{kind}:1:3", "ddp", "train.timeout_s=4")
     since = job.wait_for_fault()
@@ -130,7 +130,7 @@ def test_a_rank_that_stops_answering_is_named(start, kind: str, what: str) -> No
     assert job.process.returncode == 4, output
     assert what in output and "rank 1 on" in output, output
     if kind == "hang":
-        assert "sitecustomize.py" in output, "the stack of the rank that hangs should be shown"
+        assert "sitecustomize.py" in output, "the output must contain the stack of the hanging rank"
     job.assert_gone(since + 8)
 
 

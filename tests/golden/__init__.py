@@ -1,4 +1,4 @@
-"""Texts as they should be, in files; `DIST_FT_WRITE_GOLDEN=1 pytest …` writes them anew, for a look at the diff."""
+"""Golden files with expected texts; `DIST_FT_WRITE_GOLDEN=1 pytest …` rewrites them, so that git shows the changes."""
 
 import difflib
 import os
@@ -14,4 +14,4 @@ def check_golden(name: str, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     wanted = path.read_text(encoding="utf-8") if path.exists() else ""
     diff = "\n".join(difflib.unified_diff(wanted.splitlines(), text.splitlines(), name, "rendered", lineterm=""))
-    assert text == wanted, f"not as in tests/golden/{name}:\n{diff}"
+    assert text == wanted, f"differs from tests/golden/{name}:\n{diff}"

@@ -1,12 +1,12 @@
 #!/bin/bash
-# Trains first on 2 hosts with 2 workers each. Run by
-# `dist-ft train`, which looks at every host first; can be run by hand.
+# Trains first on 2 hosts with 2 workers each.
+# `dist-ft train` checks every host and then runs this script, which can also be run by hand.
 cd /home/ada || exit 3
 export DS_ENV_FILE=/runs/first/workers.env
 export PDSH_SSH_ARGS_APPEND='-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2'
 export PDSH_RCMD_TYPE=ssh
 export DS_ACCELERATOR=cpu
-# DeepSpeed hands on what begins so, and pastes it into a command unquoted; workers.env has it quoted.
+# DeepSpeed forwards variables with these prefixes unquoted; workers.env has them quoted instead.
 for name in ${!PYTHON*} ${!MLFLOW*} ${!MV2*} ${!UCX*} ${!NCCL*}; do unset "$name"; done
 exec /opt/env/bin/python -m deepspeed.launcher.runner \
   --hostfile=/runs/first/hostfile \

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Trains first: one worker here, zero2. Run by
-# `dist-ft train`, which also ends what is left when a worker fails; can be run by hand.
+# Trains first: one worker on this machine, zero2.
+# `dist-ft train` runs this script and cleans up after a failure; it can also be run by hand.
 cd '/home/ada/my work' || exit 3
 export OMP_NUM_THREADS=16
 export DS_ACCELERATOR=cpu

@@ -1,4 +1,4 @@
-"""Every YAML file that is shipped is composed, checked and planned."""
+"""Tests that compose, check and plan every YAML file in conf/."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from dist_ft.launch.paths import CONF_DIR
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
 FILES = sorted(CONF_DIR.glob("*/*.yaml"))
-NEEDS = {  # what only the user can give, for each file that leaves it open
+NEEDS = {  # required arguments of the files that have no value for a required key
     "task/causal_lm": ["data=text", "data.train=rows.jsonl"],
     "task/masked_lm": ["data=text", "data.train=rows.jsonl"],
     "task/question_answering": ["data=jsonl", "data.train=rows.jsonl"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_ft.config.run import RunConfig
-from dist_ft.families import build_method, choose_attention, model_factory
+from dist_ft.families import ModelRecipe, build_method, choose_attention
 from dist_ft.state import CAUSAL_LM
 from dist_ft.task.batches.tokens import collate_documents, collate_padded, sum_losses
 from tests.samples import samples_of
@@ -49,7 +49,9 @@ def test_noise_on_embeddings_reaches_the_model_under_every_wrapper(method: dict[
         collate = collate_documents if attention.padding_free else collate_padded
         rows = [np.array(row) for row in ([3, 4, 5, 6, 7], [9, 8, 7])]
         batch = collate(samples_of([[{"input_ids": row, "labels": row}] for row in rows]))
-        model = model_factory(config, str(tiny_llama), attention, CAUSAL_LM, build_method(config))(True)
+        model = (
+            ModelRecipe(config, str(tiny_llama), attention, CAUSAL_LM, build_method(config)).build(weights=True).model
+        )
         found = []
         for training in (True, False):
             torch.manual_seed(0)
@@ -64,7 +66,9 @@ def test_noise_on_embeddings_reaches_the_model_under_every_wrapper(method: dict[
 def test_dropout_of_the_model_is_set(tiny_llama: Path) -> None:
     config = make_config(tiny_llama, {"name": "full"}, model={"dropout": 0.25})
     attention = choose_attention(config, str(tiny_llama), CPU, CAUSAL_LM)
-    model: Any = model_factory(config, str(tiny_llama), attention, CAUSAL_LM, build_method(config))(True)
+    model: Any = (
+        ModelRecipe(config, str(tiny_llama), attention, CAUSAL_LM, build_method(config)).build(weights=True).model
+    )
     assert model.model.layers[0].self_attn.attention_dropout == 0.25
 
 
@@ -77,7 +81,7 @@ def test_a_model_without_weights_generates_as_its_folder_says(tiny_llama: Path, 
     for model in ({}, {"from_scratch": True}):
         config = make_config(folder, {"name": "full"}, model=model)
         attention = choose_attention(config, str(folder), CPU, CAUSAL_LM)
-        build: Any = model_factory(config, str(folder), attention, CAUSAL_LM, build_method(config))
-        read, bare = (build(weights).generation_config for weights in (True, False))
+        recipe = ModelRecipe(config, str(folder), attention, CAUSAL_LM, build_method(config))
+        read, bare = (recipe.build(weights=weights).model.generation_config for weights in (True, False))
         assert read.no_repeat_ngram_size == 3 and read.eos_token_id == [2, 7]
         assert bare.to_dict() == read.to_dict()

@@ -1,4 +1,4 @@
-"""The tiny model and tokenizer that other tests build on."""
+"""Tests of the tiny model and tokenizer that other tests use."""
 
 from __future__ import annotations
 

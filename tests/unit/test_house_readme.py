@@ -1,4 +1,4 @@
-"""What the documents tell a reader to type works: commands plan, targets exist, tables say what the code has."""
+"""Tests of the documentation: commands can be planned, make targets exist, and tables match the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SITE = Site(python="python", cwd="/work", cores=2)
 
 
 def commands(path: Path) -> list[str]:
-    """The lines of a document's `sh` blocks, continued ones joined, comments left out."""
+    """Return the lines of the `sh` blocks of a document, with continuation lines joined and without comments."""
     blocks = "\n".join(BLOCK.findall(path.read_text(encoding="utf-8"))).replace("\\\n", " ")
     return [line.strip() for line in blocks.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
@@ -45,7 +45,7 @@ YAML_COMMANDS = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that the documents name."""
+    """Create a folder with the files that the documents refer to."""
     monkeypatch.chdir(tmp_path)
     for name in ("rows.jsonl", "validation.jsonl", "my_rows.jsonl"):
         (tmp_path / name).write_text(ROW * 200)
@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan_of(words: list[str]) -> Plan:
-    """Compose, check, plan and render, as `dist-ft plan` does."""
+    """Compose, check, plan and render, like `dist-ft plan`."""
     composed = compose(words)
     problems = check(composed.config, composed.origins)
     assert not problems, "\n".join(map(str, problems))
@@ -73,7 +73,7 @@ def plan_of(words: list[str]) -> Plan:
 
 
 def try_command(line: str) -> None:
-    """Take a `dist-ft` line as far as it goes without starting a worker or loading a model."""
+    """Run a `dist-ft` line as far as possible without starting a worker or loading a model."""
     options = cli._parser().parse_args(shlex.split(line)[1:])
     if options.command in ("train", "submit", "plan", "data"):
         assert options.config_dir is None
@@ -122,7 +122,7 @@ def test_readme_names_every_command() -> None:
 
 
 def group_rows() -> list[str]:
-    """The table of groups as the code has it: choices are files, keys those of each choice's schema."""
+    """Return the rows of the table of groups as defined by the code: choices by file, keys by schema."""
     rows = []
     for group, field in RunConfig.model_fields.items():
         records = members(field.annotation)
@@ -130,7 +130,7 @@ def group_rows() -> list[str]:
             continue
         shared = [key for key in records[0].model_fields if all(key in r.model_fields for r in records)]
         keys = [f"`{key}`" for key in shared if key != "name"]
-        alike: dict[str, list[str]] = {}  # keys → the choices that have just these
+        alike: dict[str, list[str]] = {}  # keys → choices with exactly these keys
         for record in records:
             own = " ".join(f"`{key}`" for key in record.model_fields if key not in shared and key != "name")
             if own:

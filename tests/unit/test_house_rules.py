@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: where the environment is read, how long a file may be, what stays in."""
+"""Tests of project conventions that no linter checks: environment access, file length, names, packaging, YAML files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import yaml
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # comes with pytest there
+    import tomli as tomllib  # a dependency of pytest on Python 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
-# spawn.py is the launcher of the tests' workers
+# spawn.py launches the workers of the tests
 ENVIRONMENT_READERS = {"launch/environ.py", "dist_ft/process/place.py", "dist_ft/testing/spawn.py"}
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60
 
 
 def sources() -> list[Path]:
-    """Every module of the package once; the symbolic links in dist_ft/ lead to the top-level folders."""
+    """Return every module of the package once; symbolic links in dist_ft/ point to the top-level folders."""
     return sorted([*ROOT.glob("launch/**/*.py"), *(p for p in ROOT.glob("dist_ft/**/*.py") if not _linked(p))])
 
 
@@ -33,7 +33,7 @@ def _linked(path: Path) -> bool:
 
 
 def environment_reads(tree: ast.AST) -> Iterator[int]:
-    """Line numbers that touch os.environ or os.getenv, under whatever name os was imported."""
+    """Yield the line numbers that use os.environ or os.getenv, under any name of the os module."""
     names = {"os"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -128,12 +128,12 @@ def test_every_yaml_opens_with_a_sentence_and_its_command() -> None:
         text = path.read_text(encoding="utf-8")
         first = text.splitlines()[0]
         assert re.match(r"# .*`dist-ft (train|submit|plan|eval|generate)[^`]*`", first), f"{path}: {first}"
-        assert not re.search(r"\b_target_\b", text), f"{path}: a configuration names things, it never names code"
+        assert not re.search(r"\b_target_\b", text), f"{path}: a configuration must not name code (_target_)"
         yaml.safe_load(text)
 
 
 def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
-    """pytest's own default leaves out folders called dist."""
+    """By default, pytest skips folders named dist."""
     folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")}
     assert "dist" in folders
     passed_over = {f for f in folders for p in pytestconfig.getini("norecursedirs") if fnmatch.fnmatch(f, p)}

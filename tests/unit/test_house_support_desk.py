@@ -1,4 +1,4 @@
-"""The embedded instruction set: well formed, consistent, balanced, and no row in two splits."""
+"""Tests of the support_desk data set: well formed, consistent, balanced, and no row in two splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing a run: what the workers find, what the ledger says, and what is refused with which way out."""
+"""Tests of preparation: the prepared data, the ledger, and the errors for invalid requests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def problem(config: RunConfig, kind: type[DistFtError] = RequestError, index: in
 
 
 def check_sums(prepared: Prepared) -> dict[str, Any]:
-    """Recount the ledger from the arrays."""
+    """Check the counts in the ledger against the arrays."""
     split = prepared.train
     ledger, table, samples = split.ledger, split.open_table(), split.open_samples()
     assert ledger["rows_read"] == ledger["rows_kept"] + sum(t["rows"] for t in ledger["dropped"].values())
@@ -91,7 +91,7 @@ def test_rows_become_a_table_once(make_config: Any, tiny_tokenizer: Path) -> Non
 
 
 def test_pairs_stay_together(make_config: Any) -> None:
-    """Overlong ones are dropped whole, equal and empty ones counted; the reference stands beside each sequence."""
+    """Overlong pairs are dropped whole, equal and empty pairs are counted; each sequence has its reference value."""
     pairs = [
         {"prompt": CHAT[:1], "chosen": "No.", "rejected": "No. " * 90},
         {"prompt": CHAT[:1], "chosen": "按住按钮。", "rejected": "اضغط"},
@@ -143,7 +143,7 @@ def test_what_shapes_the_tokens_is_in_the_key_and_nothing_else(make_config: Any,
         template.write_text(text)
         keys.add(identity.split_folder(make_config(rows, task={"chat_template": str(template)}), "train"))
     assert len(keys) == 2
-    make_config([{"messages": CHAT}])  # the same file with other content
+    make_config([{"messages": CHAT}])  # rewrites the same file with other content
     assert identity.split_folder(base, "train") != folder
 
 
@@ -194,11 +194,9 @@ def test_rows_without_a_supervised_token_are_counted_by_cause(make_config: Any) 
     empty = [{"messages": [CHAT[0], {"role": "assistant", "content": ""}]}] * 2
     found = problem(make_config([{"messages": CHAT}, *mute, *empty]))
     assert found.where == "data.train"
-    assert found.rule.startswith(
-        "7 rows from which nothing is learned (of 8 read): 5 because there is no assistant turn"
-    )
+    assert found.rule.startswith("7 rows (of 8 read) cannot be used: 5 because there is no assistant turn")
     assert "rows.jsonl:2, " in found.rule and "rows.jsonl:5;" not in found.rule
-    assert "2 because the assistant's turns are empty" in found.rule
+    assert "2 because the assistant turns are empty" in found.rule
     assert "task.unsupervised=drop" in found.way_out
     ledger = check_sums(prepare(make_config([{"messages": CHAT}, *mute, *empty], task={"unsupervised": "drop"})))
     assert (ledger["rows_read"], ledger["rows_kept"]) == (8, 1)
@@ -218,7 +216,7 @@ def test_over_long_rows_name_the_longest(make_config: Any) -> None:
     assert dropped["dropped"]["longer than task.max_length"]["rows"] == 1
     question = [{"role": "user", "content": "Hold it. " * 40}, CHAT[1]]
     found = problem(make_config([{"messages": question}], task={"overlong": "truncate"}))
-    assert "stands behind task.max_length" in found.rule
+    assert "no token within the first task.max_length tokens is supervised" in found.rule
 
 
 def test_blank_documents_are_left_out_and_counted(make_config: Any) -> None:
@@ -226,7 +224,7 @@ def test_blank_documents_are_left_out_and_counted(make_config: Any) -> None:
         prepare(make_config([{"text": ""}, {"text": "Some text"}, {"text": " "}], task={"name": "causal_lm"}))
     )
     assert ledger["dropped"]["the text is empty"]["rows"] == 2 and ledger["rows_kept"] == 1
-    assert "no row is left of 1" in problem(make_config([{"text": ""}], task={"name": "causal_lm"})).rule
+    assert "none of 1 rows can be used" in problem(make_config([{"text": ""}], task={"name": "causal_lm"})).rule
 
 
 def test_a_block_that_predicts_nothing_is_no_sample(make_config: Any) -> None:
@@ -238,7 +236,7 @@ def test_a_block_that_predicts_nothing_is_no_sample(make_config: Any) -> None:
 def test_tokens_beyond_the_vocabulary_are_another_models(make_config: Any, tiny_llama: Path, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 512], "labels": [1, 512]}]
     found = problem(make_config(rows))
-    assert "token id 512 is beyond the model's 512 embeddings" in found.rule
+    assert "token id 512 is out of range for a model with 512 embeddings" in found.rule
     foreign = tmp_path / "foreign"
     shutil.copytree(tiny_llama, foreign)
     content = json.loads((foreign / "tokenizer.json").read_text())
@@ -251,13 +249,19 @@ def test_tokens_beyond_the_vocabulary_are_another_models(make_config: Any, tiny_
 
 def test_fewer_rows_than_a_global_batch_are_refused(make_config: Any) -> None:
     found = problem(make_config([{"messages": CHAT}] * 3, train={"global_batch_size": 4}))
-    assert found.where == "train.global_batch_size" and "takes 4 rows, data.train has 3" in found.rule
+    assert found.where == "train.global_batch_size" and "needs 4 rows, but data.train has only 3" in found.rule
 
 
 def test_problems_of_model_data_and_task_are_told_apart(make_config: Any, tmp_path: Path) -> None:
-    assert "not for task=causal_lm" in problem(make_config([{"messages": CHAT}], task={"name": "causal_lm"})).rule
-    assert "not for task=instruction" in problem(make_config([{"text": "x"}])).rule
-    assert "gives no tokenizer" in problem(make_config([{"messages": CHAT}], model={"tokenizer": str(tmp_path)})).rule
+    assert (
+        "not supported with task=causal_lm"
+        in problem(make_config([{"messages": CHAT}], task={"name": "causal_lm"})).rule
+    )
+    assert "not supported with task=instruction" in problem(make_config([{"text": "x"}])).rule
+    assert (
+        "has no loadable tokenizer"
+        in problem(make_config([{"messages": CHAT}], model={"tokenizer": str(tmp_path)})).rule
+    )
     config = make_config([{"messages": CHAT}], model={"name_or_path": "package:no_such_model"})
     assert "not installed" in problem(config, MachineError).rule
     template = make_config([{"messages": CHAT}], task={"chat_template": str(tmp_path / "none.jinja")})
@@ -266,7 +270,7 @@ def test_problems_of_model_data_and_task_are_told_apart(make_config: Any, tmp_pa
 
 def test_the_hub_out_of_reach_names_the_way_out(make_config: Any) -> None:
     found = problem(make_config([{"messages": CHAT}], model={"name_or_path": "no-such-owner/no-such-model"}))
-    assert found.where == "model.name_or_path" and "name a folder that is here" in found.way_out
+    assert found.where == "model.name_or_path" and "set it to a local folder" in found.way_out
 
 
 def test_no_room_is_the_machines_fault(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +293,7 @@ def test_the_command_gives_exit_codes(make_config: Any, capsys: pytest.CaptureFi
     assert main([str(write_plan(plan))]) == 0
     plan = make_plan(make_config([{"question": "x"}]), nodes=1, workers_per_node=1, origins={})
     assert main([str(write_plan(plan))]) == 2
-    assert "the request is wrong" in capsys.readouterr().err
+    assert "invalid request" in capsys.readouterr().err
     assert main([]) == 2
 
 

@@ -1,4 +1,4 @@
-"""Which samples each step, rank and micro-batch sees.
+"""Sample order: which samples each step, rank and micro-batch contains.
 
 Imports `data.store`.
 """

@@ -1,4 +1,4 @@
-"""Random streams by name: what is drawn is a function of the purpose, a seed and the step."""
+"""Named random streams, determined by a purpose, a seed and a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import numpy as np
 
 
 def random_words(purpose: str, seed: int, step: int) -> np.random.Philox:
-    """A stream of its own for each purpose, seed and step."""
+    """Return an independent Philox generator for each purpose, seed and step."""
     digest = hashlib.blake2b(f"{purpose}/{seed}/{step}".encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))

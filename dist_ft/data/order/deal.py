@@ -1,4 +1,4 @@
-"""How the samples of a step are divided over ranks and micro-batches."""
+"""Distribution of a step's samples over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import numpy as np
 def deal(
     indices: Sequence[int] | np.ndarray, lengths: np.ndarray, world: int, per_device: int
 ) -> list[list[list[int]]]:
-    """Split the samples of a step over ranks and micro-batches so that each holds about as many tokens.
+    """Distribute the samples of a step over ranks and micro-batches with balanced token counts.
 
-    The longest goes first, each to the micro-batch with the fewest tokens that has room for a row (Graham 1969,
-    longest processing time). Every rank gets the same number of micro-batches; of a partial step some stay empty.
+    Samples are assigned longest first, each to the micro-batch with the fewest tokens that is not full (Graham 1969,
+    longest processing time first). Every rank gets the same number of micro-batches. In a partial step some
+    micro-batches are empty.
 
     Args:
-        indices: the step's samples.
-        lengths: tokens of every sample of the set.
-        world: number of ranks.
-        per_device: most samples of a micro-batch.
+        indices: Sample indices of the step, `[num_samples]`.
+        lengths: Number of tokens of every sample in the dataset.
+        world: World size.
+        per_device: Maximum number of samples per micro-batch.
 
     Returns:
-        rank → micro-batch → samples, in the step's order.
+        Sample indices nested by rank and micro-batch, in the order of the step.
     """
     chosen = np.asarray(indices, dtype=np.int64)
     micros = max(1, math.ceil(len(chosen) / (world * per_device)))
     bins: list[list[int]] = [[] for _ in range(world * micros)]
-    # bin b is micro-batch b // world of rank b % world: what is left of a partial step goes round the ranks first
+    # bin b is micro-batch b // world of rank b % world, so that a partial step fills one micro-batch per rank first
     heap = [(0, b) for b in range(len(bins))]
     sizes = np.asarray(lengths)[chosen]
     for place in np.argsort(-sizes, kind="stable").tolist():

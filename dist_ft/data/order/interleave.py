@@ -1,4 +1,4 @@
-"""Which set each sample of a mixture comes from: every set keeps its share from the first sample on."""
+"""Interleaving of the datasets of a mixture, such that every prefix of the stream keeps each dataset's share."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from .order import Order
 
-PERIOD = 1 << 16  # shares are kept exactly where they repeat after so many samples, and to 1 / PERIOD elsewhere
+PERIOD = 1 << 16  # shares are exact if their period is at most this many samples, else rounded to 1 / PERIOD
 
 
 def share_out(sizes: Sequence[int], weights: Sequence[float] | None, temperature: float) -> list[int]:
-    """How many of each period's samples every set gets; the period is their sum.
+    """Return the number of samples of each dataset per period; the period is their sum.
 
     Args:
-        sizes: samples of each set.
-        weights: shares in any unit; where they are not given, shares are as size^(1/temperature), as in mT5 (Xue et
-            al. 2021, section 3.1, whose α is 1/temperature).
-        temperature: 1 gives each sample of all sets the same chance, infinity each set.
+        sizes: Number of samples of each dataset.
+        weights: Unnormalized shares. If None, shares are proportional to size^(1/temperature), as in mT5 (Xue et al.
+            2021, section 3.1, with α = 1/temperature).
+        temperature: With 1, all samples are equally frequent; towards infinity, all datasets are.
     """
     if weights is not None:
         wanted = [Fraction(str(weight)) for weight in weights]
@@ -34,7 +34,7 @@ def share_out(sizes: Sequence[int], weights: Sequence[float] | None, temperature
     if period <= PERIOD:
         return [int(share * period) for share in shares]
     quotas = [max(1, math.floor(share * PERIOD)) for share in shares]
-    while (left := PERIOD - sum(quotas)) != 0:  # largest remainders first; more than the period only of tiny shares
+    while (left := PERIOD - sum(quotas)) != 0:  # largest remainder method; max(1, …) of tiny shares can make left < 0
         gaps = [share * PERIOD - quota for share, quota in zip(shares, quotas, strict=True)]
         chosen = gaps.index(max(gaps) if left > 0 else min(gaps))
         quotas[chosen] += 1 if left > 0 else -1
@@ -42,11 +42,14 @@ def share_out(sizes: Sequence[int], weights: Sequence[float] | None, temperature
 
 
 class Interleaving:
-    """An endless stream of sets that repeats after `sum(quotas)` samples.
+    """Infinite sequence of dataset indices that repeats with period `sum(quotas)`.
 
-    After n samples set k was drawn n * quotas[k] / period times, give or take less than one (exactly: no more than
-    1 - 1 / (2 sets - 2)); so any window of the stream holds its share to within two, of two sets to within one.
+    After n samples, the count of dataset k differs from n * quotas[k] / period by at most 1 - 1 / (2 * num_sets - 2),
+    so in any window it differs from its share by less than 2 (with two datasets, by at most 1).
     Source: Tijdeman 1980, "The chairman assignment problem", Discrete Mathematics 32.
+
+    Args:
+        quotas: Number of samples of each dataset per period, see `share_out`.
     """
 
     def __init__(self, quotas: Sequence[int]) -> None:
@@ -59,30 +62,30 @@ class Interleaving:
             self._draws[here] = np.arange(here.sum())
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The set of each position, and how many samples of that set came before it; both [n] int64."""
+        """Return the dataset index of each position and the number of its earlier samples, both `[n]` int64."""
         rounds, places = np.divmod(positions, self.period)
         sets = self._sets[places]
         return sets, rounds * self.quotas[sets] + self._draws[places]
 
     def counts(self, samples: int) -> np.ndarray:
-        """[sets] int64: how many of the first `samples` are of each."""
+        """Return the number of samples of each dataset among the first `samples`, `[num_sets]` int64."""
         rounds, rest = divmod(samples, self.period)
         begun: np.ndarray = np.bincount(self._sets[:rest], minlength=len(self.quotas))
         return rounds * self.quotas + begun
 
 
 def _assign(quotas: list[int]) -> list[int]:
-    """Tijdeman's rule over one period, in whole numbers."""
+    """Return one period of dataset indices by Tijdeman's rule, in exact integer arithmetic."""
     period, sets = sum(quotas), len(quotas)
     if sets == 1:
         return [0] * period
     scale = 2 * sets - 2
-    owed = [0] * sets  # by how much each set is behind its share, times the period
+    owed = [0] * sets  # deficit of each dataset relative to its share, times the period
     chosen = []
     for _ in range(period):
         for number, quota in enumerate(quotas):
             owed[number] += quota
-        # Of the sets that may be drawn, the one that must be drawn soonest to keep within the bound.
+        # Among the eligible datasets, the one with the earliest deadline must be drawn to stay within the bound.
         due = [number for number in range(sets) if scale * owed[number] >= period]
         first = min(due, key=lambda k: (((scale - 1) * period - scale * owed[k]) / quotas[k], k))
         owed[first] -= period
@@ -91,18 +94,18 @@ def _assign(quotas: list[int]) -> list[int]:
 
 
 class MixedOrder(Order):
-    """The samples of each step of a mixture; samples are numbered through, set after set.
+    """Sample order of a mixture; sample indices run through the datasets one after another.
 
-    Each set goes through permutations of its own. An epoch is as many samples as all sets have together: by then a set
-    with more than its part of the samples has been repeated, and one with less has been seen in part.
+    Each dataset has its own permutations. An epoch has as many samples as all datasets together, so within an epoch a
+    dataset whose share exceeds its size is repeated, and others are seen only in part.
 
     Args:
-        sizes: samples of each set.
-        quotas: see `share_out`.
-        seed: of the permutations.
-        shuffle: a new permutation each time through a set; else the order in which its samples are.
-        global_batch_size: samples of a step.
-        samples_total: where the stream ends, see `total_steps`.
+        sizes: Number of samples of each dataset.
+        quotas: Number of samples of each dataset per period, see `share_out`.
+        seed: Seed of the permutations.
+        shuffle: Whether to use a new permutation for each pass over a dataset, instead of its stored order.
+        global_batch_size: Number of samples per step.
+        samples_total: Length of the stream in samples, see `total_steps`.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class MixedOrder(Order):
         self.interleaving = Interleaving(quotas)
 
     def step(self, step: int) -> np.ndarray:
-        """[up to global_batch_size] int64: the samples of `step`, which counts from 1."""
+        """Return the sample indices of `step` (1-based), int64 of shape `[<= global_batch_size]`."""
         sets, draws = self.interleaving.at(self.positions(step))
         chosen = np.empty_like(draws)
         for number in np.unique(sets).tolist():
@@ -129,6 +132,6 @@ class MixedOrder(Order):
         return chosen
 
     def draws(self, step: int) -> np.ndarray:
-        """[as many] int64: how often each of them was seen before."""
+        """Return how often each sample of `step` was seen before, int64 of the same shape as `self.step(step)`."""
         sets, draws = self.interleaving.at(self.positions(step))
         return draws // self.sizes[sets]

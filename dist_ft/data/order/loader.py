@@ -1,4 +1,4 @@
-"""Micro-batches of one rank, for training and for evaluation."""
+"""Loading of one rank's micro-batches for training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .order import Order
 
 
 def split_batches(split: Split, collate: Collate, *, rank: int, world: int, per_device: int) -> Iterator[Batch]:
-    """Micro-batches that hold every sample once over all ranks; of a mixture set after set."""
+    """Return an iterator over this rank's evaluation micro-batches of a split, one dataset of a mixture after another.
+
+    Over all ranks, every sample is in exactly one micro-batch.
+    """
     table, samples = split.open_table(), split.open_samples()
     ends = np.cumsum(list(split.sizes.values()) or [len(samples)]).tolist()
     return chain.from_iterable(
@@ -31,16 +34,18 @@ Collate = Callable[[Sequence[Sample]], Batch]
 
 
 class Loader:
-    """This rank's micro-batches of every step; it has no state, so that a resumed run only asks for a later step.
+    """Loader of this rank's training micro-batches, addressed by step.
+
+    It is stateless: a resumed run only requests a later step.
 
     Args:
-        table: the tokenised rows.
-        samples: what a place in a batch holds.
-        collate: the task's.
-        order: which samples a step sees.
-        rank: this rank.
-        world: number of ranks.
-        per_device: most samples of a micro-batch.
+        table: Tokenized rows.
+        samples: Samples as segments of rows.
+        collate: Collate function of the task.
+        order: Sample order.
+        rank: This rank.
+        world: World size.
+        per_device: Maximum number of samples per micro-batch.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Loader:
         self.lengths = samples.lengths
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of `step` (from 1); on every rank the same number, some without targets."""
+        """Return the micro-batches of `step` (1-based), the same number on every rank; some may have no targets."""
         chosen, draws = self.order.step(step), self.order.draws(step)
         dealt = deal(np.arange(len(chosen)), self.lengths[chosen], self.world, self.per_device)[self.rank]
         pairs = [[(int(chosen[place]), int(draws[place])) for place in micro] for micro in dealt]
@@ -81,10 +86,19 @@ def evaluation_batches(
     per_device: int,
     among: range | None = None,
 ) -> Iterator[Batch]:
-    """Micro-batches that hold every sample (`among` those) once over all ranks, on each rank the same number of them.
+    """Yield this rank's evaluation micro-batches, the same number on every rank.
 
-    The longest samples come first: samples of like length together need little padding, and memory runs out at once
-    or not at all.
+    Over all ranks, every sample is in exactly one micro-batch. Samples are sorted by descending length, which minimizes
+    padding and makes an out-of-memory error occur in the first batch.
+
+    Args:
+        table: Tokenized rows.
+        samples: Samples as segments of rows.
+        collate: Collate function of the task.
+        rank: This rank.
+        world: World size.
+        per_device: Maximum number of samples per micro-batch.
+        among: Range of sample indices to evaluate. Defaults to all samples.
     """
     lengths = samples.lengths
     chosen = np.asarray(among if among is not None else range(len(lengths)), dtype=np.int64)
@@ -97,9 +111,9 @@ def evaluation_batches(
 def _batch(
     table: TokenTable, samples: Samples, collate: Collate, micro: Sequence[tuple[int, int]], lengths: np.ndarray
 ) -> Batch:
-    """Collate samples, each with how often it was seen before.
+    """Collate `(sample, draw)` pairs, where `draw` is how often the sample was seen before.
 
-    A rank without samples takes the shortest one without its targets, to join in collectives.
+    An empty micro-batch becomes the shortest sample without targets, so that the rank takes part in collectives.
     """
     chosen = micro or [(int(np.argmin(lengths)), 0)]
     found = [Sample([table.example(*segment) for segment in samples[i]], i, draw) for i, draw in chosen]

@@ -1,7 +1,7 @@
-"""Which samples a step sees: a pure function of (number of samples, seed, step), never of world size or restarts.
+"""Sample order: a pure function of the number of samples, the seed and the step, independent of world size and resumes.
 
-All epochs are one infinite stream, permutation after permutation; step s takes the s-th global batch of it, so that
-batches cross the borders of epochs and every step but perhaps the last is full.
+The epochs form one infinite stream of permutations, and step s takes the s-th global batch of it. Batches can therefore
+span two epochs, and every step except possibly the last one is full.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .chance import random_words
 def total_steps(
     samples: int, global_batch_size: int, max_steps: int | None, num_train_epochs: float | None
 ) -> tuple[int, int]:
-    """Number of steps, and of samples that they see; one epoch where neither limit is given."""
+    """Return the number of steps and of samples they process; one epoch if neither limit is given."""
     if max_steps is not None:
         return max_steps, max_steps * global_batch_size
     seen = max(1, math.ceil(samples * (1.0 if num_train_epochs is None else num_train_epochs) - 1e-6))
@@ -25,43 +25,52 @@ def total_steps(
 
 
 class Order:
-    """The samples of each step.
+    """Sample order of a single dataset.
 
     Args:
-        samples: how many there are.
-        seed: of the permutations.
-        shuffle: a new permutation each epoch; else the order in which they are.
-        global_batch_size: samples of a step.
-        samples_total: where the stream ends, see `total_steps`.
-        sets: of which the samples are; see interleave.py for several.
+        samples: Number of samples.
+        seed: Seed of the permutations.
+        shuffle: Whether to use a new permutation for each epoch, instead of the stored order.
+        global_batch_size: Number of samples per step.
+        samples_total: Length of the stream in samples, see `total_steps`.
+        sets: Number of datasets; see interleave.py for several.
     """
 
     def __init__(
         self, samples: int, seed: int, shuffle: bool, global_batch_size: int, samples_total: int, *, sets: int = 1
     ) -> None:
-        assert samples > 0, "there is nothing to order"
+        assert samples > 0, "there are no samples"
         self.samples = samples
         self.seed = seed
         self.shuffle = shuffle
         self.global_batch_size = global_batch_size
         self.samples_total = samples_total
-        self._permutation = lru_cache(maxsize=2 * sets)(permutation)  # a batch may take from two epochs of a set
+        self._permutation = lru_cache(maxsize=2 * sets)(permutation)  # a batch may span two epochs of a dataset
 
     def positions(self, step: int) -> np.ndarray:
-        """[up to global_batch_size] int64: where in the stream the samples of `step` stand, which counts from 1."""
+        """Return the stream positions of the samples of `step` (1-based), int64 of shape `[<= global_batch_size]`."""
         first = (step - 1) * self.global_batch_size
         return np.arange(first, min(first + self.global_batch_size, self.samples_total), dtype=np.int64)
 
     def step(self, step: int) -> np.ndarray:
-        """[up to global_batch_size] int64: the samples of `step`."""
+        """Return the sample indices of `step` (1-based), int64 of shape `[<= global_batch_size]`."""
         return self.walk(self.samples, self.positions(step))
 
     def draws(self, step: int) -> np.ndarray:
-        """[as many] int64: how often each of them was seen before, which is what depends on chance anew."""
+        """Return how often each sample of `step` was seen before, which selects its random draws (such as masks).
+
+        The result is int64 of the same shape as `self.step(step)`.
+        """
         return self.positions(step) // self.samples
 
     def walk(self, samples: int, positions: np.ndarray, number: int = 0) -> np.ndarray:
-        """[n] int64: what stands at `positions` of the endless stream of a set's samples; `number` is the set's."""
+        """Return the sample indices at `positions` of a dataset's infinite stream, `[n]` int64.
+
+        Args:
+            samples: Number of samples of the dataset.
+            positions: Stream positions, `[n]` int64.
+            number: Index of the dataset.
+        """
         epochs, places = np.divmod(positions, samples)
         if not self.shuffle:
             return places
@@ -72,43 +81,46 @@ class Order:
         return chosen
 
     def epoch_at(self, step: int) -> float:
-        """Epochs that are done after `step`."""
+        """Return the number of epochs completed after `step`, as a fraction."""
         return min(step * self.global_batch_size, self.samples_total) / self.samples
 
 
 class PoissonOrder(Order):
-    """Each sample is in a step by a throw of its own: a step has `global_batch_size` of them on average, or none.
+    """Poisson sampling: each step includes each sample independently with probability `rate`.
+
+    The number of samples per step varies and can be zero.
 
     Args:
-        samples: how many there are, at least `global_batch_size`.
-        seed: of the throws, which are a function of (seed, step).
-        global_batch_size: how many a step has on average.
-        samples_total: how many the run is to see.
+        samples: Number of samples, at least `global_batch_size`.
+        seed: Seed of the draws, which are a function of seed and step.
+        global_batch_size: Expected number of samples per step.
+        samples_total: Expected number of samples of the whole run.
     """
 
     def __init__(self, samples: int, seed: int, global_batch_size: int, samples_total: int) -> None:
         super().__init__(samples, seed, True, global_batch_size, samples_total)
-        assert global_batch_size <= samples, "a probability is at most 1"
+        assert global_batch_size <= samples, "the sampling probability must be at most 1"
 
     @property
     def rate(self) -> float:
-        """The probability that a sample is in a step."""
+        """Probability that a step includes a given sample."""
         return self.global_batch_size / self.samples
 
     def step(self, step: int) -> np.ndarray:
-        """[any number] int64: the samples of `step`, which counts from 1."""
+        """Return the sample indices of `step` (1-based), int64 of variable length."""
         words = random_words("sampling", self.seed, step).random_raw(self.samples)
         return np.flatnonzero(words * 2.0**-64 < self.rate)
 
     def draws(self, step: int) -> np.ndarray:
-        """[as many] int64: no two steps draw alike for a sample."""
+        """Return `step - 1` for each sample, so that its random draws differ in every step; int64."""
         return np.full(len(self.step(step)), step - 1, dtype=np.int64)
 
 
 def permutation(samples: int, seed: int, epoch: int, number: int = 0) -> np.ndarray:
-    """[samples] int64: a permutation keyed by (seed, epoch, number of the set).
+    """Return a permutation determined by seed, epoch and dataset index (`number`), `[samples]` int64.
 
-    Sorted random words of Philox, the stream of which NumPy guarantees, unlike its own `permutation`.
+    It sorts raw Philox words, because NumPy guarantees the stream of a bit generator but not that of
+    `Generator.permutation`.
     """
     key = np.array([seed % 2**64, number << 40 | epoch], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(samples), kind="stable")

@@ -1,4 +1,4 @@
-"""How often a run sees each set of its mixture, and each set's share of samples and supervised tokens."""
+"""Statistics of a mixture: passes over each dataset and its share of samples and supervised tokens."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .order import total_steps
 
 @dataclass(frozen=True)
 class Proportion:
-    """Of one set."""
+    """Statistics of one dataset of a mixture over the whole run."""
 
     name: str
-    samples: int  # that the set has
-    seen: int  # samples that the run sees
-    share: float  # of all samples that the run sees
-    token_share: float  # of all supervised tokens; those of what is seen in part are estimated by the set's mean
+    samples: int  # number of samples in the dataset
+    seen: int  # number of its samples that the run processes, with repetitions
+    share: float  # fraction of all samples that the run processes
+    token_share: float  # fraction of all supervised tokens, estimated with the dataset's mean per sample
 
     @property
     def times(self) -> float:
-        """How often each of its samples is seen, in the mean."""
+        """Average number of passes over the dataset."""
         return self.seen / self.samples
 
 
 def proportions(config: RunConfig, train: Split) -> list[Proportion]:
-    """Of each set over the whole run; nothing of a run without a mixture."""
+    """Return the statistics of each dataset of a mixture; an empty list for a run without a mixture."""
     if not train.parts:
         return []
     sizes = train.sizes
@@ -46,16 +46,16 @@ def proportions(config: RunConfig, train: Split) -> list[Proportion]:
 
 
 def describe_mixture(config: RunConfig, train: Split) -> Iterator[str]:
-    """A line a set."""
+    """Yield one line of text for each dataset of the mixture."""
     for found in proportions(config, train):
         yield (
             f"{found.name}: {found.share:.1%} of the samples, {found.token_share:.1%} of the supervised tokens; "
-            f"its {found.samples:,} samples are seen {found.times:.2f} times"
+            f"each of its {found.samples:,} samples is seen {found.times:.2f} times on average"
         )
 
 
 def quotas_of(config: RunConfig, sizes: Mapping[str, int]) -> list[int]:
-    """What each set gets of every period's samples, see `share_out`; `sizes` are their samples by name."""
+    """Return the samples of each dataset per period (see `share_out`), given their number of samples by name."""
     mixture = config.data.mixture or {}
     weights = [mixture[name].weight for name in sizes]
     given = [weight for weight in weights if weight is not None]

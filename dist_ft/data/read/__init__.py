@@ -1,4 +1,4 @@
-"""Sources, rows and formats: raw rows turned into canonical rows. No torch.
+"""Data sources, rows and formats: read raw rows and convert them to canonical rows, without importing torch.
 
-Imports nothing else of `data`.
+Imports no other subpackage of `data`.
 """

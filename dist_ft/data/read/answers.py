@@ -1,4 +1,4 @@
-"""Answers to questions about a text, from the forms in which data sets have them."""
+"""Parsing of the answer columns of question answering datasets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ ANSWERS = ("answers", "answer")
 
 
 def answers_of(row: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """`{"text": [str, …], "answer_start": [int or None, …]}` of equal lengths; both empty where there is no answer.
+    """Return the answers of a row as `{"text": [str, …], "answer_start": [int or None, …]}`.
 
-    Understood are SQuAD's columns (an object of lists), a list of `{"text": …, "answer_start": …}`, a list of texts,
-    and one text; of the last two a column `answer_start` may tell where they begin. Blank answers are none.
+    Supported forms are SQuAD's object of lists, a list of `{"text": …, "answer_start": …}`, a list of strings, and a
+    single string. For the last two, an optional column `answer_start` gives the start offsets in characters. Blank
+    answers are removed.
+
+    Returns:
+        Two lists of equal length, both empty if the question has no answer.
 
     Raises:
-        RowShape: it is something else.
+        RowShape: The answers have another form.
     """
     value: Any = next((row[name] for name in ANSWERS if name in row), None)
     starts = row.get("answer_start")
@@ -27,7 +31,7 @@ def answers_of(row: Mapping[str, Any]) -> dict[str, list[Any]]:
         value, starts = [item.get("text") for item in value], [item.get("answer_start") for item in value]
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise RowShape(f"the answers are {value!r:.40}, neither texts nor SQuAD's text and answer_start")
+        raise RowShape(f"the answers are {value!r:.40}, neither strings nor SQuAD's text and answer_start")
     places = starts if isinstance(starts, list) else [starts]
     if len(places) != len(texts):
         places = [None] * len(texts)
@@ -36,7 +40,7 @@ def answers_of(row: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _number(place: Any) -> int | None:
-    """A start that is a whole number, or the text of one as CSV has it."""
+    """Return an integer start offset, parsed if it is a string (as in CSV), or None for any other value."""
     if isinstance(place, str) and place.strip().isdecimal():
         return int(place)
     return place if type(place) is int else None

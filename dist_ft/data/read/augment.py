@@ -1,7 +1,7 @@
-"""Changed copies of training rows by nlpaug (Ma 2019), the same whenever they are made.
+"""Deterministic data augmentation of training rows with nlpaug (Ma 2019).
 
-A copy depends on the run's seed, the row's number in its source and the copy's number alone: Python's and numpy's
-generators, from which nlpaug draws, are set before each call and put back behind it.
+An augmented copy depends only on the seed of the run, the index of the row in its source and the index of the copy.
+nlpaug draws from the global generators of Python and NumPy, which are seeded before each call and restored afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...config.run import RunConfig
 from ...errors import MachineError, Problem, RequestError
 from .sets import SplitName
 
-MODULES = {  # of nlpaug.augmenter
+MODULES = {  # augmenter class -> submodule of nlpaug.augmenter
     "KeyboardAug": "char",
     "OcrAug": "char",
     "RandomCharAug": "char",
@@ -33,15 +33,15 @@ MODULES = {  # of nlpaug.augmenter
 
 
 class Augmenter:
-    """Copies of canonical rows (formats.py).
+    """Augmenter that makes changed copies of canonical rows (see formats.py).
 
     Args:
-        augment: what is to be done.
-        seed: of the run.
-        key: of the configuration, for errors.
+        augment: Augmentation settings.
+        seed: Seed of the run.
+        key: Configuration key to name in errors.
 
     Raises:
-        RequestError: the augmenter cannot be made with its options.
+        RequestError: The augmenter does not accept its options.
         MachineError: nlpaug is not installed.
     """
 
@@ -53,20 +53,20 @@ class Augmenter:
 
     @classmethod
     def of(cls, alone: RunConfig, split: SplitName) -> Augmenter | None:
-        """That of a set's split; None where nothing is augmented."""
+        """Return the augmenter for a split of one dataset, or None if the split is not augmented."""
         augment = alone.data.augment
         return None if augment is None or split != "train" else cls(augment, alone.train.seed)
 
     def copies(self, row: Mapping[str, Any], number: int, place: str) -> Iterator[dict[str, Any] | None]:
-        """As many as are wished; None for one that is as the row or as an earlier copy.
+        """Yield `augment.copies` augmented copies, with None in place of a copy equal to the row or an earlier copy.
 
         Args:
-            row: in its canonical shape.
-            number: of the row in its source.
-            place: of the row, for errors.
+            row: Canonical row.
+            number: Index of the row in its source.
+            place: Location of the row, for errors.
 
         Raises:
-            RequestError: nlpaug fails.
+            RequestError: nlpaug fails on the row.
         """
         seen: list[Mapping[str, Any]] = [row]
         for copy in range(self.augment.copies):
@@ -80,17 +80,19 @@ class Augmenter:
             yield changed if is_new else None
 
     def require_columns(self) -> None:
-        """See that every column was met.
+        """Check that every column to augment was present in at least one row.
 
         Raises:
-            RequestError: no row had one of them.
+            RequestError: A column was in none of the rows.
         """
         if missing := [column for column in self.augment.columns if column not in self._met]:
             rule = f"no row has {', '.join(missing)}"
-            raise RequestError.of(f"{self.key}.columns", rule, "name columns of the format; dist-ft data shows rows")
+            raise RequestError.of(
+                f"{self.key}.columns", rule, "use column names of the format; dist-ft data shows them"
+            )
 
     def _change(self, value: Any, draw: tuple[int, ...], place: str) -> Any:
-        """A text; words one by one, so that each keeps its tag; of messages what the user says."""
+        """Augment a string, each word of a list (keeping tags aligned), or the user messages of a conversation."""
         if isinstance(value, str):
             return self._text(value, draw, place)
         changed: list[Any] = []
@@ -110,17 +112,17 @@ class Augmenter:
         try:
             with _drawing_from(draw):
                 found = self._augment(text)
-        except Exception as error:  # whatever the library raises
-            rule = f"{self.augment.name} fails at {place} ({_told(error)})"
-            raise RequestError.of(self.key, rule, "correct its options") from error
+        except Exception as error:  # augmenters raise errors of any type
+            rule = f"{self.augment.name} failed at {place} ({_told(error)})"
+            raise RequestError.of(self.key, rule, "correct the augmenter's options") from error
         return next((other for other in found if other != text), text)
 
 
 def open_augmenter(augment: AugmentConfig, key: str = "data.augment") -> Callable[[str], Sequence[str]]:
-    """What turns a text into changed ones.
+    """Return the nlpaug function that maps a text to augmented texts.
 
     Raises:
-        RequestError: the augmenter does not take its options.
+        RequestError: The augmenter does not accept its options.
         MachineError: nlpaug is not installed.
     """
     if problem := missing_nlpaug(key):
@@ -128,15 +130,15 @@ def open_augmenter(augment: AugmentConfig, key: str = "data.augment") -> Callabl
     kind = getattr(importlib.import_module(f"nlpaug.augmenter.{MODULES[augment.name]}"), augment.name)
     try:
         augmenter: Callable[[str], Sequence[str]] = kind(**augment.options).augment
-    except Exception as error:  # whatever the library raises
-        rule = f"{augment.name} cannot be made with these options ({_told(error)})"
-        raise RequestError.of(f"{key}.options", rule, "see nlpaug's documentation") from error
+    except Exception as error:  # augmenters raise errors of any type
+        rule = f"{augment.name} does not accept these options ({_told(error)})"
+        raise RequestError.of(f"{key}.options", rule, "correct the options; see the nlpaug documentation") from error
     return augmenter
 
 
 @contextlib.contextmanager
 def _drawing_from(draw: tuple[int, ...]) -> Iterator[None]:
-    """Generators that everybody shares begin at `draw`, and go on behind it as if nothing had been."""
+    """Seed the global Python and NumPy generators from `draw` inside the context and restore their states after it."""
     seed = int(np.random.SeedSequence(draw).generate_state(1)[0])
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(seed)
@@ -149,12 +151,12 @@ def _drawing_from(draw: tuple[int, ...]) -> Iterator[None]:
 
 
 def _told(error: BaseException) -> str:
-    lines = (line.strip(" *") for line in str(error).splitlines())  # some libraries frame their messages
+    lines = (line.strip(" *") for line in str(error).splitlines())  # some messages are framed with asterisks
     return f"{type(error).__name__}: {next((line for line in lines if line), '')}"
 
 
 def augment_identity(alone: RunConfig, split: SplitName) -> dict[str, Any] | None:
-    """What the copies of a split's rows depend on beside them; None where there are none."""
+    """Return everything besides the rows that determines a split's augmented copies, or None without augmentation."""
     augment = alone.data.augment
     if augment is None or split != "train":
         return None
@@ -163,8 +165,8 @@ def augment_identity(alone: RunConfig, split: SplitName) -> dict[str, Any] | Non
 
 
 def missing_nlpaug(key: str) -> Problem | None:
-    """What is wrong where nlpaug is not installed."""
+    """Return the problem to report if nlpaug is not installed, else None."""
     if find_spec("nlpaug") is not None:
         return None
-    rule = f"it needs the package nlpaug, which is not installed in {sys.executable}"
-    return Problem(key, rule, "pip install 'dist-ft[augment]', or remove it")
+    rule = f"requires the package nlpaug, which is not installed in {sys.executable}"
+    return Problem(key, rule, "run pip install 'dist-ft[augment]', or remove the augmentation")

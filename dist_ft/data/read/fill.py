@@ -1,4 +1,4 @@
-"""Text templates: a row's columns put into texts of one's own, such as `Translate: {en}`."""
+"""Text templates that insert a row's columns, such as `Translate: {en}`."""
 
 from __future__ import annotations
 
@@ -13,33 +13,39 @@ _MISSING = object()
 
 
 def fill(template: Mapping[str, str], columns: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the template's columns, and of those that `columns` renames; no others are left.
+    """Build a row with only the columns of `template` and the columns renamed by `columns`.
 
-    `{NAME}` is the row's column NAME; `{A.B}` is B of the object in column A, where there is no column of the whole
-    name. A text that is one such name alone keeps the value as it is, be it a number or a list.
+    `{NAME}` is replaced by column NAME of the row. `{A.B}` is replaced by key B of the object in column A, unless the
+    row has a column named `A.B`. A template that consists of a single field returns the value without converting it
+    to a string.
+
+    Args:
+        template: Output column -> text with `{COLUMN}` fields.
+        columns: Output column -> column of the row.
+        row: Raw row.
 
     Raises:
-        RowFault: the row has no such column, or what cannot stand in a text.
+        RowFault: The row lacks a column, or its value cannot be inserted into text.
     """
     filled = {name: _fill(text, row) for name, text in template.items()}
     return {**{ours: _find(row, theirs) for ours, theirs in columns.items()}, **filled}
 
 
 def template_problems(template: Mapping[str, str], key: str) -> Iterator[Problem]:
-    """What is wrong with the texts themselves."""
+    """Yield the problems of the template that can be found without data."""
     named = False
     for name, text in template.items():
         try:
             fields = [part[1:] for part in _parts(text) if part[1] is not None]
         except ValueError as error:
-            yield Problem(key, f"{name}: {text!r} is no template ({error})", "write {COLUMN}, and {{ for a brace")
+            yield Problem(key, f"{name}: {text!r} is not a template ({error})", "write {COLUMN}, and {{ for a brace")
             return
         named = named or bool(fields)
         if any(not column or form or conversion for column, form, conversion in fields):
-            rule = f"{name}: {text!r} has braces with something else than a column's name in them"
+            rule = f"{name}: {text!r} has braces that contain something other than a column name"
             yield Problem(key, rule, "write {COLUMN}, and {{ for a brace")
     if template and not named:
-        yield Problem(key, "names no column, so that all rows are alike", "write {COLUMN} where a row's text belongs")
+        yield Problem(key, "uses no column, so all rows would be the same", "insert columns of the data with {COLUMN}")
 
 
 def _fill(text: str, row: Mapping[str, Any]) -> Any:
@@ -53,7 +59,7 @@ def _fill(text: str, row: Mapping[str, Any]) -> Any:
             value = _find(row, column)
             if not isinstance(value, str | int | float):
                 kind = "null" if value is None else f"a {type(value).__name__}"
-                raise RowFault(f"its {column}, which the template names, is {kind}", "correct the row or the template")
+                raise RowFault(f"column {column}, used by the template, is {kind}", "correct the row or the template")
             pieces.append(str(value))
     return "".join(pieces)
 
@@ -67,7 +73,7 @@ def _find(row: Mapping[str, Any], name: str) -> Any:
         value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
     if value is _MISSING:
         has = ", ".join(str(column) for column in row)
-        raise RowFault(f"it has no column {name}, which the template names (it has {has})", "correct the template")
+        raise RowFault(f"column {name}, used by the template, does not exist (columns: {has})", "correct the template")
     return value
 
 

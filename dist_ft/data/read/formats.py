@@ -1,19 +1,19 @@
-"""Raw rows of every format that users have, turned into few canonical shapes.
+"""Conversion of raw rows in all supported formats to a few canonical forms.
 
-| canonical row | from the formats |
+| canonical row | source formats |
 | --- | --- |
 | `{"text": str}` | text |
 | `{"messages": [...], "tools": […], "context": n}` | messages, sharegpt, alpaca, prompt_completion with message lists |
-| `{"prompt": str, "completion": str}` | prompt_completion of plain strings, which no chat template touches |
+| `{"prompt": str, "completion": str}` | prompt_completion with plain strings, used without a chat template |
 | `{"text": str, "text_pair": str, "label": str or int or list of them, "label_text": str}` | labelled |
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"source": str, "target": str, "references": [str]}` | source_target |
 | `{"context": str, "question": str, "answers": {"text": [str], "answer_start": [int or null]}, "id": str}` | squad |
-| `{"prompt", "chosen", "rejected"}`, each text or each a list of messages, `"tools"` | pairs |
+| `{"prompt", "chosen", "rejected"}`, all strings or all lists of messages, `"tools"` | pairs |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` may be missing; the first `context`
-messages carry no loss.
+`tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` are optional. The first `context`
+messages are not supervised.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Format:
-    """Columns of a format: all of `required` (`a|b` is either) and any of `optional`; others are left alone."""
+    """Columns of a format: all of `required` (`a|b` means either one) and any of `optional`. Others are ignored."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -43,19 +43,19 @@ class Format:
     tasks: tuple[str, ...]
 
     def fits(self, columns: Any) -> bool:
-        """Whether a row with these columns can be of this format."""
+        """Return whether `columns` contains all required columns of this format."""
         return all(any(name in columns for name in names.split("|")) for names in self.required)
 
     @property
     def columns(self) -> list[str]:
-        """Every column name that the format reads."""
+        """All column names that the format reads."""
         return [name for names in (*self.required, *self.optional) for name in names.split("|")]
 
 
 def detect(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, task: str | None = None) -> str | None:
-    """The format whose columns the row has (after renaming by `columns`); None if there is none.
+    """Return the format whose required columns the row has after renaming by `columns`, or None.
 
-    Where a row fits several, the first of FORMATS is taken; those that `task` learns from come first.
+    If several formats match, those supported by `task` come first, then the order of `FORMATS` decides.
     """
     columns = columns or {}
     renamed = {*row, *columns}
@@ -64,16 +64,16 @@ def detect(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, tas
 
 
 def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str], place: str) -> dict[str, Any]:
-    """The canonical row.
+    """Convert a raw row to its canonical form.
 
     Args:
-        row: a raw row.
-        format: a key of `FORMATS`, or `auto`.
-        columns: the format's name of a column → the data's.
-        place: where the row stands, for errors.
+        row: Raw row.
+        format: Key of `FORMATS`, or `auto`.
+        columns: Column name of the format -> column name in the data.
+        place: Location of the row, for errors.
 
     Raises:
-        RequestError: the row's columns or values are not of this format.
+        RequestError: The columns or values of the row do not match the format.
     """
     name = detect(row, columns) if format == "auto" else format
     if name is None:
@@ -81,10 +81,10 @@ def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str], p
     form = FORMATS[name]
     if unknown := [key for key in columns if key not in form.columns]:
         rule = f"format {name} has no column {', '.join(unknown)}"
-        raise RequestError(Problem("data.columns", rule, f"its columns are {', '.join(form.columns)}"))
+        raise RequestError(Problem("data.columns", rule, f"use its columns: {', '.join(form.columns)}"))
     if absent := [source for source in columns.values() if source not in row]:
-        rule = f"the row has no column {', '.join(absent)}; it has {_listed(row)}"
-        raise RequestError(Problem(place, rule, "set data.columns to names that the rows have"))
+        rule = f"the row has no column {', '.join(absent)}; its columns are {_listed(row)}"
+        raise RequestError(Problem(place, rule, "set data.columns to column names of the rows"))
     renamed = {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
     if not form.fits(renamed):
         raise RequestError(_misfit(renamed, name, columns, place))
@@ -95,11 +95,11 @@ def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str], p
 
 
 def normalise_for(config: RunConfig, row: Mapping[str, Any], place: str) -> tuple[str, dict[str, Any]]:
-    """A row's format, and its canonical shape for the run's task.
+    """Return the format of a row and its canonical form for the task of the run.
 
     Raises:
-        RequestError: the row is not of the configured format, or not for the task.
-        RowFault: the row lacks what `data.template` names.
+        RequestError: The row does not match the configured format, or the task does not support the format.
+        RowFault: The row lacks a column used by `data.template`.
     """
     data = config.data
     columns = {} if data.template else data.columns
@@ -112,34 +112,34 @@ def normalise_for(config: RunConfig, row: Mapping[str, Any], place: str) -> tupl
 
 
 def check_task(format: str, task: str, place: str) -> None:
-    """See that rows of `format` are something `task` learns from.
+    """Check that `task` supports rows of `format`.
 
     Raises:
-        RequestError: they are not.
+        RequestError: The task does not support the format.
     """
     if task not in FORMATS[format].tasks:
         fitting = [name for name, form in FORMATS.items() if task in form.tasks]
         other = " or ".join(FORMATS[format].tasks)
-        rule = f"rows of format {format} are not for task={task}, which takes {', '.join(fitting)}"
-        raise RequestError(Problem(place, rule, f"set task={other}, or data.columns for another format"))
+        rule = f"format {format} is not supported with task={task}, which supports {', '.join(fitting)}"
+        raise RequestError(Problem(place, rule, f"set task={other}, or set data.columns to match another format"))
 
 
 def _no_format(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Problem:
     known = [f"{name} ({', '.join(form.required)})" for name, form in FORMATS.items()]
-    rule = f"columns {_listed(row)} are of no known format"
+    rule = f"columns {_listed(row)} match no supported format"
     if columns:
-        rule += f" (with data.columns naming {', '.join(columns)})"
-    return Problem(place, rule, f"{_suggest(row)}; known are {', '.join(known)}")
+        rule += f" (data.columns sets {', '.join(columns)})"
+    return Problem(place, rule, f"{_suggest(row)}; supported formats are {', '.join(known)}")
 
 
 def _misfit(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: str) -> Problem:
     missing = [names for names in FORMATS[name].required if not any(n in row for n in names.split("|"))]
-    rule = f"format {name} wants {', '.join(missing)}; the columns are {_listed(row)}"
+    rule = f"format {name} requires {', '.join(missing)}; the columns are {_listed(row)}"
     found = detect(row)
     return Problem(place, rule, f"set data.format={found}" if found else _suggest(row, name))
 
 
-_USUAL = {  # names that people give to a column of prompt_completion or text
+_USUAL = {  # common dataset column names for the columns of prompt_completion and text
     "prompt": ("question", "query", "input", "instruction", "source", "problem"),
     "completion": ("answer", "response", "output", "target", "solution", "summary"),
     "text": ("content", "body", "document", "article", "sentence"),
@@ -147,7 +147,7 @@ _USUAL = {  # names that people give to a column of prompt_completion or text
 
 
 def _suggest(row: Mapping[str, Any], name: str | None = None) -> str:
-    """Columns that would make the row fit the nearest format."""
+    """Suggest `data.columns` that make the row match format `name`, or else prompt_completion or text."""
     wanted = [names.split("|")[0] for names in FORMATS[name].required] if name else ["prompt", "completion"]
     found = {ours: _nearest(ours, row) for ours in wanted}
     if not name and not all(found.values()):
@@ -155,7 +155,7 @@ def _suggest(row: Mapping[str, Any], name: str | None = None) -> str:
     if all(found.values()):
         pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in found.items())
         return f"try 'data.columns={{{pairs}}}'"
-    return "set data.columns={FORMAT'S NAME: DATA'S NAME}"
+    return "set data.columns={FORMAT_COLUMN: DATA_COLUMN}"
 
 
 def _nearest(wanted: str, row: Mapping[str, Any]) -> str | None:
@@ -192,18 +192,18 @@ def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
         both = {"messages": check_messages([*prompt, *completion]), "context": len(prompt)}
         return _with_tools(both, row)
     if isinstance(prompt, list) or isinstance(completion, list):
-        raise RowShape("prompt and completion must both be text or both lists of messages")
+        raise RowShape("prompt and completion must both be strings or both be lists of messages")
     return {"prompt": _string(row, "prompt"), "completion": _string(row, "completion")}
 
 
 def _source_target(row: Mapping[str, Any]) -> dict[str, Any]:
     source = row["source"]
     if isinstance(source, list) and source and all(isinstance(word, str) for word in source):
-        source = " ".join(source)  # a set of concepts
+        source = " ".join(source)  # datasets such as CommonGen give a list of concept words
     canonical: dict[str, Any] = {"source": _string({"source": source}, "source"), "target": _string(row, "target")}
     if (references := row.get("references")) is not None:
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-            raise RowShape("references must be a list of texts")
+            raise RowShape("references must be a list of strings")
         canonical["references"] = references
     return canonical
 
@@ -216,11 +216,13 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     ids, labels = row["input_ids"], row["labels"]
     for name, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, list) or not all(type(value) is int for value in values):
-            raise RowShape(f"{name} must be a list of whole numbers")
+            raise RowShape(f"{name} must be a list of integers")
     if len(ids) != len(labels):
-        raise RowShape(f"{len(ids)} input_ids but {len(labels)} labels", "write a label for each token (-100: no loss)")
+        raise RowShape(
+            f"{len(ids)} input_ids but {len(labels)} labels", "write one label for each token (-100: no loss)"
+        )
     if any(not 0 <= value < 2**31 for value in ids):
-        raise RowShape("an input id is negative or beyond 2³¹")
+        raise RowShape("an input id is negative or at least 2³¹")
     if any(value < 0 and value != IGNORED_LABEL or value >= 2**31 for value in labels):
         raise RowShape(f"a label is neither a token id nor {IGNORED_LABEL}")
     return {"input_ids": ids, "labels": labels}
@@ -230,7 +232,7 @@ def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
     label = next((row[name] for name in ("label", "labels", "label_text") if name in row), None)
     several = label if isinstance(label, list) else [label]
     if label is not None and any(type(value) not in (int, str) for value in several):
-        raise RowShape(f"the label is {label!r:.40}, neither a whole number nor text", "name classes, not measures")
+        raise RowShape(f"the label is {label!r:.40}, neither an integer nor a string", "use class labels, not scores")
     canonical = {"text": _string(row, _first(row, TEXTS)), "label": label}
     if (pair := _first(row, PAIRS)) is not None:
         canonical["text_pair"] = _string(row, pair)
@@ -242,11 +244,11 @@ def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
 def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
     words, tags = row["tokens"], row[_first(row, TAGS)]
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise RowShape(f"tokens is {words!r:.40}, not a list of words")
+        raise RowShape(f"tokens is {words!r:.40}, not a list of strings")
     if not isinstance(tags, list) or any(tag is not None and type(tag) not in (int, str) for tag in tags):
-        raise RowShape(f"the tags are {tags!r:.40}, not a list of names or whole numbers")
+        raise RowShape(f"the tags are {tags!r:.40}, not a list of strings or integers")
     if len(words) != len(tags):
-        raise RowShape(f"{len(words)} tokens but {len(tags)} tags", "write a tag for each word")
+        raise RowShape(f"{len(words)} tokens but {len(tags)} tags", "write one tag for each word")
     return {"tokens": words, "tags": tags}
 
 
@@ -263,7 +265,7 @@ def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 def _string(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, str):
-        raise RowShape(f"{name} is {value!r:.40}, not text")
+        raise RowShape(f"{name} is {value!r:.40}, not a string")
     return value
 
 

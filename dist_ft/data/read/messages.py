@@ -1,4 +1,4 @@
-"""Chat messages as chat templates take them: roles, content, tool calls; and the spellings that data sets have."""
+"""Conversion of the message formats of datasets to chat messages as chat templates expect them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _SHAREGPT_ROLES = {
 
 
 class RowShape(Exception):
-    """A row whose values are not what its format says."""
+    """Error for a row whose values do not match its format."""
 
-    def __init__(self, rule: str, way_out: str = "mend or remove the row") -> None:
+    def __init__(self, rule: str, way_out: str = "fix or remove the row") -> None:
         super().__init__(rule)
         self.way_out = way_out
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with known roles and text content; keys without a value are dropped.
+    """Return validated messages with supported roles and string content, without keys whose value is None.
 
     Raises:
-        RowShape: something else.
+        RowShape: The value is not a list of such messages.
     """
     value = _parsed(value, "messages")
     if not isinstance(value, list) or not value:
@@ -42,25 +42,25 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def check_tools(value: Any) -> list[Any]:
-    """Tool descriptions as chat templates take them, given as a list or as its JSON text; empty if there are none.
+    """Return tool descriptions as chat templates expect them, from a list or its JSON string; empty if not given.
 
     Raises:
-        RowShape: something else.
+        RowShape: The value is not a list of objects.
     """
     if value is None or value == "":
         return []
     value = _parsed(value, "tools")
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowShape("tools must be a list of objects, or its JSON text")
+        raise RowShape("tools must be a list of objects, or a JSON string of one")
     tools = [_without_nulls(tool) for tool in value]
     return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
 def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`conversations` of {from, value} as messages; `system` may stand beside them.
+    """Convert ShareGPT `conversations` of {from, value}, with an optional column `system`, to messages.
 
     Raises:
-        RowShape: a turn or role is not of this format.
+        RowShape: A turn or role does not match this format.
     """
     turns = _parsed(row["conversations"], "conversations")
     if not isinstance(turns, list) or not turns:
@@ -73,7 +73,7 @@ def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise RowShape(f"turn {number} has {found}, not from and value", way_out)
         role = _SHAREGPT_ROLES.get(turn["from"])
         if role is None:
-            raise RowShape(f"turn {number} is from {turn['from']!r}", f"known are {', '.join(_SHAREGPT_ROLES)}")
+            raise RowShape(f"turn {number} is from {turn['from']!r}", f"use one of {', '.join(_SHAREGPT_ROLES)}")
         content = _text_of(turn["value"], number)
         if role == "function_call":
             messages.append({"role": "assistant", "content": "", "tool_calls": _calls(content, number)})
@@ -83,12 +83,12 @@ def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def messages_of_alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """instruction, input and output (dolly: instruction, context, response) as messages.
+    """Convert Alpaca rows (instruction, input, output) or Dolly rows (instruction, context, response) to messages.
 
-    The input follows the instruction after a blank line; `history` is earlier (instruction, output) pairs.
+    The input is appended to the instruction after a blank line. `history` holds earlier (instruction, output) pairs.
 
     Raises:
-        RowShape: a value is not text.
+        RowShape: A value is not a string.
     """
     instruction = _text_of(row["instruction"])
     given = _text_of(row.get("input") or row.get("context") or "")
@@ -96,7 +96,7 @@ def messages_of_alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = _system(row)
     for pair in row.get("history") or ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RowShape("history must be pairs of an instruction and its output")
+            raise RowShape("history must be a list of (instruction, output) pairs")
         messages += [
             {"role": "user", "content": _text_of(pair[0])},
             {"role": "assistant", "content": _text_of(pair[1])},
@@ -115,7 +115,7 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
         way_out = "set data.format=sharegpt with data.columns={conversations: messages}"
         raise RowShape(f"message {number} has {found}, not role and content", way_out)
     if message["role"] not in ROLES:
-        raise RowShape(f"message {number} has the role {message['role']!r}", f"known are {', '.join(ROLES)}")
+        raise RowShape(f"message {number} has the role {message['role']!r}", f"use one of {', '.join(ROLES)}")
     kept: dict[str, Any] = {name: _without_nulls(value) for name, value in message.items() if value is not None}
     if kept.get("tool_calls"):
         kept["tool_calls"] = [_check_call(call, number) for call in _parsed(kept["tool_calls"], "tool_calls")]
@@ -131,10 +131,10 @@ def _calls(text: str, number: int) -> list[dict[str, Any]]:
 
 
 def _check_call(call: Any, number: int) -> dict[str, Any]:
-    """A tool call as OpenAI and chat templates write it, its arguments an object."""
+    """Return a tool call in the OpenAI format that chat templates expect, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowShape(f"message {number} has a tool call without a function's name")
+        raise RowShape(f"message {number} has a tool call without a function name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"the arguments of message {number}") if arguments.strip() else {}
@@ -144,27 +144,27 @@ def _check_call(call: Any, number: int) -> dict[str, Any]:
 
 
 def _text_of(value: Any, number: int | None = None) -> str:
-    """Text, or a list of text parts joined."""
+    """Return a string as is, or join a list of text parts."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
         return "".join(str(part.get("text", "")) for part in value)
     where = f"message {number}" if number else "a column"
-    raise RowShape(f"the content of {where} is {value!r:.40}, not text")
+    raise RowShape(f"the content of {where} is {value!r:.40}, not a string")
 
 
 def _parsed(value: Any, name: str) -> Any:
-    """A value that may have been stored as its JSON text."""
+    """Parse a value that may be stored as a JSON string."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise RowShape(f"{name}: broken JSON: {error.msg} in {value[:40]!r}") from error
+        raise RowShape(f"{name}: invalid JSON: {error.msg} in {value[:40]!r}") from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet fills every key that any row has; a null there says that this row has none."""
+    """Remove null values, which Parquet stores for keys that only other rows have."""
     if isinstance(value, Mapping):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,15 +1,15 @@
-"""Rows of data as they stand in their files, one at a time and each with its place.
+"""Streaming readers that yield the raw rows of data files and Hub datasets, each with its location.
 
-| ending | a row is |
+| extension | a row is |
 | --- | --- |
 | `.jsonl` `.ndjson` | a line with a JSON object; blank lines are skipped |
-| `.json` | an element of the array, or of the only list in the object; JSON Lines are understood too |
-| `.csv` `.tsv` | a record, all its fields text; the first line names the columns |
+| `.json` | an element of the array, or of the only list in the object; JSON Lines are also accepted |
+| `.csv` `.tsv` | a record with all values as strings; the first line is the header |
 | `.parquet` | a row |
-| `.txt` | a document: a paragraph, which ends at a blank line; its column is `text` |
+| `.txt` | a document, in the column `text`: a paragraph that ends at a blank line |
 
-Text kinds are UTF-8 and may be packed by gzip (`.gz`). Memory is bounded by a row (Parquet: a batch; a `.json` that
-is an object: the file), never by the data set.
+Text files are UTF-8 and may be compressed with gzip (`.gz`). Memory use is bounded by the size of a row (Parquet: of a
+batch; a `.json` object: of the file), not by the size of the dataset.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from .sources import HubSet, ending_of, resolve, unreadable
 
 _CHUNK = 1 << 20
 _PARQUET_BATCH = 256
-csv.field_size_limit(2**31 - 1)  # a field is a document; the library's limit of 128 KiB is for spreadsheets
+csv.field_size_limit(2**31 - 1)  # fields can be whole documents, longer than the default limit of 128 KiB
 Placed = Iterator[tuple[str, dict[str, Any]]]
 
 
 def read_rows(sources: str | list[str], *, revision: str | None = None) -> Placed:
-    """Yield `(place, row)` of every source in order; a place is `FILE:LINE` (Parquet and hub: the row's number).
+    """Yield `(place, row)` for the rows of all sources in order.
+
+    The place is `FILE:LINE`. Parquet files, Hub datasets and JSON arrays or objects have the row number instead of the
+    line.
 
     Raises:
-        RequestError: a source names nothing, is empty, cannot be read, or breaks its format; with the place.
+        RequestError: A source does not exist, is empty, cannot be read or is malformed.
     """
     for source in resolve(sources):
         rows = _read_hub(source, revision) if isinstance(source, HubSet) else _read_file(source)
@@ -44,11 +47,11 @@ def read_rows(sources: str | list[str], *, revision: str | None = None) -> Place
         for place, row in rows:
             empty = False
             if not isinstance(row, dict):
-                rule = f"a row is {_kind(row)}, not an object with named columns"
+                rule = f"the row is {_kind(row)}, not an object"
                 raise _wrong(place, rule, 'write rows as {"COLUMN": VALUE, …}')
             yield place, row
         if empty:
-            raise _wrong(str(source), "there are no rows in it", "name another source, or take this one out")
+            raise _wrong(str(source), "contains no rows", "remove this source, or use another one")
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -61,13 +64,13 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
         with opener(path, "rb") as file:
             yield from _READERS[ending](path, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _wrong(str(path), f"is not whole gzip data ({error})", "write or copy it again") from error
+        raise _wrong(str(path), f"is not a complete gzip file ({error})", "write or copy the file again") from error
     except OSError as error:
         raise unreadable(path, error) from error
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends; a byte order mark is taken off."""
+    """Yield line numbers and lines with their line endings, without a byte order mark."""
     offset = 0
     for number, line in enumerate(file, start=1):
         try:
@@ -76,7 +79,7 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
             raise _wrong(
                 f"{path}:{number}",
                 f"is not UTF-8 (byte 0x{line[error.start]:02x} at offset {offset + error.start})",
-                f"convert it: iconv -f latin1 -t utf-8 {path.name} (or -f the encoding it has)",
+                f"convert it: iconv -f latin1 -t utf-8 {path.name} (replace latin1 with its encoding)",
             ) from error
         offset += len(line)
         yield number, text
@@ -95,7 +98,7 @@ def _parse(text: str, place: str) -> Any:
         column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         message = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         shown = text.strip()[:60]
-        raise _wrong(place, f"broken JSON{column}: {message} in {shown!r}", "mend or remove the line") from error
+        raise _wrong(place, f"invalid JSON{column}: {message} in {shown!r}", "fix or remove the line") from error
 
 
 def _read_json(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -112,7 +115,7 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         yield from _read_array(path, first, lines, number)
         return
     following = next((pair for pair in lines if pair[1].strip()), None)
-    if following is not None and _is_object(first):  # JSON Lines under the name of JSON
+    if following is not None and _is_object(first):  # JSON Lines in a .json file
         yield f"{path}:{number}", json.loads(first)
         for number, line in chain([following], lines):
             if line.strip():
@@ -133,21 +136,21 @@ def _parse_whole(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise _wrong(f"{path}:{error.lineno}", f"broken JSON: {error.msg}", "mend the file") from error
+        raise _wrong(f"{path}:{error.lineno}", f"invalid JSON: {error.msg}", "fix the file") from error
 
 
 def _rows_of_object(path: Path, value: Any) -> Iterator[tuple[str, Any]]:
     lists = {name: item for name, item in value.items() if isinstance(item, list)} if isinstance(value, dict) else {}
     if len(lists) != 1:
-        rule = f"holds {_kind(value)} with {len(lists)} lists" if isinstance(value, dict) else f"holds {_kind(value)}"
-        rule += "; rows are an array or the only list of an object"
-        raise _wrong(str(path), rule, "write one row a line (.jsonl)")
+        rule = f"is {_kind(value)} with {len(lists)} lists" if isinstance(value, dict) else f"is {_kind(value)}"
+        rule += "; rows must be an array, or the only list of an object"
+        raise _wrong(str(path), rule, "write one row per line (.jsonl)")
     for number, row in enumerate(next(iter(lists.values())), start=1):
         yield f"{path}:{number}", row
 
 
 def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], line: int) -> Iterator[tuple[str, Any]]:
-    """The elements of an array that may be larger than memory; a place is an element's number."""
+    """Yield the elements of an array that may be larger than memory, with their 1-based index as the place."""
     decoder = json.JSONDecoder()
     text, at, number, wanted, ended = first.lstrip()[1:], 0, 0, _CHUNK, False  # `line` is that of text[0]
     while True:
@@ -157,27 +160,27 @@ def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], line: 
             return
         try:
             value, stop = decoder.raw_decode(text, at)
-            if stop < len(text) or ended:  # a number at the end of what was read may go on
+            if stop < len(text) or ended:  # a number at the end of the chunk may continue in the next one
                 number, at, wanted = number + 1, stop, _CHUNK
                 yield f"{path}:{number}", value
                 continue
         except json.JSONDecodeError as error:
             if ended or not _may_go_on(error):
                 place = f"{path}:{line + text.count(chr(10), 0, error.pos)}"
-                raise _wrong(place, f"broken JSON in element {number + 1}: {error.msg}", "mend the file") from error
+                raise _wrong(place, f"invalid JSON in element {number + 1}: {error.msg}", "fix the file") from error
         line += text.count("\n", 0, at)
         more, ended = _take(lines, wanted)
-        text, at, wanted = text[at:] + more, 0, wanted * 2  # doubling keeps a huge element linear
+        text, at, wanted = text[at:] + more, 0, wanted * 2  # doubling keeps parsing a large element linear
 
 
 def _may_go_on(error: json.JSONDecodeError) -> bool:
-    """Whether JSON may be broken only because not all of it was read yet."""
+    """Return whether the JSON may be invalid only because it is not read completely yet."""
     longest_word = len("-Infinity")
     return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - longest_word
 
 
 def _take(lines: Iterator[tuple[int, str]], characters: int) -> tuple[str, bool]:
-    """At least so many characters of lines, and whether there are no more."""
+    """Return at least `characters` characters of the lines if available, and whether the lines are exhausted."""
     pieces, size = [], 0
     for _, piece in lines:
         pieces.append(piece)
@@ -197,17 +200,19 @@ def _read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     try:
         names = next(records, [])
         if doubled := sorted({name for name in names if names.count(name) > 1}):
-            raise _wrong(place, f"columns are named twice: {', '.join(doubled)}", "name each column once")
+            raise _wrong(place, f"duplicate column names: {', '.join(doubled)}", "give each column a unique name")
         place = f"{path}:{records.line_num + 1}"
         for record in records:
             if record:
                 if len(record) != len(names):
-                    rule = f"has {len(record)} fields where the first line names {len(names)}"
-                    raise _wrong(place, rule, "quote fields that hold commas or line ends")
+                    rule = f"has {len(record)} fields, but the header has {len(names)}"
+                    raise _wrong(place, rule, "quote fields that contain delimiters or line breaks")
                 yield place, dict(zip(names, record, strict=True))
             place = f"{path}:{records.line_num + 1}"
     except csv.Error as error:
-        raise _wrong(place, f"broken CSV: {error}", 'quote fields with ", and double a quote inside one') from error
+        raise _wrong(
+            place, f"invalid CSV: {error}", 'quote fields with ", and write "" for a quote in a field'
+        ) from error
 
 
 def _read_text(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -237,33 +242,33 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{path}:{number}", row
     except pyarrow.ArrowException as error:
-        way_out = "write or copy it again"
-        raise _wrong(f"{path}:{number + 1}", f"is not whole Parquet ({_first_line(error)})", way_out) from error
+        way_out = "write or copy the file again"
+        raise _wrong(f"{path}:{number + 1}", f"is not valid Parquet ({_first_line(error)})", way_out) from error
 
 
 def _read_hub(source: HubSet, revision: str | None) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    way_out = "see id, config and split (OWNER/NAME:CONFIG/SPLIT) and the network, or name files that are here"
+    way_out = "check the id, config and split (OWNER/NAME:CONFIG/SPLIT) and the network, or use local files"
     try:
-        split, first, last = source.slice()  # which streams do not know
+        split, first, last = source.slice()  # streaming does not support split slicing
         rows = datasets.load_dataset(source.name, source.config, split=split, revision=revision, streaming=True)
         classes = _class_names(getattr(rows, "features", None) or {})
         for number, row in enumerate(islice(rows, first, last), start=first + 1):
             named = {column: _named(row[column], names) for column, names in classes.items()}
             yield f"{source}:{number}", {**row, **named}
-    except Exception as error:  # those of datasets, the hub's client, its transport and the data's decoders
-        raise _wrong(str(source), f"the hub gives no such rows ({_first_line(error)})", way_out) from error
+    except Exception as error:  # errors of datasets, the Hub client, HTTP and the data decoders share no base class
+        raise _wrong(str(source), f"cannot be loaded from the Hub ({_first_line(error)})", way_out) from error
 
 
 def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of the classes of each column that holds class numbers, or lists of them."""
+    """Return the class names of each column of type ClassLabel or list of ClassLabel."""
     inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
     return {column: feature.names for column, feature in inner.items() if type(feature).__name__ == "ClassLabel"}
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:
-    """Class names for class numbers; a number without a class, such as the -1 of a hidden label, is no label."""
+    """Replace class indices with class names; indices without a name, such as -1 for hidden labels, become None."""
     if isinstance(value, list):
         return [_named(one, names) for one in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
@@ -284,7 +289,7 @@ def _wrong(place: str, rule: str, way_out: str) -> RequestError:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -1,4 +1,4 @@
-"""The splits and sets of a run's data; each set of `data.mixture` gets a `RunConfig` of its own."""
+"""Splits and datasets of a run; each dataset of `data.mixture` gets its own `RunConfig`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from ...config.run import RunConfig
 
 
 def sources_of(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every source of data with its key."""
+    """Yield `(key, source)` for every data source in the configuration."""
     for key in ("train", "validation", "test"):
         for name, alone in sets_of(config, key).items():
-            value = getattr(alone.data, key)  # folds of data.train have no source of their own
+            value = getattr(alone.data, key)  # not sources(key), which returns data.train for validation folds
             for source in [value] if isinstance(value, str) else value or []:
                 yield key_of(name, key), source
 
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-ALONE = ""  # the name of the only set of a run without a mixture
+ALONE = ""  # name of the only dataset of a run without a mixture
 
 
 def sets_of(config: RunConfig, split: str = "train") -> dict[str, RunConfig]:
-    """Name → the run's configuration with this set as its data, of the sets that have the split, by name.
+    """Return the datasets that have the split, as a mapping from name to the run configuration with only this dataset.
 
-    What is prepared of a set is therefore the same alone and in any mixture. The order is that of the names, so that
-    it does not depend on how a configuration is written.
+    A dataset is therefore prepared identically on its own and in any mixture. The datasets are sorted by name, so that
+    their order does not depend on the order of keys in the configuration.
     """
     mixture = config.data.mixture
     if mixture is None:
@@ -36,12 +36,12 @@ def sets_of(config: RunConfig, split: str = "train") -> dict[str, RunConfig]:
 
 
 def key_of(name: str, key: str) -> str:
-    """Where a set's `key` stands in the configuration."""
+    """Return the full configuration key of `key` of a dataset."""
     return f"data.mixture.{name}.{key}" if name else f"data.{key}"
 
 
 def name_in_mixture(where: str, name: str) -> str:
-    """The key of a set's own problem as it stands in the configuration; a place that is no such key stays."""
+    """Return the full configuration key for a `data.` key of a single dataset; return other locations unchanged."""
     own = where.startswith("data.") and not where.startswith("data.mixture")
     return key_of(name, where.removeprefix("data.")) if own else where
 

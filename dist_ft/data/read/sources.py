@@ -1,6 +1,6 @@
-"""What a source names: a file, a glob, a folder, a file of an installed package, or a data set of the hub.
+"""Resolution of data sources: a file, a glob, a folder, a file of an installed package, or a Hub dataset.
 
-No torch here: the launcher asks for fingerprints while it plans.
+Does not import torch, because the launcher computes fingerprints while planning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HUB_ID = re.compile(
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set of the Hugging Face hub: `owner/name`, `owner/name:config` or `owner/name:config/split[from:to]`."""
+    """Hugging Face Hub dataset: `owner/name`, `owner/name:config` or `owner/name:config/split[from:to]`."""
 
     name: str
     config: str | None
@@ -35,14 +35,14 @@ class HubSet:
         return f"{self.name}:{self.config or ''}/{self.split}"
 
     def slice(self) -> tuple[str, int, int | None]:
-        """The split, and which of its rows: from the first number, up to but without the second."""
+        """Return the split name and the row range: start (inclusive) and stop (exclusive, None for all rows)."""
         split, _, rows = self.split.rstrip("]").partition("[")
         first, _, last = rows.partition(":")
         return split, int(first or 0), int(last) if last else None
 
 
 def ending_of(path: Path) -> str:
-    """The ending that tells a file's kind, without `.gz`."""
+    """Return the lowercase file extension that determines the data format, ignoring a final `.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -50,31 +50,32 @@ def ending_of(path: Path) -> str:
 
 
 def resolve(sources: str | list[str]) -> list[Path | HubSet]:
-    """The files and hub sets that `sources` name, in order; those of a glob or a folder are sorted by path.
+    """Return the files and Hub datasets of `sources` in order; files of a glob or folder are sorted by path.
 
     Raises:
-        RequestError: a source names nothing, or a folder mixes splits or holds no data.
+        RequestError: A source does not exist, or a folder contains several splits or no data.
     """
     found: list[Path | HubSet] = []
     for source in [sources] if isinstance(sources, str) else sources:
         found.extend(_resolve(source))
     if not found:
-        raise RequestError.of("data", "no source is named", "name a file, a glob, a folder or a hub id")
+        raise RequestError.of("data", "has no source", "set data.train to a file, a glob, a folder or a Hub id")
     return found
 
 
 def fingerprint(
     sources: str | list[str], revision: str | None = None, digest: Callable[[Path], str] | None = None
 ) -> str:
-    """Hash of what the sources hold: file contents, names and order; for a hub set its id and revision.
+    """Return the SHA-256 of the sources: file contents, names and order, or the id and revision of Hub datasets.
 
     Args:
-        sources: as in the configuration.
-        revision: hub revision.
-        digest: hash of a file's bytes; `digest_file` if not given (cache.py gives one that remembers).
+        sources: Sources as in the configuration.
+        revision: Hub revision.
+        digest: Function that hashes the contents of a file, such as the caching one of storage/cache.py. Defaults to
+            `digest_file`.
 
     Raises:
-        RequestError: a source names nothing or cannot be read.
+        RequestError: A source does not exist or cannot be read.
     """
     whole = hashlib.sha256()
     for source in resolve(sources):
@@ -89,8 +90,8 @@ def fingerprint(
 
 
 def unreadable(path: Path, error: OSError) -> RequestError:
-    """The error for a file that is there and cannot be read."""
-    return RequestError(Problem(str(path), f"cannot be read ({error.strerror or error})", "see its permissions"))
+    """Return the error for an existing file that cannot be read."""
+    return RequestError(Problem(str(path), f"cannot be read ({error.strerror or error})", "check its permissions"))
 
 
 def _resolve(source: str) -> list[Path | HubSet]:
@@ -103,16 +104,18 @@ def _resolve(source: str) -> list[Path | HubSet]:
         return [_known(path)]
     match = _HUB_ID.fullmatch(source)
     local_parent = "/" in source and Path(source.split("/", 1)[0]).is_dir()
-    sliced = match is not None and "[" in (match["split"] or "")  # as in OWNER/NAME:/train[:1000]
+    sliced = match is not None and "[" in (match["split"] or "")  # OWNER/NAME:/train[:1000] is not a glob
     if glob.has_magic(source) and not sliced:
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
         if not files:
-            raise RequestError.of(source, "the glob matches no file", _nearest(path) or "see its folder and ending")
+            raise RequestError.of(
+                source, "the glob matches no file", _nearest(path) or "check its folder and extension"
+            )
         return [_known(file) for file in files]
     if match and ending_of(Path(match["name"])) not in ENDINGS and not local_parent:
         return [HubSet(match["name"], match["config"] or None, match["split"] or "train")]
     raise RequestError.of(
-        source, "there is no such file or folder", _nearest(path) or "give the path of a file, a glob, or OWNER/NAME"
+        source, "the file or folder does not exist", _nearest(path) or "use a file path, a glob, or OWNER/NAME"
     )
 
 
@@ -120,10 +123,12 @@ def _package_file(source: str) -> Path:
     package, _, inside = source.removeprefix(PACKAGE).partition("/")
     folder = find_package(package)
     if folder is None:
-        raise RequestError.of(source, f"the package {package} is not installed", f"pip install {package}")
+        raise RequestError.of(source, f"the package {package} is not installed", f"run pip install {package}")
     path = folder / inside
     if not inside or not path.is_file():
-        raise RequestError.of(source, "the package has no such file", _nearest(path) or "write package:NAME/PATH")
+        raise RequestError.of(
+            source, "the package does not contain this file", _nearest(path) or "write package:NAME/PATH"
+        )
     return _known(path)
 
 
@@ -131,30 +136,32 @@ def _known(path: Path) -> Path:
     if ending_of(path) not in ENDINGS:
         raise RequestError.of(
             str(path),
-            f"the ending {path.suffix or '(none)'!r} tells no kind of data",
-            f"known are {' '.join(ENDINGS)} (text kinds also with .gz)",
+            f"the file extension {path.suffix or '(none)'!r} is not supported",
+            f"use one of {' '.join(ENDINGS)} (text formats also with .gz)",
         )
     return path
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """The data files of a folder. One that mixes splits would train on the test rows, so it is refused."""
+    """Return the data files of a folder; several splits raise an error, because test rows would be trained on."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and ending_of(path) in ENDINGS)
     if not files:
         raise RequestError.of(
-            str(folder), "the folder holds no data file", f"name files or a glob such as {folder}/**/*.jsonl"
+            str(folder), "the folder contains no data file", f"use files or a glob such as {folder}/**/*.jsonl"
         )
     splits = {_SPLITS[stem] for path in files if (stem := path.name.split(".")[0].lower()) in _SPLITS}
     if len(splits) > 1:
         names = ", ".join(path.name for path in files[:5])
         raise RequestError.of(
-            str(folder), f"the folder mixes splits ({names})", f"name one of them, such as {folder / files[0].name}"
+            str(folder),
+            f"the folder contains several splits ({names})",
+            f"use one of them, such as {folder / files[0].name}",
         )
     return files
 
 
 def _nearest(path: Path) -> str | None:
-    """What to suggest instead of a path that is not there: names near it, or its first folder that is not there."""
+    """Return a suggestion for a missing path: similar names, or data files of the nearest existing folder."""
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent and not glob.has_magic(str(parent)):
         path, parent = parent, parent.parent
@@ -165,4 +172,4 @@ def _nearest(path: Path) -> str | None:
     if near:
         return f"did you mean {' or '.join(str(parent / name) for name in near)}?"
     data = [name for name in names if ending_of(Path(name)) in ENDINGS][:5]
-    return f"in {parent} there are {', '.join(data)}" if data else None
+    return f"{parent} contains {', '.join(data)}" if data else None

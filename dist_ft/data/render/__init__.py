@@ -1,4 +1,4 @@
-"""Canonical rows turned into token ids and labels: tokenizers, chat templates, assistant spans, label names.
+"""Conversion of canonical rows to token ids and labels: tokenizers, chat templates, assistant spans, label names.
 
 Imports `data.read`.
 """

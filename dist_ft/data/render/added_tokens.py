@@ -1,4 +1,4 @@
-"""Tokens of the user's own domain or template (`model.add_tokens`), added to a tokenizer as special ones."""
+"""User-defined tokens (`model.add_tokens`), added to a tokenizer as special tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ KEY = "model.add_tokens"
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
-    """Have a tokenizer of transformers read each of `tokens` as one token; gives their ids.
+    """Add `tokens` to a transformers tokenizer as special tokens and return their ids.
 
-    They are special: found wherever they stand in a text, and left out where text is decoded without such tokens.
+    Special tokens are matched anywhere in a text, and skipped by decoding with `skip_special_tokens=True`.
 
     Raises:
-        RequestError: the tokenizer has some already, so no row would be new.
+        RequestError: The tokenizer already has one of the tokens, so its embedding would not be new.
     """
     if not tokens:
         return ()
@@ -24,7 +24,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
 
     known = tokenizer.get_vocab()
     if old := [token for token in tokens if token in known]:
-        rule, way_out = "the tokenizer has it already", "leave it out: it has an embedding"
+        rule, way_out = "the tokenizer already has this token", "remove it from model.add_tokens"
         raise RequestError(*(Problem(KEY, f"{token!r}: {rule}", way_out) for token in old))
     new = [AddedToken(token, special=True, normalized=False) for token in tokens]
     tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)

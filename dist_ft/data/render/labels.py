@@ -1,4 +1,4 @@
-"""Label names, found in the training split: what numbers they have is the same for every split and in the export."""
+"""Label names and label ids, determined from the training split and shared by all splits and the exported model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from ..read.formats import normalise_for
 from ..read.rows import read_rows
 from ..read.sets import name_in_mixture, sets_of
 
-Labels = Callable[[Mapping[str, Any]], Iterable[tuple[int | str, str | None]]]  # of a row: values, and their names
-NO_LABEL = -1  # by which sets of the hub mark rows whose label is not given
-OUTSIDE = "O"  # of the IOB schemes: always number 0
+Labels = Callable[[Mapping[str, Any]], Iterable[tuple[int | str, str | None]]]  # row -> (label, name of the label)
+NO_LABEL = -1  # marks rows without a label in Hub datasets
+OUTSIDE = "O"  # tag of the IOB schemes, which always gets label id 0
 
 
 def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], tuple[int, ...], int]:
-    """The names in the order of their numbers, how often each is met in data.train, and the number of its rows.
+    """Determine the label names and count the labels of the training rows (of a mixture, those of all its datasets).
 
-    Names are those of `task.labels`, or of the data: numbers in their order (named by `label_text` where every number
-    has one), text in alphabetical order. The training rows of a mixture are those of all its sets.
+    The names are those of `task.labels` if set. Otherwise they are found in the data: integer labels in ascending order
+    (named by `label_text` if each label has exactly one name), string labels in alphabetical order.
 
     Args:
-        config: of the run.
-        labels_of: gives a canonical row's labels.
+        config: Configuration of the run.
+        labels_of: Function that returns the labels of a canonical row.
+
+    Returns:
+        The label names ordered by label id, the count of each label, and the number of training rows.
 
     Raises:
-        RequestError: there are fewer than two labels, or the data mixes numbers and text.
+        RequestError: There are fewer than two labels, or the data mixes integer and string labels.
     """
-    seen: set[int | str] = set()  # of all rows, so that labels have one number in every fold and subset
+    seen: set[int | str] = set()  # labels of all rows, so that label ids are the same in every fold and subset
     counts: Counter[int | str] = Counter()
     names: dict[int | str, set[str]] = {}
     rows = 0
@@ -45,7 +48,7 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
         for at, (place, row) in enumerate(read_rows(alone.data.train or [], revision=alone.data.revision)):
             is_taken = taken is None or at in taken
             rows += is_taken
-            with contextlib.suppress(RowFault):  # counted where the row is tokenised
+            with contextlib.suppress(RowFault):  # counted when the row is tokenized
                 for value, text in labels_of(normalise_for(alone, row, place)[1]):
                     seen.add(value)
                     counts[value] += is_taken
@@ -56,9 +59,9 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
     found = tuple(given) if given is not None else _ordered(seen, names, where)
     if len(found) < 2:
         rule = (
-            f"{len(found)} label{'s' * (len(found) != 1)} in all ({', '.join(found) or 'none'}): nothing to tell apart"
+            f"{len(found)} label{'s' * (len(found) != 1)} found ({', '.join(found) or 'none'}), at least 2 are required"
         )
-        raise RequestError.of(where, rule, "see data.columns: which column has the label?")
+        raise RequestError.of(where, rule, "set data.columns so that label is the column with the labels")
     tallies = [0] * len(found)
     for value, count in counts.items():
         number = find_number(value, found)
@@ -68,7 +71,7 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
 
 
 def _choose(name: str, alone: RunConfig) -> Chosen | None:
-    """The set's chosen rows; what is wrong is told of this set, whichever is being prepared."""
+    """Return the selected rows of a dataset, and name this dataset in errors even while another one is prepared."""
     try:
         return choose(alone, "train")
     except RequestError as error:
@@ -76,7 +79,7 @@ def _choose(name: str, alone: RunConfig) -> Chosen | None:
 
 
 def head_settings(facts: Facts) -> dict[str, Any]:
-    """What config.json says of a head with an output for each label."""
+    """Return the config.json settings of a classification head with one output per label."""
     names = dict(enumerate(facts.labels))
     return {
         "num_labels": len(names),
@@ -87,24 +90,24 @@ def head_settings(facts: Facts) -> dict[str, Any]:
 
 
 def find_number(value: int | str, labels: Sequence[str]) -> int | None:
-    """The number of a label that is given by its name or its number; None for an unknown one."""
+    """Return the id of a label given by name or id, or None if the label is unknown."""
     if str(value) in labels:
         return labels.index(str(value))
     return value if isinstance(value, int) and 0 <= value < len(labels) else None
 
 
 def number_of(value: Any, labels: Sequence[str]) -> int:
-    """The number of a row's label.
+    """Return the id of a row's label.
 
     Raises:
-        RowFault: it is missing, or not one of `labels`.
+        RowFault: The label is missing or not one of `labels`.
     """
     if value in (None, "", NO_LABEL):
         raise RowFault("the label is missing", "give every row a label")
     number = find_number(value, labels)
     if number is None:
         shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
-        raise RowFault(f"the label {value!r:.40} is none of data.train's ({shown})", "correct it, or set task.labels")
+        raise RowFault(f"the label {value!r:.40} is not one of the labels ({shown})", "correct it, or set task.labels")
     return number
 
 
@@ -112,8 +115,8 @@ def _ordered(counts: Iterable[int | str], names: Mapping[int | str, set[str]], w
     kinds = {type(value) for value in counts}
     if kinds == {int, str}:
         examples = ", ".join(repr(next(value for value in counts if type(value) is kind)) for kind in (int, str))
-        rule = f"some labels are numbers and some are text (such as {examples})"
-        raise RequestError.of(where, rule, "write all of them alike")
+        rule = f"some labels are integers and some are strings (such as {examples})"
+        raise RequestError.of(where, rule, "use either integers or strings for all labels")
     ordered = sorted(counts, key=lambda value: (value != OUTSIDE, value))
     if kinds == {int} and ordered == list(range(len(ordered))):
         texts = [names.get(value, set()) for value in ordered]

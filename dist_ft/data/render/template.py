@@ -1,7 +1,7 @@
-"""From text and messages to token ids and labels: loss where the model writes, its end token included, once.
+"""Tokenization of text, pairs and conversations; only what the model generates, with one end token, is supervised.
 
-A BOS stands once at the front where the tokenizer adds one to text (a template brings its own). Labels are the ids
-where there is loss and -100 elsewhere, unshifted.
+A single BOS token comes first if the tokenizer adds one to text (a chat template renders its own). Labels equal the
+token ids at supervised positions and are -100 elsewhere. They are not shifted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..read.faults import EMPTY_TEXT, RowFault
 from ..read.formats import IGNORED_LABEL
 from .spans import OWN_TEMPLATE, Closers, Message, Span, find_spans
 
-CONVERSING = ("instruction", "preference", "reward")  # tasks whose rows may be conversations
+CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
 
 
 def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
-    """The token that training ends an answer with: the template's end of turn, else EOS."""
+    """Return the id of the token that ends a training answer: the template's end-of-turn token, or else EOS."""
     if tokenizer is None:
         return None
     if task.name in CONVERSING and tokenizer.chat_template:
@@ -30,7 +30,7 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
             answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             labels = ChatTokenizer(tokenizer).encode_messages(answered)["labels"]
             return [label for label in labels if label != IGNORED_LABEL][-1]
-        except RowFault:  # a template that only takes other conversations
+        except RowFault:  # the template does not support this conversation
             pass
     end: int | None = tokenizer.eos_token_id
     return end
@@ -42,10 +42,10 @@ _RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, Attribu
 
 
 class ChatTokenizer:
-    """A tokenizer that knows which tokens are the model's own words.
+    """Tokenizer wrapper that encodes rows with labels for the supervised tokens.
 
     Args:
-        tokenizer: of transformers; its `chat_template` is used for messages.
+        tokenizer: A transformers tokenizer, whose `chat_template` is used for messages.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -59,30 +59,30 @@ class ChatTokenizer:
         self.closer_ids = {number for name, number in added.items() if name.strip()} | {self.eos_id} - {None}
 
     def encode_text(self, text: str) -> Encoded:
-        """A document: BOS if the tokenizer adds one, its tokens, EOS if there is one; loss on all of it.
+        """Encode a document as BOS (if the tokenizer adds one), its tokens and EOS (if any), with loss on all tokens.
 
         Raises:
-            RowFault: nothing but white space is in it.
+            RowFault: The text is empty or only whitespace.
         """
         if not text.strip():
-            raise RowFault(EMPTY_TEXT, "leave such rows out")
+            raise RowFault(EMPTY_TEXT, "remove these rows")
         ids = self._end(self._begin(self._ids(text)))
         return {"input_ids": ids, "labels": list(ids)}
 
     def encode_pair(self, prompt: str, completion: str) -> Encoded:
-        """Prompt and completion joined without any template; loss on the completion and its EOS.
+        """Encode a prompt and its completion without a chat template, with loss on the completion and EOS.
 
-        The prompt's tokens come first exactly as they are when the model is asked.
+        The prompt has the same tokens as in inference.
 
         Raises:
-            RowFault: the completion is empty, or the tokenizer has no EOS.
+            RowFault: The completion is empty, or the tokenizer has no EOS token.
         """
         if not completion.strip():
-            raise RowFault("the completion is empty", "see where its answer went, or set task.unsupervised=drop")
+            raise RowFault("the completion is empty", "correct the completion, or set task.unsupervised=drop")
         if self.eos_id is None:
-            raise RowFault("the tokenizer has no EOS token, so where to stop cannot be learned", "give it an eos_token")
+            raise RowFault("the tokenizer has no EOS token, so the model cannot learn to stop", "set its eos_token")
         context, both = self._ids(prompt), self._ids(prompt + completion)
-        # Tokenised in one piece where that leaves the prompt as it is, in two where a token would span the border.
+        # Tokenized jointly, unless a token spans the boundary; then separately, to keep the tokens of the prompt.
         answer = both[len(context) :] if both[: len(context)] == context else self._ids(completion)
         context, answer = self._begin(context), self._end(answer)
         return {"input_ids": context + answer, "labels": [IGNORED_LABEL] * len(context) + answer}
@@ -90,41 +90,43 @@ class ChatTokenizer:
     def encode_messages(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0
     ) -> Encoded:
-        """A conversation through the chat template; loss on assistant turns with the token that ends each.
+        """Encode a conversation with the chat template, with loss on the assistant turns including their end tokens.
 
-        Where the template lets the last turn end without such a token, EOS is appended.
+        If the template renders no end token after the last turn, EOS is appended.
 
         Args:
-            messages: see messages.py.
-            tools: descriptions that the template shows to the model.
-            context: the first so many messages carry no loss.
+            messages: Chat messages (see messages.py).
+            tools: Tool descriptions for the chat template.
+            context: Number of messages at the start that are not supervised.
 
         Raises:
-            RowFault: there is no assistant turn, or the template cannot show it.
-            RequestError: there is no template.
+            RowFault: There is no supervised assistant turn, or the chat template cannot render the conversation.
+            RequestError: The tokenizer has no chat template.
         """
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
         if not turns:
-            raise RowFault("there is no assistant turn", "see data.format and the roles, or set task.unsupervised=drop")
+            raise RowFault(
+                "there is no assistant turn", "correct data.format or the roles, or set task.unsupervised=drop"
+            )
         if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in turns):
-            raise RowFault("the assistant's turns are empty", "see where its words went, or set task.unsupervised=drop")
+            raise RowFault("the assistant turns are empty", "correct their content, or set task.unsupervised=drop")
         render = _Render(self.tokenizer, tools)
         text = render(messages)
         if tools and not all(_tool_name(tool) in text for tool in tools):
-            way_out = "set task.chat_template to one that renders tools, such as chatml"
-            raise RowFault("the chat template does not show the row's tools", way_out)
+            way_out = "set task.chat_template to a template that renders tools, such as chatml"
+            raise RowFault("the chat template does not render the row's tools", way_out)
         encoded = self._by_marks(render, messages, turns) if context == 0 else None
         if encoded is None:
             encoded = self._by_spans(text, find_spans(render, messages, turns, self.closers))
         return self._once(self._closed(encoded, is_last=turns[-1] == len(messages) - 1))
 
     def _by_spans(self, text: str, spans: Sequence[Span]) -> Encoded:
-        """Tokens of the rendered text, with labels for those that lie in a span."""
+        """Tokenize the rendered text and label the tokens inside the spans."""
         if not self.tokenizer.is_fast:
             return self._by_prefixes(text, spans)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-        if sum(first == last for first, last in offsets) * 2 > len(ids):  # some converted tokenizers lose them
+        if sum(first == last for first, last in offsets) * 2 > len(ids):  # some converted tokenizers have no offsets
             return self._by_prefixes(text, spans)
         labels = [IGNORED_LABEL] * len(ids)
         remaining = iter(spans)
@@ -134,26 +136,26 @@ class ChatTokenizer:
                 start, stop = next(remaining, (len(text) + 1, len(text) + 1))
             if last > start and (first < last or first > start):
                 if text[first : max(first, start)].strip() or text[min(stop, last) : last].strip():
-                    raise RowFault("a token spans the border of an assistant turn", OWN_TEMPLATE)
+                    raise RowFault("a token spans the boundary of an assistant turn", OWN_TEMPLATE)
                 labels[i] = ids[i]
         return {"input_ids": ids, "labels": labels}
 
     def _by_prefixes(self, text: str, spans: Sequence[Span]) -> Encoded:
-        """The same for a tokenizer that does not say where its tokens stand: those of prefixes must agree."""
+        """Do the same for a tokenizer without offsets, by tokenizing the prefixes that end at the span boundaries."""
         ids = self._ids(text)
         labels = [IGNORED_LABEL] * len(ids)
         for span in spans:
             heads = [self._ids(text[:border]) for border in span]
             if any(ids[: len(head)] != head for head in heads):
-                raise RowFault("a token spans the border of an assistant turn", OWN_TEMPLATE)
+                raise RowFault("a token spans the boundary of an assistant turn", OWN_TEMPLATE)
             first, last = map(len, heads)
             labels[first:last] = ids[first:last]
         return {"input_ids": ids, "labels": labels}
 
     def _by_marks(self, render: _Render, messages: Sequence[Message], turns: Sequence[int]) -> Encoded | None:
-        """Labels by the template's own generation marks; None where it has none that work.
+        """Label tokens by the template's `{% generation %}` blocks; return None if it has none or they yield no tokens.
 
-        Marks that leave out a turn's end token are completed with it where prefix difference finds it.
+        If a block excludes the end token of a turn, the label is added where the prefix difference finds it.
         """
         if not _MARKS.search(render.template):
             return None
@@ -171,24 +173,24 @@ class ChatTokenizer:
                 left_out = is_end and labels[i - 1] != IGNORED_LABEL and ids[i - 1] not in self.closer_ids
                 labels[i] = ends[i] if left_out and len(ends) == len(ids) else IGNORED_LABEL
             elif ids[i - 1] in self.closer_ids and not is_end and not self.tokenizer.decode([ids[i]]).strip():
-                labels[i] = IGNORED_LABEL  # white space behind the end token is the template's
+                labels[i] = IGNORED_LABEL  # whitespace after the end token belongs to the template
         return {"input_ids": ids, "labels": labels}
 
     def _closed(self, encoded: Encoded, *, is_last: bool) -> Encoded:
-        """See that the last turn ends with a supervised end token; append EOS where the template has none."""
+        """Ensure that the last supervised turn ends with an end token; append EOS if the template renders none."""
         ids, labels = encoded["input_ids"], encoded["labels"]
         end = max(i for i, label in enumerate(labels) if label != IGNORED_LABEL) + 1
         if ids[end - 1] in self.closer_ids:
             return encoded
         if not is_last or self.eos_id is None:
-            why = "and the tokenizer has no EOS" if is_last else "and more messages follow"
-            raise RowFault(f"the chat template ends an assistant turn without an end token, {why}", OWN_TEMPLATE)
+            why = "and the tokenizer has no EOS token" if is_last else "and more messages follow"
+            raise RowFault(f"the chat template renders no end token after an assistant turn, {why}", OWN_TEMPLATE)
         while end > 1 and labels[end - 2] != IGNORED_LABEL and not self.tokenizer.decode([ids[end - 1]]).strip():
-            end -= 1  # white space before EOS is the template's
+            end -= 1  # whitespace before EOS belongs to the template
         return {"input_ids": [*ids[:end], self.eos_id], "labels": [*labels[:end], self.eos_id]}
 
     def _once(self, encoded: Encoded) -> Encoded:
-        """Without a second BOS at the front, and without EOS behind EOS where there is loss on both."""
+        """Remove duplicate BOS tokens at the start, and EOS tokens that follow another EOS if both are supervised."""
         ids, labels = encoded["input_ids"], encoded["labels"]
         front = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
         kept = [
@@ -209,7 +211,7 @@ class ChatTokenizer:
 
 
 class _Render:
-    """The tokenizer's chat template for rows with certain tools."""
+    """Renderer that applies the tokenizer's chat template with given tools."""
 
     def __init__(self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None) -> None:
         self.tokenizer = tokenizer
@@ -219,15 +221,15 @@ class _Render:
         except ValueError as error:
             raise RequestError.of(
                 "task.chat_template",
-                "the tokenizer has no chat template, and the data has messages",
-                "set task.chat_template=chatml or a Jinja file, or give prompt and completion as text",
+                "the tokenizer has no chat template, but the data contains messages",
+                "set task.chat_template=chatml or a Jinja file, or use prompt and completion as strings",
             ) from error
 
     def __call__(self, messages: Sequence[Message], *, generation: bool = False) -> str:
         return str(self._apply(messages, tokenize=False, add_generation_prompt=generation))
 
     def with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Token ids and the template's own mask of assistant tokens."""
+        """Return the token ids and the template's own mask of assistant tokens."""
         if not self.tokenizer.is_fast:
             return [], []
         result = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -238,8 +240,8 @@ class _Render:
             return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options)
         except _RENDER_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            way_out = "mend the rows, or set task.chat_template to one that takes them"
-            raise RowFault(f"the chat template refuses the row: {reason}", way_out) from error
+            way_out = "correct the rows, or set task.chat_template to a template that supports them"
+            raise RowFault(f"the chat template cannot render the row: {reason}", way_out) from error
 
 
 def _tool_name(tool: Mapping[str, Any]) -> str:

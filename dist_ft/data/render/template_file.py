@@ -1,4 +1,4 @@
-"""The chat template that a configuration names, as text; no tokenizer is needed to read it."""
+"""Reading of the configured chat template, without loading a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ CHATML_FILE = Path(__file__).with_name("chatml.jinja")
 
 
 def read_template(task: TaskChoice) -> str | None:
-    """The text of `task.chat_template`; None where the tokenizer's own is meant.
+    """Return the text of `task.chat_template`, or None if the tokenizer's own template is used.
 
     Raises:
-        RequestError: the file cannot be read.
+        RequestError: The file cannot be read.
     """
     template: str | None = getattr(task, "chat_template", None)
     if template is None:
@@ -23,5 +23,5 @@ def read_template(task: TaskChoice) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        way_out = "name a Jinja file, or chatml"
+        way_out = "set task.chat_template to a Jinja file, or to chatml"
         raise RequestError.of("task.chat_template", f"{path} cannot be read ({error})", way_out) from error

@@ -1,4 +1,4 @@
-"""Prepared splits on disk: identity in the cache, token tables, samples, the ledger.
+"""Prepared splits on disk: cache keys, token tables, samples and ledgers.
 
 Imports `data.read` and `data.render`.
 """

@@ -1,6 +1,6 @@
-"""What is prepared once, and where it lives: folders named by the hash of everything that went into them.
+"""Cache folders of prepared splits, named by the hash of all their inputs.
 
-No torch: the launcher asks `is_prepared` before it starts anything.
+Does not import torch, because the launcher calls `is_prepared` before it starts any process.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ _TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja
 
 
 def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path:
-    """Where a split's tokenised rows live, of a mixture those of the set `part`; all that shapes them is in the name.
+    """Return the cache folder of a split's tokenized rows; its name is a hash of everything that determines them.
+
+    Args:
+        config: Configuration of the run.
+        split: Name of the split.
+        part: Name of the dataset in a mixture.
 
     Raises:
-        RequestError: the split's data or the tokenizer is not there.
+        RequestError: The data or the tokenizer does not exist.
     """
     alone = sets_of(config, split)[part]
     data, root = alone.data, cache_root(config)
@@ -41,7 +46,7 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
         **({"augment": augment} if (augment := augment_identity(alone, split)) else {}),
         **({"chosen": chosen} if (chosen := identity(alone, split)) else {}),
         "task": {**task, "chat_template": read_template(config.task)},
-        # of the same rows a training split is another: it finds the labels, and keeps nothing for metrics
+        # A training split of the same rows differs, because it determines the labels and keeps no rows for metrics.
         "labels": [split == "train", _labels_identity(config, split)],
         "tokenizer": _tokenizer_identity(alone),
         **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
@@ -51,7 +56,7 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
 
 
 def is_prepared(config: RunConfig) -> bool:
-    """Whether `prepare` would find everything done. False, too, where the request is wrong and prepare would say so."""
+    """Return whether everything is prepared already; also False if `prepare` would raise an error."""
     try:
         for name, key in _models(config):
             source = find_model(name, key)
@@ -71,7 +76,7 @@ def _models(config: RunConfig) -> list[tuple[str, str]]:
 
 def _tokenizer_identity(config: RunConfig) -> Any:
     if config.data.format == "tokens":
-        return None  # such rows are used as they are
+        return None  # tokenized rows are used unchanged
     name, key = _models(config)[-1]
     source = find_model(name, key)
     if source.path is None:
@@ -84,9 +89,10 @@ def _tokenizer_identity(config: RunConfig) -> Any:
 
 
 def _labels_identity(config: RunConfig, split: SplitName) -> Any:
-    """Where the numbers of labels come from: the training split, unless the configuration names them.
+    """Return the identity of the data that determines the label ids, or None if it needs no separate identity.
 
-    Of a mixture it is all sets' rows, which therefore shape each set.
+    Label ids come from the training split unless `task.labels` is set. In a mixture they come from the training rows of
+    all datasets, which therefore affect each dataset.
     """
     if not hasattr(config.task, "labels") or config.task.labels is not None:
         return None

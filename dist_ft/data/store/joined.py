@@ -1,4 +1,4 @@
-"""Several prepared sets seen as one: rows and samples are numbered through, set after set; nothing is copied."""
+"""Concatenated views of the prepared datasets of a mixture, without copying data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .table import TokenTable
 
 
 class JoinedTable(TokenTable):
-    """Tables one after another.
+    """Concatenation of token tables.
 
     Args:
-        tables: of the sets.
-        kept: how many rows of its data each set has kept: what the column `origin` counts.
+        tables: Tables of the datasets.
+        kept: Number of rows kept from each dataset, by which the column `origin` is offset.
     """
 
     def __init__(self, tables: Sequence[TokenTable], kept: Sequence[int]) -> None:
@@ -30,7 +30,7 @@ class JoinedTable(TokenTable):
         super().__init__({}, np.concatenate([*offsets, ends[-1:]]))
 
     def example(self, row: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
-        """The columns of a row, or of its tokens from `start` to before `stop`."""
+        """Return the columns of a row, or of its tokens `start` (inclusive) to `stop` (exclusive)."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         found = self.tables[number].example(row - int(self._starts[number]), start, stop)
         if ORIGIN in found:
@@ -39,11 +39,11 @@ class JoinedTable(TokenTable):
 
 
 class JoinedSamples(Samples):
-    """Samples one after another.
+    """Concatenation of samples.
 
     Args:
-        parts: of the sets.
-        rows: of each set's table.
+        parts: Samples of the datasets.
+        rows: Number of rows in each dataset's table.
     """
 
     def __init__(self, parts: Sequence[Samples], rows: Sequence[int]) -> None:
@@ -63,12 +63,12 @@ class JoinedSamples(Samples):
 
     @property
     def lengths(self) -> np.ndarray:
-        """[samples] int64: tokens of each sample."""
+        """Number of tokens of each sample, `[num_samples]` int64."""
         return np.concatenate([part.lengths for part in self.parts])
 
 
 def join_ledgers(ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """One ledger of all sets: sums, and the longest row of all; causes are counted over the sets."""
+    """Merge the ledgers of all datasets: sum counts and causes, and take the maximum of lengths and token ids."""
     every = list(ledgers.values())
     found = dict(every[0])
     for key in ("rows_read", "rows_kept", "repeated", "tokens", "samples", "tokens_in_samples", "tokens_left_over"):

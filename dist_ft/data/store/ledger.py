@@ -1,4 +1,4 @@
-"""What became of every row and token of a split; the sums agree."""
+"""Ledger that accounts for every row and token of a split."""
 
 from __future__ import annotations
 
@@ -10,85 +10,85 @@ from ...errors import Problem
 from ..read.faults import RowFault, Tally
 
 TOO_LONG = "longer than task."
-STOP_AFTER_FAULTS = 1000  # rows that are errors anyway: the rest need not be read to say so
+STOP_AFTER_FAULTS = 1000  # reading stops after this many invalid rows, since the split is an error anyway
 
 
 def too_long(key: str) -> str:
-    """The cause of a row longer than `task.KEY`."""
+    """Return the cause for rows longer than `task.KEY`."""
     return TOO_LONG + key
 
 
 @dataclass
 class Ledger:
-    """Counts of one split.
+    """Row and token counts of one split.
 
     rows_read + augmented = rows_kept + all dropped; tokens = tokens_in_samples + tokens_left_over.
     """
 
-    chosen: str = ""  # why only some rows of the source were read, see chosen.py
-    rows_of_source: int = 0  # then
+    chosen: str = ""  # description of the row selection if only some rows of the source are read, see chosen.py
+    rows_of_source: int = 0  # number of rows in the source in that case
     rows_read: int = 0
     rows_kept: int = 0
-    repeated: int = 0  # of them, those that have the tokens of an earlier one
-    augmented: int = 0  # copies that data.augment has added to the rows read
-    unchanged: int = 0  # copies that came out as their row or an earlier copy, and were not added
+    repeated: int = 0  # kept rows with the same tokens as an earlier row
+    augmented: int = 0  # copies added by data.augment
+    unchanged: int = 0  # copies not added because they equal their row or an earlier copy
     copies_left_out: dict[str, Tally] = field(default_factory=dict)  # by cause
     dropped: dict[str, Tally] = field(default_factory=dict)  # by cause
-    refused: dict[str, Tally] = field(default_factory=dict)  # by cause: these make the split an error
+    refused: dict[str, Tally] = field(default_factory=dict)  # by cause; any of these makes the split an error
     truncated: Tally = field(default_factory=lambda: Tally(""))
     truncated_tokens: int = 0
-    longest: int = 0  # tokens of the longest row, before any truncation
+    longest: int = 0  # tokens of the longest sequence of a row, before truncation
     longest_place: str = ""
-    longest_by_limit: dict[str, int] = field(default_factory=dict)  # of rows refused, by the key they are beyond
+    longest_by_limit: dict[str, int] = field(default_factory=dict)  # longest refused length by exceeded key of task
     max_token_id: int = -1
     formats: list[str] = field(default_factory=list)
     layout: str = ""
     tokens: int = 0
     samples: int = 0
     tokens_in_samples: int = 0
-    tokens_left_over: int = 0  # in blocks in which nothing is predicted
-    supervised_tokens: int = 0  # targets, after the shift
+    tokens_left_over: int = 0  # tokens of blocks without targets
+    supervised_tokens: int = 0  # number of targets, after the label shift
 
     def drop(self, cause: str, place: str) -> None:
-        """Count a row that is left out as the configuration wishes."""
+        """Count a row that is dropped as configured."""
         self.dropped.setdefault(cause, Tally("")).add(place)
 
     def leave_out(self, fault: RowFault, place: str) -> None:
-        """Count a changed copy from which nothing is learned; its row stays."""
+        """Count an augmented copy that cannot be used; its original row is kept."""
         self.copies_left_out.setdefault(fault.cause, Tally("")).add(place)
 
     def refuse(self, fault: RowFault, place: str) -> bool:
-        """Count a row that is an error; True when there are so many that reading on is of no use."""
+        """Count an invalid row; return True if STOP_AFTER_FAULTS is reached and reading should stop."""
         self.refused.setdefault(fault.cause, Tally(fault.way_out)).add(place)
         return sum(tally.rows for tally in self.refused.values()) >= STOP_AFTER_FAULTS
 
     def problems(self, split: str, limits: Mapping[str, int]) -> list[Problem]:
-        """What is wrong with the split, by kind and cause; `limits` are those of the task, by key."""
+        """Return the problems of the split, given the length limits of the task by key."""
         found = []
         causes = dict(self.refused)
         for key, limit in limits.items():
             if tally := causes.pop(too_long(key), None):
                 longest = self.longest_by_limit[key]
                 rule = (
-                    f"{_rows(tally.rows)} longer than task.{key}={limit}; the longest read has {longest} "
+                    f"{_rows(tally.rows)} longer than task.{key}={limit}; the longest row read has {longest} "
                     f"tokens, at {self.longest_place}; first at {', '.join(tally.places)}"
                 )
-                way_out = f"set task.{key}={longest}, or task.overlong=truncate or drop"
+                way_out = f"set task.{key}={longest}, or set task.overlong=truncate or drop"
                 found.append(Problem(f"data.{split}", rule, way_out))
         if causes:
             total = sum(tally.rows for tally in causes.values())
             parts = [
                 f"{tally.rows} because {cause}, first at {', '.join(tally.places)}" for cause, tally in causes.items()
             ]
-            rule = f"{_rows(total)} from which nothing is learned (of {self.rows_read} read): {'; '.join(parts)}"
+            rule = f"{_rows(total)} (of {self.rows_read} read) cannot be used: {'; '.join(parts)}"
             ways = dict.fromkeys(tally.way_out for tally in causes.values())
             found.append(
-                Problem(f"data.{split}", rule, "; ".join([*ways, "or leave them out: task.unsupervised=drop"]))
+                Problem(f"data.{split}", rule, "; ".join([*ways, "or drop these rows: set task.unsupervised=drop"]))
             )
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """For the file beside the table."""
+        """Return the content of the ledger file as JSON types."""
         content = asdict(self)
         for key in ("dropped", "refused", "copies_left_out"):
             content[key] = {

@@ -1,4 +1,4 @@
-"""Prepared splits as workers read them."""
+"""Access to prepared splits from workers."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ from .table import TokenTable
 
 @dataclass(frozen=True)
 class Split:
-    """A prepared split: where its token table and samples are, and its ledger (see data/ledger.py).
+    """Prepared split: the folders of its token table and samples, and its ledger (see ledger.py).
 
-    Of a mixture, `parts` are its sets by name, and what the split gives is all of them, one after another; its
-    `table` and `samples` are then no folders but a name made of theirs.
+    The split of a mixture is the concatenation of its datasets, which `parts` holds by name. Its `table` and `samples`
+    are then not folders but a hash of theirs.
     """
 
     table: str
     samples: str
     ledger: dict[str, Any]
     parts: Mapping[str, Split] = field(default_factory=dict)
-    reference: np.ndarray | None = None  # [samples, sequences] float64: what reference.py keeps, where a task needs it
+    reference: np.ndarray | None = None  # [num_samples, num_sequences] float64 log-probabilities, see reference.py
 
     @classmethod
     def of_parts(cls, parts: Mapping[str, Split]) -> Split:
-        """The split of a mixture."""
+        """Return the split of a mixture."""
         names = "\n".join(f"{name} {Path(part.table).name}" for name, part in parts.items())
         name = hashlib.sha256(names.encode()).hexdigest()[:32]
         return cls(name, name, join_ledgers({name: part.ledger for name, part in parts.items()}), dict(parts))
 
     def open_table(self) -> TokenTable:
-        """The tokenised rows, memory-mapped, each with its reference where there is one."""
+        """Open the tokenized rows by memory map, with the reference log-probabilities as a column if there are any."""
         if self.parts:
             kept = [part.ledger["rows_kept"] for part in self.parts.values()]
             return JoinedTable([part.open_table() for part in self._referring()], kept)
         table = TokenTable.open(self.table)
         if self.reference is None:
             return table
-        values = np.full(len(table), np.nan)  # of rows that no sample holds
+        values = np.full(len(table), np.nan)  # NaN for rows that are in no sample
         values[self.open_samples().rows] = self.reference.reshape(-1)
         return table.with_row_values(REFERENCE, values)
 
     def open_samples(self) -> Samples:
-        """What places in a batch hold, memory-mapped."""
+        """Open the samples by memory map."""
         if self.parts:
             rows = [len(part.open_table()) for part in self.parts.values()]
             return JoinedSamples([part.open_samples() for part in self.parts.values()], rows)
         return Samples.load(self.samples)
 
     def first_sample(self) -> Sample:
-        """What is looked at when two models are compared."""
+        """Return the first sample, on which two models are compared."""
         table, samples = self.open_table(), self.open_samples()
         return Sample([table.example(*segment) for segment in samples[0]], index=0)
 
     def read_rows(self) -> list[Row]:
-        """What the task keeps of each row as it was (state.Layout.kept); nothing of a training split."""
+        """Return the raw columns that the task keeps of each row (`state.Layout.kept`); empty for a training split."""
         if self.parts:
             return [row for part in self.parts.values() for row in part.read_rows()]
         path = Path(self.table) / ROWS
@@ -74,14 +74,14 @@ class Split:
         )
 
     def digests(self) -> np.ndarray:
-        """[rows kept] uint64, equal where rows have the same tokens; see repeats.py."""
+        """Return a digest of the tokens of each row, `[rows_kept]` uint64 (see repeats.py)."""
         if self.parts:
             return np.concatenate([part.digests() for part in self.parts.values()])
         found: np.ndarray = np.load(Path(self.table) / DIGESTS)
         return found
 
     def _referring(self) -> list[Split]:
-        """The sets, each with its part of the reference."""
+        """Return the datasets, each with its slice of the reference."""
         if self.reference is None:
             return list(self.parts.values())
         shares = np.split(self.reference, np.cumsum(list(self.sizes.values()))[:-1])
@@ -89,5 +89,5 @@ class Split:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Samples of each set of a mixture; empty of a split that is none."""
+        """Number of samples of each dataset of a mixture by name; empty without a mixture."""
         return {name: int(part.ledger["samples"]) for name, part in self.parts.items()}

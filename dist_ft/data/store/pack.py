@@ -1,6 +1,7 @@
-"""Samples: what one place in a batch holds. Packing is planned over the whole set, once, and depends on no world size.
+"""Samples and packing. Packing is planned once over the whole dataset and does not depend on the world size.
 
-A sample is a list of segments, each a piece of one row; segments of a sample never see each other.
+A sample is one element of a batch: a list of segments, each a slice of one row. Segments of a sample do not attend to
+each other.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import numpy as np
 
 from .table import TokenTable, load_flat
 
-Segment = tuple[int, int, int]  # row, first token, behind the last token
+Segment = tuple[int, int, int]  # row, start token (inclusive), stop token (exclusive)
 _PREFIX = "samples-"
 
 
 class Samples:
-    """Samples as flat arrays.
+    """Samples stored as flat arrays.
 
     Args:
-        rows: [segments] int64, the row of each segment.
-        starts: [segments] int64, first token in the row.
-        stops: [segments] int64, behind the last token.
-        offsets: [samples + 1] int64, where each sample's segments begin.
+        rows: Row of each segment, `[num_segments]` int64.
+        starts: Start token of each segment in its row (inclusive), `[num_segments]` int64.
+        stops: Stop token of each segment in its row (exclusive), `[num_segments]` int64.
+        offsets: Index of the first segment of each sample, `[num_samples + 1]` int64.
     """
 
     def __init__(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, offsets: np.ndarray) -> None:
@@ -31,7 +32,7 @@ class Samples:
 
     @classmethod
     def of(cls, samples: Iterable[Sequence[Segment]]) -> Samples:
-        """From lists of segments."""
+        """Build samples from lists of segments."""
         listed = [list(sample) for sample in samples]
         flat = np.asarray([segment for sample in listed for segment in sample], dtype=np.int64).reshape(-1, 3)
         offsets = np.cumsum([0, *map(len, listed)], dtype=np.int64)
@@ -39,7 +40,7 @@ class Samples:
 
     @classmethod
     def load(cls, folder: str | Path) -> Samples:
-        """What `save` wrote, memory-mapped."""
+        """Load the samples that `save` wrote by memory map."""
         return cls(*(load_flat(Path(folder) / f"{_PREFIX}{name}") for name in _FILES))
 
     def save(self, folder: str | Path) -> None:
@@ -58,7 +59,7 @@ class Samples:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def select(self, kept: np.ndarray) -> Samples:
-        """Those samples for which `kept` ([samples] bool) is true."""
+        """Return the samples for which `kept`, `[num_samples]` bool, is True."""
         sizes = np.diff(self.offsets)
         segments = np.repeat(kept, sizes)
         offsets = np.concatenate(([0], np.cumsum(sizes[kept])))
@@ -66,7 +67,7 @@ class Samples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[samples] int64: tokens of each sample."""
+        """Number of tokens of each sample, `[num_samples]` int64."""
         ends = np.concatenate(([0], np.cumsum(self.stops - self.starts)))
         return np.diff(ends[self.offsets])
 
@@ -75,25 +76,25 @@ _FILES = ("rows.npy", "starts.npy", "stops.npy", "offsets.npy")
 
 
 def in_groups(lengths: np.ndarray, sequences: int = 1) -> Samples:
-    """A sample for every so many rows of the table that follow one another."""
+    """Return samples of `sequences` consecutive whole rows each."""
     count = len(lengths)
-    assert count % sequences == 0, "every sample has all its sequences"
+    assert count % sequences == 0, "the number of rows must be a multiple of the sequences per sample"
     starts, stops = np.zeros(count, dtype=np.int64), np.asarray(lengths, np.int64)
     return Samples(np.arange(count), starts, stops, np.arange(0, count + 1, sequences))
 
 
 def cut_blocks(lengths: np.ndarray, max_length: int) -> Samples:
-    """Rows, one after another, cut into blocks of `max_length` tokens; the last block may be shorter.
+    """Concatenate the rows and cut them into blocks of `max_length` tokens; the last block may be shorter.
 
     Args:
-        lengths: [rows] tokens of each row.
-        max_length: tokens of a block.
+        lengths: Number of tokens of each row, `[num_rows]`.
+        max_length: Number of tokens per block.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     borders = np.unique(np.concatenate((ends, np.arange(max_length, total, max_length), [0, total])))
     first, last = borders[:-1], borders[1:]
-    rows = np.searchsorted(ends, first, side="right")  # the row in which each piece begins; empty rows have no piece
+    rows = np.searchsorted(ends, first, side="right")  # row of each segment; empty rows have none
     row_starts = ends[rows] - np.asarray(lengths, dtype=np.int64)[rows] if len(rows) else rows
     blocks = first // max_length
     count = -(-total // max_length)
@@ -103,7 +104,7 @@ def cut_blocks(lengths: np.ndarray, max_length: int) -> Samples:
 
 
 def pack_in_order(lengths: np.ndarray, max_length: int) -> Samples:
-    """Whole rows in file order, as many in a sample as fit (next fit)."""
+    """Pack whole rows in file order, as many per sample as fit (next fit)."""
     packs: list[list[int]] = []
     room = 0
     for row, length in enumerate(np.asarray(lengths).tolist()):
@@ -116,15 +117,17 @@ def pack_in_order(lengths: np.ndarray, max_length: int) -> Samples:
 
 
 def pack_best_fit(lengths: np.ndarray, max_length: int) -> Samples:
-    """Whole rows, longest first, each into the fullest sample with room for it (best-fit decreasing).
+    """Pack whole rows by best-fit decreasing: longest first, each into the fullest sample that has room for it.
 
-    Rows of a sample, and samples by their first row, stand in file order. Source: Ding et al. 2024, "Fewer
+    Rows in a sample are in file order, and samples are ordered by their first row. Source: Ding et al. 2024, "Fewer
     Truncations Improve Language Modeling", arXiv:2404.10830.
     """
     sizes = np.asarray(lengths)
     packs: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room left → packs
-    rooms = 0  # bit r is set where a pack with room r is: the next larger one is found in a few operations
+    by_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room left -> packs
+    rooms = (
+        0  # bitmask of the room sizes that exist, which finds the smallest sufficient one in O(1) big-int operations
+    )
     for row in np.argsort(-sizes, kind="stable").tolist():
         length = int(sizes[row])
         fitting = rooms >> length
@@ -143,12 +146,18 @@ def pack_best_fit(lengths: np.ndarray, max_length: int) -> Samples:
 
 
 def count_shifted(table: TokenTable, samples: Samples, ignored: int) -> np.ndarray:
-    """[samples] int64: labels of next-token prediction other than `ignored`; a segment's first token is no target."""
+    """Return the number of next-token targets of each sample, `[num_samples]` int64.
+
+    These are the labels other than `ignored`, except that of the first token of each segment.
+    """
     return count_labels(table, samples, ignored, first=1)
 
 
 def count_labels(table: TokenTable, samples: Samples, ignored: int, first: int = 0) -> np.ndarray:
-    """[samples] int64: labels other than `ignored`, from the `first` token of each segment."""
+    """Return the number of labels other than `ignored` of each sample, `[num_samples]` int64.
+
+    Labels before token index `first` of each segment are not counted.
+    """
     labels = table.columns["labels"]
     origins = table.offsets[samples.rows]
     spans = zip((origins + samples.starts + first).tolist(), (origins + samples.stops).tolist(), strict=True)

@@ -1,6 +1,6 @@
-"""Rows that stand more than once: in a split, or in another and in data.train too, where scores promise too much.
+"""Detection of repeated rows in a split, and of evaluation rows that are also in data.train and inflate scores.
 
-What counts is what a model reads: rows of the same tokens, whatever their labels.
+Rows are equal if they have the same tokens, regardless of their labels.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import numpy as np
 from ...state import ORIGIN, Layout
 from .table import TokenTable
 
-DIGESTS = "digests.npy"  # [rows kept] uint64, beside a table
+DIGESTS = "digests.npy"  # [rows_kept] uint64, in the folder of the table
 
 
 def digest_rows(table: TokenTable, layout: Layout) -> np.ndarray:
-    """[rows] uint64, equal where all tokens of a row are; of a billion rows two others are equal in 3 % of cases."""
+    """Return a digest of the tokens of each row, `[num_rows]` uint64.
+
+    Rows with the same tokens have the same digest. With a billion distinct rows, the probability that any two collide
+    is 3 %.
+    """
     sequences = len(table)
     if ORIGIN in layout.row_columns:
         starts = np.flatnonzero(np.diff(table.row_columns[ORIGIN][0], prepend=-1))
@@ -33,14 +37,14 @@ def digest_rows(table: TokenTable, layout: Layout) -> np.ndarray:
 
 
 def count_repeats(digests: np.ndarray) -> int:
-    """How many rows repeat an earlier one."""
+    """Return the number of rows that repeat an earlier row."""
     return len(digests) - len(np.unique(digests))
 
 
 def describe_shared(name: str, digests: np.ndarray, training: np.ndarray) -> str | None:
-    """What to say of a split of which rows stand in data.train too; None where there are none."""
+    """Return a warning about a split with rows that are also in data.train, or None if there are no such rows."""
     count = int(np.isin(digests, training).sum())
     if not count:
         return None
     told = f"all {count:,} rows" if count == len(digests) else f"{count:,} of {len(digests):,} rows"
-    return f"data.{name}: {told} stand in data.train too, so that its scores tell little of unseen ones"
+    return f"data.{name}: {told} are also in data.train, so its scores say little about unseen rows"

@@ -1,4 +1,4 @@
-"""One split from its sources to a table of tokens and a plan of samples."""
+"""Preparation of one split: from its sources to a token table and samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from ...config.run import RunConfig
 from ...errors import RequestError
-from ...state import ORIGIN, Example, Facts, Say, Task
+from ...protocols import Task
+from ...state import ORIGIN, Example, Facts, Say
 from ...storage.published import require_room
 from ..read.augment import Augmenter
 from ..read.chosen import choose, read_numbered
@@ -30,21 +31,30 @@ from .repeats import DIGESTS, count_repeats, digest_rows
 from .table import TableWriter, TokenTable
 
 LEDGER = "ledger.json"
-ROWS = "rows.jsonl"  # what metrics need of each row as it was, see state.Layout.kept
-TEXT_TASKS = ("causal_lm", "masked_lm")  # of these, rows without text are left out
+ROWS = "rows.jsonl"  # raw columns of each row that metrics need, see state.Layout.kept
+TEXT_TASKS = ("causal_lm", "masked_lm")  # these tasks drop empty rows instead of raising an error
 _REPORT_EVERY_S = 5.0
 _PACKED_KINDS = (".gz", ".parquet")
-Encoder = Callable[[], Any]  # gives the ChatTokenizer; not called where rows are tokens already
+Encoder = Callable[[], Any]  # returns the ChatTokenizer; not called if the rows are already tokenized
 
 
 def build_split(
     config: RunConfig, split: SplitName, task: Task, facts: Facts, encoder: Encoder, folder: Path, say: Say
 ) -> None:
-    """Read, tokenise and pack a split into `folder`: table, samples, ledger.
+    """Read, tokenize and pack a split, and write its table, samples and ledger into `folder`.
+
+    Args:
+        config: Configuration of the single dataset (see sets.py).
+        split: Name of the split.
+        task: Task that encodes the rows.
+        facts: Facts about the data, stored in the ledger.
+        encoder: Function that returns the ChatTokenizer.
+        folder: Existing output folder.
+        say: Callback for progress messages.
 
     Raises:
-        RequestError: rows that are wrong, by cause and with places; or none is left.
-        MachineError: there is no room for the table.
+        RequestError: There are invalid rows (reported by cause and location), or no rows are left.
+        MachineError: There is not enough disk space for the table.
     """
     copies = config.data.augment.copies if config.data.augment and split == "train" else 0
     require_room(folder, _needed_bytes(config.data.sources(split) or []) * (1 + copies))
@@ -57,15 +67,15 @@ def build_split(
         raise RequestError(*problems)
     if ledger.rows_kept == 0:
         causes = ", ".join(f"{tally.rows} {cause}" for cause, tally in ledger.dropped.items())
-        rule = f"no row is left of {ledger.rows_read} ({causes})"
-        raise RequestError.of(f"data.{split}", rule, "see task.overlong, task.unsupervised, and the data")
+        rule = f"none of {ledger.rows_read} rows can be used ({causes})"
+        raise RequestError.of(f"data.{split}", rule, "check task.overlong, task.unsupervised and the data")
     table = TokenTable.open(folder)
     digests = digest_rows(table, layout)
     np.save(folder / DIGESTS, digests)
     ledger.repeated = count_repeats(digests)
     ledger.layout, samples = _plan(config, split, task, table, ledger)
     targets = task.count_targets(table, samples)
-    samples = samples.select(targets > 0)  # the last block may hold a single token
+    samples = samples.select(targets > 0)  # the last block may have a single token and thus no target
     samples.save(folder)
     ledger.tokens, ledger.samples, ledger.supervised_tokens = table.tokens, len(samples), int(targets.sum())
     ledger.tokens_in_samples = int(samples.lengths.sum())
@@ -77,11 +87,11 @@ def build_split(
 def encode_row(
     config: RunConfig, task: Task, encoder: Encoder, row: Mapping[str, Any], place: str
 ) -> tuple[str, dict[str, Any], Sequence[Example]]:
-    """The row's format, its canonical shape, and its sequences before any limit on length.
+    """Return the format of a row, its canonical form and its encoded sequences, without applying length limits.
 
     Raises:
-        RequestError: the row is not of the configured format, or not for the task.
-        RowFault: nothing can be learned from it.
+        RequestError: The row does not match the configured format, or the task does not support the format.
+        RowFault: The row cannot be used for training.
     """
     name, canonical = normalise_for(config, row, place)
     return name, canonical, task.encode(canonical, None if name == "tokens" else encoder())
@@ -90,18 +100,18 @@ def encode_row(
 def limit_length(
     sequences: Sequence[Example], task: Task, overlong: str, place: str, ledger: Ledger, shorten: Callable[[], Any]
 ) -> Sequence[Example] | None:
-    """The row within the task's limits as `task.overlong` says; None if it is to be dropped.
+    """Apply the length limits of the task to a row; return None if the row is dropped.
 
     Args:
-        sequences: of the row.
-        task: has the limits.
-        overlong: error, truncate or drop.
-        place: of the row.
-        ledger: counts it.
-        shorten: gives the sequences truncated.
+        sequences: Encoded sequences of the row.
+        task: Task with the length limits.
+        overlong: Value of `task.overlong`: error, truncate or drop.
+        place: Location of the row.
+        ledger: Ledger in which the row is counted.
+        shorten: Function that returns the truncated sequences.
 
     Raises:
-        RowFault: it is too long, and that is an error; or nothing supervised would be left.
+        RowFault: The row is too long and `overlong` is error, or truncation leaves no supervised token.
     """
     layout = task.layout
     lengths = [len(sequence["input_ids"]) for sequence in sequences]
@@ -116,7 +126,7 @@ def limit_length(
         return None
     if overlong == "error":
         ledger.longest_by_limit[over] = max(ledger.longest_by_limit.get(over, 0), *lengths)
-        raise RowFault(too_long(over), "set task.overlong")
+        raise RowFault(too_long(over), "set task.overlong=truncate or drop")
     cut: Sequence[Example] = shorten()
     ledger.truncated.add(place)
     ledger.truncated_tokens += sum(lengths) - sum(len(sequence["input_ids"]) for sequence in cut)
@@ -161,7 +171,7 @@ def _write_rows(
                 kept.write(json.dumps(fields, ensure_ascii=False) + "\n")
             if augmenter is not None:
                 for copy in augmenter.copies(canonical, number, place):
-                    _write_copy(copy, f"{place} (changed copy)", config, task, encoder, writer, ledger)
+                    _write_copy(copy, f"{place} (augmented copy)", config, task, encoder, writer, ledger)
         if time.monotonic() - told > _REPORT_EVERY_S:
             told = time.monotonic()
             say(f"data.{split}: {ledger.rows_read} rows read, {writer.tokens} tokens")
@@ -178,7 +188,7 @@ def _write_copy(
     writer: TableWriter,
     ledger: Ledger,
 ) -> None:
-    """Write what data.augment made of a row; what cannot be learned from is left out, for its row is there."""
+    """Write an augmented copy of a row; an unusable copy is skipped, since its original row is kept."""
     if copy is None:
         ledger.unchanged += 1
         return
@@ -190,7 +200,7 @@ def _write_copy(
     except RowFault as fault:
         ledger.leave_out(fault, place)
         return
-    assert limited is not None, "nothing is dropped here"
+    assert limited is not None, "overlong is never drop here"
     ledger.augmented += 1
     _write(limited, task, writer, ledger)
 
@@ -205,9 +215,9 @@ def _write(sequences: Sequence[Example], task: Task, writer: TableWriter, ledger
 
 
 def _plan(config: RunConfig, split: str, task: Task, table: TokenTable, ledger: Ledger) -> tuple[str, Samples]:
-    """How the split becomes samples. Evaluation packs only what would be too long for a row."""
+    """Return the layout name and the samples of the split; evaluation splits are cut into blocks but never packed."""
     lengths, layout = table.lengths, task.layout
-    if layout.cuts_blocks and ledger.formats != ["tokens"]:  # rows of tokens are used as they are, and packed whole
+    if layout.cuts_blocks and ledger.formats != ["tokens"]:  # tokenized rows are never cut
         return "blocks", cut_blocks(lengths, layout.limits["max_length"])
     if not layout.packs or split != "train":
         return "rows", in_groups(lengths, layout.sequences)
@@ -217,7 +227,7 @@ def _plan(config: RunConfig, split: str, task: Task, table: TokenTable, ledger: 
 
 
 def _needed_bytes(sources: str | list[str]) -> int:
-    """A rough upper bound of the table: two columns of 4 bytes, a token for each three bytes of text."""
+    """Return a rough upper bound of the table size in bytes: two 4-byte columns, one token per three bytes of text."""
     needed = 16 << 20
     for source in resolve(sources):
         if not isinstance(source, HubSet):

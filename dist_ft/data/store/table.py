@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: ragged integer columns in flat arrays, read by memory map, so that no rank holds a copy."""
+"""Tokenized rows on disk: ragged integer columns in flat arrays, memory-mapped so that ranks share one copy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from numpy.lib import format as npy
 
 COLUMN, OFFSETS = "tokens-{}.npy", "offsets.npy"
-ROW_COLUMN, ROW_OFFSETS = "row-{}.npy", "row-{}.offsets.npy"  # columns of another length than the row's tokens
+ROW_COLUMN, ROW_OFFSETS = "row-{}.npy", "row-{}.offsets.npy"  # columns whose length differs from the tokens
 _HEADER_BYTES = 128
 _FLUSH_TOKENS = 1 << 20
 
 
 class FlatWriter:
-    """A one-dimensional .npy array that is written piece by piece; its length is not known before the end."""
+    """Writer of a one-dimensional .npy array in chunks, without knowing its final length in advance."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.dtype = np.dtype(dtype)
@@ -27,7 +27,7 @@ class FlatWriter:
         self._file.write(b"\0" * _HEADER_BYTES)
 
     def append(self, values: np.ndarray) -> None:
-        """Write `values` behind what is there."""
+        """Append `values` to the array."""
         self._file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
         self.length += len(values)
 
@@ -42,12 +42,12 @@ class FlatWriter:
 
 
 class TableWriter:
-    """Writes a table row by row; memory is bounded by about a million tokens.
+    """Writer of a token table, row by row. Buffers about one million tokens in memory.
 
     Args:
-        folder: where the table's files go; it exists.
-        columns: names; every row has all of them, of one length.
-        row_columns: further names; each of a length of its own in every row.
+        folder: Existing folder for the files of the table.
+        columns: Names of the columns with one value per token.
+        row_columns: Names of further columns, which can have any length in each row.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str], row_columns: Sequence[str] = ()) -> None:
@@ -70,10 +70,10 @@ class TableWriter:
         self.rows = 0
 
     def append(self, example: Mapping[str, Sequence[int]]) -> None:
-        """Add a row."""
+        """Append a row."""
         length = len(example[next(iter(self._pending))])
         for name, pending in self._pending.items():
-            assert len(example[name]) == length, "columns of a row have one length"
+            assert len(example[name]) == length, "all columns of a row must have the same length"
             pending.append(example[name])
         for name, (writer, offsets) in self._row_columns.items():
             writer.append(np.asarray(example[name], dtype=np.int32))
@@ -86,7 +86,7 @@ class TableWriter:
             self._flush()
 
     def close(self) -> None:
-        """Finish the files."""
+        """Flush buffered rows and close the files."""
         self._flush()
         for writer in (*self._columns.values(), self._offsets, *itertools.chain(*self._row_columns.values())):
             writer.close()
@@ -110,12 +110,12 @@ class TableWriter:
 
 
 class TokenTable:
-    """Tokenised rows; `table.example(i)` maps each column to the [length] int32 values of row i.
+    """Tokenized rows; `table.example(i)` maps each column to the values of row i, `[length]` int32.
 
     Args:
-        columns: flat [tokens] int32 arrays.
-        offsets: [rows + 1] int64, where each row begins.
-        row_columns: flat arrays of values that belong to a row as a whole, each with its own [rows + 1] offsets.
+        columns: Flat columns with one value per token, each `[num_tokens]` int32.
+        offsets: Start of each row in the columns, `[num_rows + 1]` int64.
+        row_columns: Flat columns with any number of values per row, each with its own offsets, `[num_rows + 1]` int64.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class TokenTable:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenTable:
-        """The table that a `TableWriter` left in `folder`, memory-mapped."""
+        """Open the table that a `TableWriter` wrote into `folder` by memory map."""
         folder = Path(folder)
         columns = {_name(path, COLUMN): load_flat(path) for path in sorted(folder.glob(COLUMN.format("*")))}
         ragged = [_name(path, ROW_OFFSETS) for path in sorted(folder.glob(ROW_OFFSETS.format("*")))]
@@ -142,13 +142,13 @@ class TokenTable:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Sequence[int]]]) -> TokenTable:
-        """A table in memory, of columns of one length."""
+        """Build a table in memory from rows whose columns have one value per token."""
         lengths = [len(next(iter(row.values()))) for row in rows]
         columns = {name: np.concatenate([np.asarray(row[name], dtype=np.int32) for row in rows]) for name in rows[0]}
         return cls(columns, np.cumsum([0, *lengths], dtype=np.int64))
 
     def with_row_values(self, name: str, values: np.ndarray) -> TokenTable:
-        """The same table with a further row column of one value, of any kind, a row: `values` [rows]."""
+        """Return a table with a further row column that has one value of any dtype per row, `[num_rows]`."""
         assert len(values) == len(self)
         added = {name: (values, np.arange(len(self) + 1, dtype=np.int64))}
         return TokenTable(self.columns, self.offsets, {**self.row_columns, **added})
@@ -158,16 +158,19 @@ class TokenTable:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[rows] int64: tokens of each row."""
+        """Number of tokens of each row, `[num_rows]` int64."""
         return np.diff(self.offsets)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
+        """Total number of tokens."""
         return int(self.offsets[-1])
 
     def example(self, row: int, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
-        """The columns of a row, or of its tokens from `start` to before `stop`; what belongs to the row is whole."""
+        """Return the columns of a row, or of its tokens `start` (inclusive) to `stop` (exclusive).
+
+        Row columns are always returned whole.
+        """
         first, last = int(self.offsets[row]), int(self.offsets[row + 1])
         stop = last - first if stop is None else stop
         assert 0 <= start <= stop <= last - first, f"row {row} has {last - first} tokens"
@@ -183,7 +186,7 @@ def _name(path: Path, pattern: str) -> str:
 
 
 def load_flat(path: Path) -> np.ndarray:
-    """A flat array by memory map; an empty one cannot be mapped and is read."""
+    """Open a flat array by memory map, or read it if it is empty, because empty files cannot be mapped."""
     header_only = path.stat().st_size <= _HEADER_BYTES
     array: np.ndarray = np.load(path, mmap_mode=None if header_only else "r", allow_pickle=False)
     return array

@@ -1,22 +1,22 @@
-"""Routing seen and balanced over the global batch: the auxiliary loss, the z-loss, and `moe/*` metrics.
+"""Routing measured and balanced over the global batch: the auxiliary loss, the z-loss, and `moe/*` metrics.
 
-With C[e] the tokens of the global batch that chose expert e, p[t, e] the router's probabilities and N its tokens, the
-balance loss of Switch Transformers (Fedus et al. 2021, eq. 4-6), as transformers' `load_balancing_loss_func` has it, is
+With C[e] the tokens of the global batch that chose expert e, p[t, e] the router's probabilities and N the number of
+tokens, the balance loss of Switch Transformers (Fedus et al. 2021, eq. 4-6), as in transformers'
+`load_balancing_loss_func`, is
 
     E * sum_e f[e] * P[e],  f[e] = C[e] / N,  P[e] = sum_t p[t, e] / N
 
-with sums over the tokens of all layers (`moe.aux_loss_per_layer`: for each layer, then the mean). The z-loss (Zoph et
-al. 2022, eq. 5) is the mean of logsumexp(logits) ** 2. f is no function of the weights, so the gradient is a sum over
-tokens once f is known, and does not depend on how the batch is cut. To know f before the first backward, a step of
-one micro-batch a rank sums counts between forward and backward; a step of several first runs all of them forward
-without gradients, without dropout: about a third more work.
+with sums over the tokens of all layers (`moe.aux_loss_per_layer`: per layer, then the mean). The z-loss (Zoph et al.
+2022, eq. 5) is the mean of logsumexp(logits) ** 2. f does not depend on the weights, so once it is known the gradient
+is a sum over tokens, however the batch is divided. To know f before the first backward, a step with one micro-batch per
+rank sums counts between forward and backward; a step with several first runs all of them forward without gradients and
+dropout, which is about a third more work.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,67 +26,55 @@ from ...config.method import MethodConfig
 from ...config.moe import MoeConfig
 from ...errors import RequestError
 from ...process import comm
-from ...state import Batch, Engine, LossFn, LossSum, Metrics, Task
-from ..anatomy import Mixture, find_mixtures
-from ..router_form import RouterForm, find_form
+from ...protocols import Engine, LossFn
+from ...state import Anatomy, Batch, Beat, LossSum, Metrics, StepInfo
 from .policy import resolve_aux_loss_coef, resolve_policy
-
-Beat = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What of a run sees a mixture's routers: the loss, before a step its micro-batches, after it the measuring."""
-
-    task: Task
-    micro_batches: Callable[[int], list[Batch]]
-    measure: Callable[[float, int, int], Metrics]
 
 
 class Routing:
-    """Watches the routers of a model and adds what balances them to the loss.
+    """Records the outputs of a model's routers and adds the losses that balance them.
 
     Args:
-        model: with its adapters, before an engine distributes it.
-        aux_loss_coef: of the balance loss.
-        z_loss_coef: of the z-loss.
-        policy: of the routers, to be told.
-        per_layer: balance each layer instead of their sum.
+        anatomy: Of the model, with its method applied.
+        aux_loss_coef: Factor of the balance loss.
+        z_loss_coef: Factor of the z-loss.
+        policy: Of the routers, for `describe`.
+        per_layer: Balance each layer instead of their sum.
 
     Raises:
-        RequestError: layers have unlike numbers of experts, and are to be balanced together.
+        RequestError: Layers have different numbers of experts and cannot be balanced together.
     """
 
     def __init__(
-        self, model: nn.Module, aux_loss_coef: float, z_loss_coef: float, policy: str, *, per_layer: bool
+        self, anatomy: Anatomy, aux_loss_coef: float, z_loss_coef: float, policy: str, *, per_layer: bool
     ) -> None:
-        self.mixtures: list[Mixture] = find_mixtures(model)
-        self.forms: list[RouterForm] = [find_form(mixture, model) for mixture in self.mixtures]
+        self.mixtures = anatomy.mixtures
+        self.forms = [mixture.form for mixture in self.mixtures]
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
         self.policy = policy
         self.per_layer = per_layer
         self.experts = [mixture.num_experts for mixture in self.mixtures]
         if len(set(self.experts)) > 1 and not per_layer:
-            rule = f"layers have {sorted(set(self.experts))} experts, and cannot be balanced together"
+            rule = f"layers have {sorted(set(self.experts))} experts and cannot be balanced together"
             raise RequestError.of("moe.aux_loss_per_layer", rule, "set moe.aux_loss_per_layer=true")
-        self.seen: dict[int, Any] | None = None  # the layers' outputs while a forward is watched
+        self.seen: dict[int, Any] | None = None  # router outputs by layer while a forward is recorded
         self.shares: Tensor | None = None  # f of the global batch: [layers, experts]
         self.tokens = 0.0  # N of the global batch
         self.weight = 0.0  # what the engine divides the global batch's loss by
-        self.alone = True  # one micro-batch a rank and step
+        self.alone = True  # one micro-batch per rank and step
         self.clear()
         for i, mixture in enumerate(self.mixtures):
-            mixture.router.register_forward_hook(self._watcher(i))
+            anatomy.part(mixture.router).register_forward_hook(self._watcher(i))
 
     def clear(self) -> None:
-        """Forget the step before: sums by layer and expert, in float64 on the CPU."""
+        """Reset the sums by layer and expert, which are float64 on the CPU."""
         shape = (len(self.experts), max(self.experts))
         self.counts, self.masses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         self.entropies, self.squares = torch.zeros(shape[0]).double(), torch.zeros(shape[0]).double()
 
-    def survey(self, micros: list[Batch], engine: Engine, loss: LossFn, beat: Beat) -> list[Batch]:
-        """Get ready for a step of these micro-batches; gives them back. Every rank takes part."""
+    def survey(self, micros: Sequence[Batch], engine: Engine, loss: LossFn, beat: Beat) -> None:
+        """Prepare for a step with these micro-batches. Collective."""
         self.clear()
         sums = torch.tensor([[m.tokens, m.loss_weight] for m in micros], dtype=torch.float64).sum(dim=0)
         self.tokens, self.weight = comm.total(sums).tolist()
@@ -103,13 +91,12 @@ class Routing:
                 beat(f"routing of micro-batch {i} of {len(micros)}")
                 engine.evaluate(micro, count)
             self._set_shares(counts)
-        return micros
 
     def loss(self, model: nn.Module, batch: Batch, loss: LossFn) -> LossSum:
-        """`loss` of the micro-batch, whose gradient is also that of the routers' losses.
+        """Compute `loss` of the micro-batch with the gradient of the routers' losses added.
 
         Its value stays the task's, so that curves with and without balancing can be compared; the routers' losses
-        are metrics of their own. The engine divides by the weight of the global batch, hence that as a factor.
+        are separate metrics. The engine divides by the weight of the global batch, hence the factor.
         """
         result, outputs = self._watch(model, batch, loss)
         counts = self._counts(outputs)
@@ -123,15 +110,15 @@ class Routing:
         return replace(result, loss=result.loss + (extra - extra.detach()))
 
     def describe(self) -> str:
-        """What is watched, and the losses' coefficients."""
+        """Describe the experts, the coefficients and the policy in one line."""
         sizes = " or ".join(str(n) for n in sorted(set(self.experts)))
         return (
-            f"{sizes} experts in each of {len(self.mixtures)} layers, {self.forms[0].top_k} a token; balance loss "
+            f"{sizes} experts in each of {len(self.mixtures)} layers, {self.forms[0].top_k} per token; balance loss "
             f"{self.aux_loss_coef:g}, z-loss {self.z_loss_coef:g}; routers: {self.policy}"
         )
 
     def metrics(self) -> Metrics:
-        """`moe/*` of the step's global batch. Every rank takes part."""
+        """Return `moe/*` of the step's global batch. Collective."""
         columns = [self.counts, self.masses, self.entropies[:, None], self.squares[:, None]]
         sums = comm.total(torch.cat(columns, dim=1))
         width = self.counts.shape[1]
@@ -155,7 +142,7 @@ class Routing:
 
     def _watcher(self, i: int) -> Callable[[nn.Module, Any, Any], None]:
         def watch(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Only kept: computing here would be recomputed under gradient checkpointing, where backward calls again.
+            # Only recorded: gradient checkpointing calls this again in the backward.
             if self.seen is not None:
                 assert i not in self.seen, "a router is called once in a forward"
                 self.seen[i] = output
@@ -163,7 +150,7 @@ class Routing:
         return watch
 
     def _watch(self, model: nn.Module, batch: Batch, loss: LossFn) -> tuple[LossSum, list[tuple[Tensor, Tensor]]]:
-        """The loss, and each layer's logits [N, experts] float32 and chosen experts [N, top_k] of the real tokens."""
+        """The loss, and each layer's logits `[N, experts]` float32 and chosen experts `[N, top_k]` without padding."""
         self.seen = {}
         try:
             result = loss(model, batch)
@@ -193,14 +180,14 @@ class Routing:
         self.shares = comm.total(counts) / self.tokens
 
     def _weights(self, shares: Tensor) -> Tensor:
-        """[layers, experts]: what the balance loss is linear in the probabilities' sums by."""
+        """`[layers, experts]`: the coefficients of the summed probabilities in the balance loss."""
         if not self.per_layer:
             shares = shares.mean(dim=0, keepdim=True).expand_as(shares)
         experts = torch.tensor(self.experts, dtype=torch.float64)[:, None]
         return shares * experts / (self.tokens * len(self.experts))
 
     def _extra(self, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """This micro-batch's part of the routers' losses, with their coefficients; notes the sums for metrics."""
+        """This micro-batch's part of the routers' losses, with coefficients; also adds to the sums for metrics."""
         weights = None if self.shares is None else self._weights(self.shares)
         extra = torch.zeros((), device=outputs[0][0].device)
         for i, ((logits, _), form) in enumerate(zip(outputs, self.forms, strict=True)):
@@ -223,22 +210,32 @@ class Routing:
         return extra
 
 
-def build_routing(config: MoeConfig, method: MethodConfig, model: nn.Module) -> list[Routing]:
-    """The watch over a mixture's routers; empty for a dense model."""
-    if not find_mixtures(model):
-        return []
-    coefficient = resolve_aux_loss_coef(config, method, model)
+class RoutingHook:
+    """A hook that surveys the routing of the global batch before a step and reports `moe/*` after it.
+
+    Args:
+        routing: Of the model.
+        engine: That runs the model.
+        loss: Of the task, without the routers' losses.
+        beat: Reports progress to the watchdog.
+    """
+
+    def __init__(self, routing: Routing, engine: Engine, loss: LossFn, beat: Beat) -> None:
+        self.routing, self.engine, self.loss, self.beat = routing, engine, loss, beat
+
+    def before_step(self, micros: Sequence[Batch]) -> None:
+        """Count which experts the global batch chooses, where the balance loss needs it."""
+        self.routing.survey(micros, self.engine, self.loss, self.beat)
+
+    def after_step(self, info: StepInfo) -> Metrics:
+        """Return `moe/*`."""
+        return self.routing.metrics()
+
+
+def build_routing(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> Routing | None:
+    """Build the recorder of a mixture's routers; None for a dense model."""
+    if not anatomy.mixtures:
+        return None
+    coefficient = resolve_aux_loss_coef(config, method, anatomy)
     policy = resolve_policy(config, method)
-    return [Routing(model, coefficient, config.z_loss_coef, policy, per_layer=config.aux_loss_per_layer)]
-
-
-def watch(routing: Routing, run: Watched, engine: Engine, beat: Beat) -> Watched:
-    """The same with routers counted before a step, balanced in its loss and measured after it."""
-    plain = run.task.loss
-    task: Any = copy.copy(run.task)
-    task.loss = lambda model, batch: routing.loss(model, batch, plain)
-    return Watched(
-        task,
-        lambda step: routing.survey(run.micro_batches(step), engine, plain, beat),
-        lambda *step: {**run.measure(*step), **routing.metrics()},
-    )
+    return Routing(anatomy, coefficient, config.z_loss_coef, policy, per_layer=config.aux_loss_per_layer)

@@ -1,4 +1,4 @@
-"""The record of a packed parameter: its scheme and the shape of the weight it stands for."""
+"""The record of a packed parameter: its scheme and the shape of the weight that it stands for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import nn
 
 
 class Packed(NamedTuple):
-    """What a parameter of packed bits stands for; modules with such parameters have them by name in `packed`."""
+    """The weight that a parameter of packed bits stands for; modules hold one per such parameter in `packed`."""
 
     scheme: str  # nf4 or int8
     shape: tuple[int, ...]  # of the weight
 
 
 def find_packed(model: nn.Module) -> dict[str, Packed]:
-    """The parameters of a model that hold packed bits, by full name."""
+    """Return the parameters that hold packed bits, by full name."""
     return {
         f"{name}.{parameter}" if name else parameter: entry
         for name, module in model.named_modules()
@@ -24,7 +24,7 @@ def find_packed(model: nn.Module) -> dict[str, Packed]:
 
 
 def shapes_of(module: nn.Module, *, recurse: bool = True) -> list[tuple[int, ...]]:
-    """The shapes of a module's parameters, packed ones as what they stand for."""
+    """Return the shapes of a module's parameters; of packed ones the shape of the weight."""
     packed = find_packed(module)
     return [
         packed[name].shape if name in packed else tuple(p.shape) for name, p in module.named_parameters(recurse=recurse)

@@ -1,4 +1,4 @@
-"""How the tasks lay out sequences and micro-batches, and their token losses.
+"""Shared code of the tasks: collation of micro-batches, token losses, masking and answer spans.
 
-Imports `data` and `state`.
+May import `data` and `state`.
 """

@@ -1,8 +1,9 @@
-"""Spans of a text that answer a question: found in the data, and chosen from a model's scores.
+"""Answer spans for extractive question answering: located in the data and predicted from logits.
 
-Pieces and their labels are those of the example `run_qa.py` of transformers, and so is the choice in `utils_qa.py`: a
-span scores the sum of its start's and end's logits, nothing scores that of the null place, and a row takes the best of
-all its pieces. Of a piece every span is considered here, not only those of the best starts and ends.
+The chunks of a context (called pieces in the code) and their labels follow `run_qa.py` in the examples of transformers,
+and the prediction follows `utils_qa.py` there: the score of a span is the sum of its start and end logits, the score of
+no answer is that of the null position, and the prediction of a row is the best span of all its chunks. Unlike
+`utils_qa.py`, all spans of a chunk are considered, not only those of the best start and end positions.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ Span = tuple[int, int]
 
 
 def find_answer(context: str, answers: Mapping[str, list[Any]]) -> tuple[int, int] | None:
-    """Where in `context` the first answer that stands there begins and ends, without blanks at its ends.
+    """Find the first answer that occurs in `context`, without leading and trailing whitespace.
 
-    A wrong start is taken for a hint: of several places the nearest to it counts, and without one the first.
+    Args:
+        context: Text to search.
+        answers: `text` and `answer_start` of each answer; `answer_start` is a character offset or None. If the answer
+            is not at this offset, its nearest occurrence is used; without an offset, its first occurrence.
+
+    Returns:
+        Character offsets of the begin and the exclusive end of the answer, or None if no answer occurs.
     """
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         bare = text.strip()
@@ -46,24 +53,30 @@ def _find_nearest(context: str, text: str, hint: int | None) -> int | None:
 
 
 def find_tokens(begins: np.ndarray, ends: np.ndarray, span: Span) -> Span | None:
-    """The first and the last token that have a character of `span`; None where no token has one.
+    """Find the first and the last token (inclusive) that overlap with a span of characters.
 
     Args:
-        begins: [tokens] first character of each token, -1 where it has none.
-        ends: [tokens] behind the last character.
-        span: characters.
+        begins: `[tokens]` offset of the first character of each token; -1 for tokens without characters.
+        ends: `[tokens]` offset after the last character of each token.
+        span: Character offsets of the begin and the exclusive end.
+
+    Returns:
+        Indices of the two tokens, or None if no token overlaps with the span.
     """
     inside = np.flatnonzero((begins >= 0) & (begins < span[1]) & (ends > span[0]))
     return (int(inside[0]), int(inside[-1])) if len(inside) else None
 
 
 def cut_pieces(tokens: int, room: int, overlap: int) -> Iterator[Span]:
-    """First token and behind the last one of pieces of at most `room` tokens that together have all of them.
+    """Split a context into overlapping chunks of at most `room` tokens.
 
     Args:
-        tokens: of the context.
-        room: of a piece; more than `overlap` unless all tokens fit.
-        overlap: tokens that a piece shares with the one before.
+        tokens: Number of tokens of the context.
+        room: Maximum number of tokens per chunk; must be greater than `overlap` unless all tokens fit into one chunk.
+        overlap: Number of tokens that consecutive chunks share.
+
+    Yields:
+        Index of the first token and exclusive index of the last token of each chunk.
     """
     first = 0
     while first + room < tokens:
@@ -75,21 +88,25 @@ def cut_pieces(tokens: int, room: int, overlap: int) -> Iterator[Span]:
 def rank_spans(
     starts: Tensor, ends: Tensor, allowed: Tensor, longest: int, count: int
 ) -> list[list[tuple[int, int, float]]]:
-    """Of each row its best spans of tokens: first, last and score, the best first; equal ones in their order.
+    """Find the best spans of tokens of each row by the sum of their start and end logits.
 
     Args:
-        starts: [B, T] logits.
-        ends: [B, T] logits.
-        allowed: [B, T] bool, tokens at which a span may begin and end.
-        longest: most tokens of a span.
-        count: most spans of a row.
+        starts: `[batch, seq_len]` start logits.
+        ends: `[batch, seq_len]` end logits.
+        allowed: `[batch, seq_len]` bool, tokens at which a span may start or end.
+        longest: Maximum number of tokens per span.
+        count: Maximum number of spans per row.
+
+    Returns:
+        Spans of each row as (first token, last token, score) in descending order of the score; equal scores are
+        ordered by position.
     """
     from torch.nn import functional
 
     low = float("-inf")
     begins, stops = starts.masked_fill(~allowed, low), ends.masked_fill(~allowed, low)
     longest = min(longest, starts.shape[1])
-    last = functional.pad(stops, (0, longest - 1), value=low).unfold(1, longest, 1)  # [B, T, longest]
+    last = functional.pad(stops, (0, longest - 1), value=low).unfold(1, longest, 1)  # [batch, seq_len, longest]
     scores = (begins.unsqueeze(-1) + last).flatten(1)
     values, places = scores.sort(dim=1, descending=True, stable=True)
     return [
@@ -105,13 +122,15 @@ def rank_spans(
 def answer_rows(
     pieces: Sequence[Prediction], rows: Sequence[Row], count: int, threshold: float | None
 ) -> list[dict[str, Any]]:
-    """One prediction a row from those of its pieces.
+    """Combine the predictions of the chunks of each row into one prediction per row.
 
     Args:
-        pieces: each has `origin`, `spans` (begin and end in characters, score) and `null` (score of no answer).
-        rows: as they were.
-        count: best spans of a row that share the probability of 1.
-        threshold: by how much nothing must score higher to be the answer; None if it never is.
+        pieces: Predictions of the chunks, each with `origin` (index of the row), `spans` (character offsets of begin
+            and end, and score) and `null` (score of no answer).
+        rows: Rows of the split.
+        count: Number of best spans of a row over which the softmax for `score` is computed.
+        threshold: Predict no answer if its score exceeds that of the best span by more than this; None if every
+            question has an answer.
     """
     by_row: dict[int, list[Prediction]] = {}
     for piece in pieces:
@@ -121,7 +140,7 @@ def answer_rows(
 
 def _answer(origin: int, pieces: Sequence[Prediction], row: Row, count: int, threshold: float | None) -> dict[str, Any]:
     spans = sorted((tuple(span) for piece in pieces for span in piece["spans"]), key=lambda span: (-span[2], *span[:2]))
-    null = min(piece["null"] for piece in pieces)  # a piece without the answer says nothing against another one
+    null = min(piece["null"] for piece in pieces)  # chunks without the answer must not outweigh the one with it
     scores = np.array([score for *_, score in spans[:count]] + [null] * (threshold is not None))
     shares = np.exp(scores - scores.max())
     shares /= shares.sum()
@@ -135,7 +154,7 @@ def _answer(origin: int, pieces: Sequence[Prediction], row: Row, count: int, thr
     }
     if "id" in row:
         found["id"] = row["id"]
-    if "set" in pieces[0]:  # of a mixture
+    if "set" in pieces[0]:  # the row is from a mixture of datasets
         found["set"] = pieces[0]["set"]
     if threshold is not None:
         found["null_score_diff"] = round(null - best, 6)

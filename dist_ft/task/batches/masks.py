@@ -1,7 +1,7 @@
-"""Which tokens are hidden, and how: a pure function of (seed, sample, draw), whatever the batch, rank or restart.
+"""Random masking of tokens as a pure function of (seed, sample, draw), independent of batches, ranks and resuming.
 
-Source: Devlin et al. 2019, "BERT", section 3.1: of the chosen tokens 80 % become the mask, 10 % a random token and 10 %
-stay as they are.
+Source: Devlin et al. 2019, "BERT", section 3.1: of the selected tokens, 80% are replaced with the mask token, 10% are
+replaced with a random token, and 10% are left unchanged.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ from dataclasses import dataclass
 import numpy as np
 
 MASKED_SHARE, REPLACED_SHARE = 0.8, 0.1
-_MASKS = 1  # a word of Philox's counter that keeps these numbers apart from those of data/order.py
+_MASKS = 1  # word of the Philox counter that separates this random stream from those of data/order/order.py
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What happens to the tokens of a sample that may be hidden."""
+    """Masking of a sample; indices count only the tokens that may be masked."""
 
-    chosen: np.ndarray  # [n] int64: which of them are to be predicted, in order
-    masked: np.ndarray  # [n] bool: become the mask
-    replaced: np.ndarray  # [n] bool: become a random token
-    words: np.ndarray  # [n] uint64: at random, from which such a token is taken
+    chosen: np.ndarray  # [n] int64: indices of the tokens to predict, in ascending order
+    masked: np.ndarray  # [n] bool: replaced with the mask token
+    replaced: np.ndarray  # [n] bool: replaced with a random token
+    words: np.ndarray  # [n] uint64: random numbers from which the random tokens are derived
 
 
 def share_of(count: int, share: float) -> int:
-    """How many of `count` are chosen: the nearest whole number, but one at least where there is one to choose."""
+    """Return `count * share` rounded to the nearest integer, but at least 1 unless `count` is 0."""
     return max(1, int(np.floor(count * share + 0.5))) if count else 0
 
 
 def draw_masks(units: np.ndarray, share: float, key: tuple[int, int, int]) -> Masks:
-    """Choose tokens.
+    """Select the tokens to predict and how each of them is masked.
 
-    Exactly round(share * units) units are chosen, one at least. Random words are those of Philox, the stream of which
-    NumPy guarantees.
+    Exactly round(share * units) units are selected, but at least one. The random numbers come from Philox, because
+    NumPy guarantees that its stream does not change between versions.
 
     Args:
-        units: [tokens] int64, which unit each token belongs to, from 0: itself, or its word. All or none of a unit's
-            tokens are chosen; mask, random token or neither is drawn for each token.
-        share: of the units to choose.
-        key: seed, index of the sample, and how often it was seen before.
+        units: `[tokens]` int64, zero-based unit of each token: the token itself or, for whole-word masking, its word.
+            The tokens of a unit are selected together, but each is masked, replaced or left unchanged independently.
+        share: Fraction of the units to select.
+        key: Seed, index of the sample in the split, and number of times that the sample has been used before.
     """
     seed, index, draw = key
     count = int(units.max()) + 1 if len(units) else 0

@@ -1,4 +1,4 @@
-"""Micro-batches of padded rows: what tasks of encoders and of classification heads share."""
+"""Collation of padded micro-batches, shared by the tasks that do not use padding-free micro-batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...state import Example, Facts, Sample
 
 
 def pad_rows(rows: Sequence[np.ndarray], value: int) -> Tensor:
-    """[B, longest] int64, padded behind with `value`."""
+    """Right-pad sequences with `value` to the length of the longest one, `[batch, seq_len]` int64."""
     padded = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=torch.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
@@ -21,7 +21,10 @@ def pad_rows(rows: Sequence[np.ndarray], value: int) -> Tensor:
 
 
 def pad_inputs(segments: Sequence[Mapping[str, np.ndarray]], facts: Facts) -> dict[str, Any]:
-    """`input_ids`, `attention_mask` and, where the tokenizer has them, `token_type_ids`, each [B, longest]."""
+    """Build the padded `input_ids`, `attention_mask` and, if the tokenizer uses them, `token_type_ids`.
+
+    All of them are `[batch, seq_len]` int64.
+    """
     inputs = {
         "input_ids": pad_rows([segment["input_ids"] for segment in segments], facts.pad_id),
         "attention_mask": pad_rows([np.ones(len(segment["input_ids"])) for segment in segments], 0),
@@ -32,17 +35,25 @@ def pad_inputs(segments: Sequence[Mapping[str, np.ndarray]], facts: Facts) -> di
 
 
 def only_segments(samples: Sequence[Sample]) -> list[Mapping[str, np.ndarray]]:
-    """The one sequence of each sample."""
+    """Return the only segment of each sample."""
     assert all(len(sample.segments) == 1 for sample in samples)
     return [sample.segments[0] for sample in samples]
 
 
 def input_columns(facts: Facts) -> tuple[str, ...]:
-    """The columns that a tokenizer gives, of those that models read."""
+    """Return the names of the tokenizer outputs that are stored as columns and passed to the model."""
     return ("input_ids", "token_type_ids") if facts.has_token_types else ("input_ids",)
 
 
 def tokenize(tokenizer: Any, facts: Facts, text: str, pair: str | None = None, **options: Any) -> Example:
-    """A text, or a pair of them, with the tokenizer's special tokens."""
+    """Tokenize a text or a pair of texts, with special tokens.
+
+    Args:
+        tokenizer: Tokenizer of transformers.
+        facts: Properties of the data and the tokenizer, which determine the columns.
+        text: Text, or first text of a pair.
+        pair: Second text of a pair.
+        **options: Further arguments of the tokenizer, such as `truncation`.
+    """
     encoded = tokenizer(text, pair, return_attention_mask=False, verbose=False, **options)
     return {name: list(encoded[name]) for name in input_columns(facts)}

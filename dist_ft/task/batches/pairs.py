@@ -1,4 +1,4 @@
-"""Pairs of answers as tokens: what the tasks that learn from preferences share."""
+"""Tokenization of preference pairs, shared by the tasks `preference` and `reward`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ EQUAL = "chosen and rejected are the same"
 
 
 def encode_pair(row: Row, tokenizer: Any) -> list[Example]:
-    """`input_ids` and `labels` of the prompt with each of its answers, the chosen one first.
+    """Tokenize the prompt with the chosen answer, and the prompt with the rejected answer.
 
-    Labels are those of the task `instruction`: the answer with the token that ends it (data/template.py).
+    As in the task `instruction`, the labels cover the answer including the token that ends it; see
+    `data/render/template.py`.
+
+    Returns:
+        `input_ids` and `labels` of the chosen and of the rejected sequence.
 
     Raises:
-        RowFault: an answer is empty, both are the same, or the template cannot show them.
+        RowFault: If an answer is empty, both answers are the same, or the chat template cannot render them.
     """
     prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
     if answers[0] == answers[1]:
-        raise RowFault(EQUAL, "leave such pairs out")
+        raise RowFault(EQUAL, "remove such pairs")
     if isinstance(prompt, str):
         return [tokenizer.encode_pair(prompt, answer) for answer in answers]
     if not prompt:
-        raise RowFault("chosen and rejected begin with no common message", "give the prompt in a column of its own")
+        raise RowFault("chosen and rejected do not start with a common message", "provide the prompt in its own column")
     tools = row.get("tools")
     return [tokenizer.encode_messages([*prompt, *answer], tools, len(prompt)) for answer in answers]
 
 
 def cut_pair(pair: Sequence[Example], max_length: int) -> list[Example]:
-    """The first `max_length` tokens of each.
+    """Truncate both sequences of a pair to their first `max_length` tokens.
 
     Raises:
-        RowFault: nothing is left in which they differ.
+        RowFault: If the truncated sequences are identical.
     """
     cut: list[Example] = [{name: values[:max_length] for name, values in one.items()} for one in pair]
     if cut[0] == cut[1]:
-        raise RowFault("all in which the answers differ stands behind task.max_length", "raise task.max_length")
+        raise RowFault("the answers do not differ within the first task.max_length tokens", "raise task.max_length")
     return cut

@@ -1,4 +1,4 @@
-"""Next-token prediction: the layout of micro-batches and the loss, shared by the tasks of causal language models."""
+"""Next-token prediction: collation of micro-batches and the loss, shared by the tasks for causal language models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...state import Batch, LossSum, Metrics, Sample
 
 
 def collate_documents(samples: Sequence[Sample]) -> Batch:
-    """All segments one after another in one row of T tokens, their lengths beside it; nothing is padded."""
+    """Concatenate all segments into one row `[1, tokens]` without padding, with `document_lengths` to separate them."""
     segments = [segment for sample in samples for segment in sample.segments]
     lengths = tuple(len(segment["input_ids"]) for segment in segments)
     inputs = {
@@ -30,8 +30,11 @@ def collate_documents(samples: Sequence[Sample]) -> Batch:
 
 
 def collate_padded(samples: Sequence[Sample]) -> Batch:
-    """A row of [B, T] for each sample, padded behind; a sample is one segment, as rows of this layout see all of it."""
-    assert all(len(sample.segments) == 1 for sample in samples), "packed samples need the layout without padding"
+    """Right-pad each sample to a row of `[batch, seq_len]`.
+
+    A sample must have a single segment, because attention covers the whole row.
+    """
+    assert all(len(sample.segments) == 1 for sample in samples), "packed samples require padding-free micro-batches"
     segments = [sample.segments[0] for sample in samples]
     lengths = [len(segment["input_ids"]) for segment in segments]
     ids = torch.zeros(len(segments), max(lengths), dtype=torch.int64)
@@ -44,15 +47,15 @@ def collate_padded(samples: Sequence[Sample]) -> Batch:
 
 
 def sum_losses(model: nn.Module, batch: Batch) -> LossSum:
-    """Sum of cross-entropies (float32) over the targets, and their number."""
+    """Compute the sum of the cross-entropy over all targets, in float32, and the number of targets."""
     return _loss(_logits(model, batch), batch)
 
 
 def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
-    """The loss, with how many targets the model would have chosen, and documents all of whose targets it would.
+    """Compute the loss and count correctly predicted tokens and documents whose tokens are all predicted correctly.
 
-    Greedy decoding from a prompt gives the answer exactly where, with the answer before it, every token of the
-    answer is the most probable one; so no text needs to be generated to count exact answers.
+    Greedy decoding from a prompt generates exactly the answer if and only if, with teacher forcing, every token of the
+    answer is the most probable one. Therefore, exact matches are counted without generating text.
     """
     logits = _logits(model, batch)
     result = _loss(logits, batch)
@@ -69,23 +72,23 @@ def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
 
 
 def sum_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
-    """[documents] float64: the sum of each document's targets' log-probabilities.
+    """Return the sum of the log-probabilities of the targets of each document, `[documents]` float64.
 
-    In float64, as preference losses take differences of sums that are large beside them.
+    The sums are in float64, because preference losses take small differences between large sums.
     """
     losses = functional.cross_entropy(_logits(model, batch).float(), batch.targets, reduction="none").double()
     return -losses.new_zeros(len(batch.samples)).index_add(0, batch.documents, losses)
 
 
 def metrics_of(totals: LossSum, *, exact: bool) -> Metrics:
-    """Means of what was summed over a whole split.
+    """Compute the metrics of a split from its sums.
 
     Args:
-        totals: sums over all micro-batches and ranks.
-        exact: whether a document is an answer, so that the share of exact ones means something.
+        totals: Sums over all micro-batches and ranks.
+        exact: Whether to report `exact_match`, which is meaningful if the documents are answers to prompts.
     """
     weight = float(totals.weight)
-    assert weight > 0, "prepare refuses a split without supervised tokens"
+    assert weight > 0, "a prepared split has supervised tokens"
     loss = float(totals.loss) / weight
     metrics = {
         "loss": loss,
@@ -102,7 +105,7 @@ def _joined(pieces: Iterator[np.ndarray]) -> np.ndarray:
 
 
 def _with_targets(inputs: dict[str, Any], samples: Sequence[Sample], origins: Sequence[int], tokens: int) -> Batch:
-    """The shift: token t + 1 of a segment is the target of position t; a segment's first token is no target."""
+    """Build a batch with shifted labels: token t + 1 of a segment is the target of position t."""
     targets, positions, documents = [], [], []
     numbered = [(sample.index, segment) for sample in samples for segment in sample.segments]
     for document, ((_, segment), origin) in enumerate(zip(numbered, origins, strict=True)):
@@ -116,12 +119,15 @@ def _with_targets(inputs: dict[str, Any], samples: Sequence[Sample], origins: Se
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[n, vocabulary]: logits at the positions that predict a target; where possible no others are computed."""
+    """Return the logits at the positions that predict a target, `[targets, vocab_size]`.
+
+    For padding-free micro-batches, the model computes no other logits.
+    """
     if "document_lengths" in batch.inputs:
         logits: Tensor = model(**batch.inputs, use_cache=False, logits_to_keep=batch.positions).logits[0]
         return logits
     padded: Tensor = model(**batch.inputs, use_cache=False).logits
-    width = batch.inputs["input_ids"].shape[1]  # a method may have put virtual tokens in front
+    width = batch.inputs["input_ids"].shape[1]  # the method may have prepended virtual tokens
     return padded[:, -width:].flatten(0, 1)[batch.positions]
 
 

@@ -1,4 +1,4 @@
-"""Metrics computed from the predictions of a whole split.
+"""Metrics that are computed from the predictions of a whole split.
 
-Imports `state`.
+May import `state`.
 """

@@ -1,4 +1,4 @@
-"""Exact match and F1 of answers, after the official scripts of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016 and 2018)."""
+"""Exact match and F1 of answers, as in the official scripts of SQuAD 1.1 and 2.0 (Rajpurkar et al. 2016 and 2018)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, words one blank apart."""
+    """Lowercase a text, remove ASCII punctuation and English articles, and separate words by single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(text: str, answer: str) -> float:
-    """1 where both are the same once normalised."""
+    """Return 1 if the normalized texts are equal, else 0."""
     return float(normalise(text) == normalise(answer))
 
 
 def f1(text: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of words; where either has none, 1 if both have none."""
+    """Return the harmonic mean of the precision and the recall of words; without words, 1 if both texts have none."""
     guessed, given = normalise(text).split(), normalise(answer).split()
     if not guessed or not given:
         return float(guessed == given)
@@ -32,13 +32,13 @@ def f1(text: str, answer: str) -> float:
 
 
 def measure(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """`exact_match` and `f1` from 0 to 1, means over rows of the best of a row's answers.
+    """Compute `exact_match` and `f1`, from 0 to 1, as means over rows of the best score against the row's answers.
 
-    Where some rows have no answer, both also of those that have one (`…_answerable`), and how many of the others were
-    recognised (`exact_match_unanswerable`).
+    If some rows have no answer, `exact_match_unanswerable` is the fraction of these that are predicted to have none,
+    and `exact_match_answerable` and `f1_answerable` are the means over the other rows.
 
     Args:
-        predictions: of every row: `prediction`, empty for no answer, and `answers`.
+        predictions: Predictions of all rows, with `prediction` (empty for no answer) and `answers`.
     """
     exact, overlap, answerable = [], [], []
     for row in predictions:

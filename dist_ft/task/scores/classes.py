@@ -1,4 +1,4 @@
-"""Scores of predicted classes by scikit-learn, from every row's prediction: the same on any world and batch size."""
+"""Classification metrics by scikit-learn, computed over all rows and thus independent of world size and batch size."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from sklearn import metrics
 
 from ...state import Prediction
 
-BINS = 15  # of calibration, as in Guo et al. 2017
+BINS = 15  # number of calibration bins, as in Guo et al. 2017
 
 
 def measure(predictions: Sequence[Prediction], labels: Sequence[str], *, multi_label: bool) -> dict[str, float]:
-    """Accuracy (multi-label: rows with exactly the right labels), F1, Matthews correlation, calibration error.
+    """Compute accuracy, macro F1, and the Matthews correlation and calibration error or, for multi-label, micro F1.
 
-    F1 is the mean over classes that the split has; of two classes also that of the second one (`f1_binary`).
+    For multi-label, the accuracy is the fraction of rows with exactly the right labels; otherwise, macro F1 is the mean
+    over the classes that occur as a label or as a prediction. With two classes, `f1_binary` is the F1 of the second.
 
     Args:
-        predictions: of every row: `label`, `prediction`, `probabilities`.
-        labels: names in the order of their numbers.
-        multi_label: whether rows have lists of labels.
+        predictions: Predictions of all rows, with `label`, `prediction` and `probabilities`.
+        labels: Names of the labels in the order of their indices.
+        multi_label: Whether `label` and `prediction` are lists of labels.
     """
     if multi_label:
         wanted, taken = (_indicators(predictions, key, labels) for key in ("label", "prediction"))
@@ -43,7 +44,17 @@ def measure(predictions: Sequence[Prediction], labels: Sequence[str], *, multi_l
 
 
 def describe(predictions: Sequence[Prediction], labels: Sequence[str], *, multi_label: bool) -> dict[str, Any]:
-    """`per_class`: precision, recall, f1 and support by name; `confusion`: rows given, columns predicted."""
+    """Compute the metrics of each class and, for single-label, the confusion matrix.
+
+    Args:
+        predictions: Predictions of all rows, with `label` and `prediction`.
+        labels: Names of the labels in the order of their indices.
+        multi_label: Whether `label` and `prediction` are lists of labels.
+
+    Returns:
+        `per_class` with precision, recall, f1 and support by name of the class and, for single-label, `confusion` with
+        true labels as rows and predicted labels as columns, and their order in `labels`.
+    """
     given: Any
     chosen: Any
     names: Sequence[int | str]
@@ -68,7 +79,10 @@ def describe(predictions: Sequence[Prediction], labels: Sequence[str], *, multi_
 
 
 def calibration_error(predictions: Sequence[Prediction]) -> float:
-    """Expected calibration error: |accuracy - confidence| over bins of equal width (Guo et al. 2017, section 2)."""
+    """Compute the expected calibration error (Guo et al. 2017, section 2).
+
+    It is the mean of |accuracy - confidence| over bins of equal width, weighted by the number of rows in each bin.
+    """
     confidence = np.array([max(row["probabilities"]) for row in predictions])
     right = np.array([row["label"] == row["prediction"] for row in predictions], dtype=float)
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
@@ -77,5 +91,5 @@ def calibration_error(predictions: Sequence[Prediction]) -> float:
 
 
 def _indicators(predictions: Sequence[Prediction], key: str, labels: Sequence[str]) -> np.ndarray:
-    """[rows, labels] of 0 and 1."""
+    """Return the lists of labels as multi-hot vectors, `[rows, labels]`."""
     return np.array([[int(name in row[key]) for name in labels] for row in predictions])

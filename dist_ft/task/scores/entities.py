@@ -1,7 +1,7 @@
-"""Scores of tagged words: whole entities by seqeval where tags are of an IOB scheme, else classes by scikit-learn.
+"""Token classification metrics: of entities by seqeval if the tags are of an IOB scheme, else of tags by scikit-learn.
 
-seqeval's default mode counts as the CoNLL-2000 script does, of IOB1, IOB2 and IOBES alike: an `I-` without its `B-`
-begins an entity.
+The default mode of seqeval counts entities like the script of CoNLL-2000, for IOB1, IOB2 and IOBES: an `I-` tag without
+a preceding `B-` tag starts an entity.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _IOB = re.compile(r"O|[BIES]-.+", re.DOTALL)
 
 
 def has_entities(labels: Sequence[str]) -> bool:
-    """Whether the tags are of an IOB scheme."""
+    """Return whether the tags are of an IOB scheme."""
     return all(_IOB.fullmatch(label) for label in labels) and any(label != "O" for label in labels)
 
 
 def measure(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy of words; precision, recall and f1 of entities (micro averages), or f1 of tags (macro average).
+    """Compute the accuracy of words, and micro-averaged precision, recall and F1 of entities or macro F1 of tags.
 
     Args:
-        predictions: of every row: `tags` and `prediction`, a name a word.
-        labels: names in the order of their numbers.
+        predictions: Predictions of all rows, with `tags` and `prediction`, each one tag name per word.
+        labels: Names of the tags in the order of their indices.
     """
     given, chosen = _flat(predictions, "tags"), _flat(predictions, "prediction")
     found = {"accuracy": float(metrics.accuracy_score(given, chosen))}
@@ -43,7 +43,7 @@ def measure(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[st
 
 
 def describe(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, Any]:
-    """`per_class`: precision, recall, f1 and support of every type of entity, or of every tag."""
+    """Compute `per_class`: precision, recall, f1 and support of each entity type, or of each tag."""
     if has_entities(labels):
         from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 

@@ -1,4 +1,4 @@
-"""Scores of generated texts against one or several references, by rouge-score and sacrebleu."""
+"""Metrics of generated texts against one or more references, by rouge-score and sacrebleu."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def measure(texts: Sequence[str], references: Sequence[Sequence[str]], wanted: Sequence[str]) -> dict[str, float]:
-    """The scores in `wanted`: ROUGE's F1 and exact_match from 0 to 1, bleu and chrf from 0 to 100.
+    """Compute the requested metrics of generated texts.
 
-    Of several references a text's best counts; BLEU and chrF take them together.
+    Args:
+        texts: Generated texts.
+        references: References of each text. ROUGE and exact_match use the best score over the references of a text,
+            whereas BLEU and chrF are computed against all of them.
+        wanted: Metrics to compute: `rouge`, `bleu`, `chrf`, `exact_match`.
+
+    Returns:
+        F1 of `rouge1`, `rouge2` and `rougeL`, and `exact_match`, from 0 to 1; `bleu` and `chrf`, from 0 to 100.
     """
     found: dict[str, float] = {}
     if "rouge" in wanted:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer(list(ROUGE))
-        # The best for each kind of ROUGE, by F1.
+        # score_multi takes the best reference by F1, separately for each kind of ROUGE.
         scores = [scorer.score_multi(list(given), text) for text, given in zip(texts, references, strict=True)]
         found |= {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
     if "bleu" in wanted or "chrf" in wanted:
         from sacrebleu.metrics import BLEU, CHRF
 
         most = max(len(given) for given in references)
-        # sacrebleu wants the first reference of every text, then the second …; None where a text has fewer.
+        # sacrebleu takes the first references of all texts, then the second ones, with None for missing references.
         columns = [[given[i] if i < len(given) else None for given in references] for i in range(most)]
         if "bleu" in wanted:
             found["bleu"] = float(BLEU().corpus_score(list(texts), columns).score)

@@ -1,7 +1,7 @@
-"""Puts a fault into a worker from outside, so that the product needs no code for it.
+"""Inject a fault into a worker from outside, so that the package contains no code for it.
 
-DIST_FT_FAULT=KIND:RANK:STEP makes rank RANK, before its step STEP, `raise`, `kill` itself, `stop` itself, `hang`, or
-run out of `memory`.
+DIST_FT_FAULT=KIND:RANK:STEP makes rank RANK fail before step STEP. KIND is `raise`, `kill` (SIGKILL), `stop`
+(SIGSTOP), `hang`, or `memory` (out of memory).
 """
 
 import importlib.machinery

@@ -1,4 +1,4 @@
-"""lm-eval's tasks from local files, against log-probabilities and answers taken by transformers alone."""
+"""Tests of lm-eval tasks from local files against log-probabilities and answers computed with transformers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ROWS = [
     {"q": "I was charged twice", "choices": CHOICES, "answer": 0},
     {"q": "It does not start", "choices": CHOICES, "answer": 1},
 ]
-WORDS = 6  # tokens of an answer
+WORDS = 6  # maximum number of tokens of an answer
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a task of choices, one of continuations and one of answers, over the same rows."""
+    """Create a folder with a multiple-choice, a log-likelihood and a generation task over the same rows."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     shared = {
@@ -75,7 +75,7 @@ def models_of(run: Path, base: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def log_probability(model: Any, tokenizer: Any, context: str, text: str, virtual: int = 0) -> float:
-    """Of `text` behind `context`, a row at a time and without padding."""
+    """Return the log-probability of `text` given `context`, without padding."""
     ids = torch.tensor([tokenizer(context + text)["input_ids"]])
     before = len(tokenizer(context)["input_ids"])
     logits = model(input_ids=ids).logits[0, virtual:].log_softmax(-1)
@@ -127,7 +127,7 @@ def test_scores_are_those_of_log_probabilities_taken_by_hand(
 def test_answers_come_through_the_chat_template_and_end_where_training_ends_them(
     lora_run: Path, tiny_llama: Path, tasks: Path
 ) -> None:
-    """The run's rows are conversations; rows of other lengths stand in the same batch."""
+    """The rows of the run are conversations; a batch contains rows of different lengths."""
     evaluate.main([str(lora_run / "run.yaml"), "lm_eval=desk_answer", f"lm_eval_path={tasks}", "lm_eval_limit=4"])
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     assert json.loads((lora_run / "lm-eval.json").read_text())["chat_template"] is True
@@ -196,8 +196,8 @@ def test_a_run_without_validation_data_is_asked_too(lora_run: Path, tasks: Path,
     [
         (["lm_eval=desk_chose"], "did you mean desk_choose"),
         (["lm_eval=,"], "names no task"),
-        (["lm_eval_limit=3"], "nothing reads it"),
-        (["lm_eval=desk_choose", "lm_eval_path=nowhere"], "is no folder"),
+        (["lm_eval_limit=3"], "has no effect unless lm_eval is set"),
+        (["lm_eval=desk_choose", "lm_eval_path=nowhere"], "is not a folder"),
         (["lm_eval=desk_choose", "lm_eval_limit=0"], "lm_eval_limit"),
         (["lm_eval=desk_lost"], "gone.jsonl"),
     ],
@@ -212,7 +212,7 @@ def test_what_is_wrong_is_named_before_anything_is_computed(
     (tmp_path / "lost.yaml").write_text(yaml.safe_dump(lost))
     from lm_eval.tasks import TaskManager
 
-    only_ours = lambda **options: TaskManager(**{**options, "include_defaults": False})  # noqa: E731  # its own take 10 s
+    only_ours = lambda **options: TaskManager(**{**options, "include_defaults": False})  # noqa: E731  # loading lm-eval's own tasks takes 10 s
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
     monkeypatch.setattr(evaluate, "evaluate_run", lambda *_: pytest.fail("computed"))
     if len(words) == 1 and "limit" not in words[0]:
@@ -231,5 +231,5 @@ def test_models_that_continue_no_text_and_a_missing_package_are_told(
     with pytest.raises(MachineError, match=r"pip install 'dist-ft\[lm-eval\]'"):
         abilities.find_abilities(config, options)
     other = config.model_dump(mode="json") | {"task": {"name": "sequence_classification", "max_length": 32}}
-    with pytest.raises(RequestError, match="task=sequence_classification does not"):
+    with pytest.raises(RequestError, match="task=sequence_classification is not one"):
         abilities.find_abilities(type(config).model_validate(other), options)

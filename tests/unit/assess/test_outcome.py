@@ -1,4 +1,4 @@
-"""eval, generate and export on the folder of a run, against transformers and peft used by hand."""
+"""Tests of `dist-ft eval`, `generate` and `export` on the folder of a run, against transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dist_ft.errors import RequestError, TrainingError
 from dist_ft.export.merge import main as export_main
 from dist_ft.export.probe import probe_model
 from dist_ft.export.write import export_run
-from dist_ft.families import build_method, model_factory
+from dist_ft.families import ModelRecipe, build_method
 from dist_ft.inspect import model as inspection
 from dist_ft.model.load import attention_of
 from dist_ft.prepare import prepare
@@ -67,7 +67,7 @@ def make_config(folder: Path, model: Path, method: dict[str, object], cache: Pat
 
 
 def make_run(folder: Path, model: Path, method: dict[str, object], cache: Path) -> Path:
-    """A run's folder as training leaves it, without training: weights moved by noise, exported, checkpointed."""
+    """Create the folder of a run without training: add noise to the weights, export them and save a checkpoint."""
     (cache / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     config = make_config(folder, model, method, cache)
     write_plan(
@@ -78,8 +78,8 @@ def make_run(folder: Path, model: Path, method: dict[str, object], cache: Path) 
     )  # fmt: skip
     prepared = prepare(config)
     attention = attention_of(config.model, prepared.model_dir, torch.device("cpu"), CAUSAL_LM)
-    factory = model_factory(config, prepared.model_dir, attention, CAUSAL_LM, build_method(config))
-    trained = factory(True)
+    recipe = ModelRecipe(config, prepared.model_dir, attention, CAUSAL_LM, build_method(config))
+    trained = recipe.build(weights=True).model
     torch.manual_seed(3)
     for parameter in trained.parameters():
         if parameter.requires_grad:
@@ -94,7 +94,7 @@ def make_run(folder: Path, model: Path, method: dict[str, object], cache: Path) 
         method=build_method(config),
         model_config=config.model,
         model_dir=prepared.model_dir,
-        build_model=factory,
+        bare=recipe.build_meta().model,
         tokenizer=tokenizer,
         end_token_id=find_end_token(tokenizer, config.task),
         weights=weights.items(),
@@ -131,7 +131,7 @@ def by_hand(run: Path, base: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def loss_by_hand(model: torch.nn.Module, tokenizer: object) -> float:
-    """Mean over all assistant tokens, a row at a time, labels cut out by text."""
+    """Compute the mean loss over all assistant tokens row by row, with the labels derived from the text."""
     total, count = 0.0, 0
     for row in ROWS:
         prompt = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
@@ -170,7 +170,7 @@ def test_what_was_forgotten_is_that_of_a_loop_by_hand(
         sums = [(float(model(b[None], labels=b[None]).loss) * (len(b) - 1), len(b) - 1) for b in ids.split(128)]
         loss = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
         assert written[which]["loss"] == pytest.approx(loss, rel=1e-4)
-    assert "nats a token" in capsys.readouterr().out
+    assert "nats per token" in capsys.readouterr().out
 
 
 def test_forgetting_behind_virtual_tokens_is_measured_over_padded_rows(
@@ -228,7 +228,7 @@ def test_merging_gives_a_model_for_transformers_alone(
     assert not (out / "adapter_config.json").exists()
     card = (out / "README.md").read_text()
     assert "3.2500" in card and "1.7500" in card and 'AutoModelForCausalLM.from_pretrained(".")' in card
-    with pytest.raises(RequestError, match="is there already"):
+    with pytest.raises(RequestError, match="already exists"):
         export_main([str(lora_run / "run.yaml"), "merge=true", f"out={out}"])
 
 
@@ -262,7 +262,7 @@ def test_a_torn_checkpoint_is_refused(full_run: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        with pytest.raises(RequestError, match="not what was written"):
+        with pytest.raises(RequestError, match="does not match the size and SHA-256"):
             export_main([str(full_run / "run.yaml"), "checkpoint=step-7", f"out={tmp_path / 'x'}"])
     finally:
         file.write_bytes(whole)
@@ -272,16 +272,16 @@ def test_a_torn_checkpoint_is_refused(full_run: Path, tmp_path: Path) -> None:
     ("main", "words", "said"),
     [
         (export_main, ["merge=true"], "no adapter to merge"),
-        (export_main, ["checkpoint=step-9"], "there are: latest, step-7"),
+        (export_main, ["checkpoint=step-9"], "available checkpoints: latest, step-7"),
         (export_main, ["mrege=true"], "did you mean merge"),
         (export_main, ["dtype=int8"], "dtype"),
         (evaluate.main, ["split=test"], "the run has no data.test"),
         (evaluate.main, ["split=trian"], "split"),
-        (generate.main, ["prompt=a", "prompts=b"], "give one of them"),
+        (generate.main, ["prompt=a", "prompts=b"], "cannot be combined with prompt"),
         (generate.main, ["prompts=nowhere.txt"], "cannot be read"),
         (generate.main, ["prompts=test:3"], "data.test"),
         (generate.main, ["prompt=a", "max_new_tokens=0"], "max_new_tokens"),
-        (generate.main, ["prompt=a", "max_new_tokens=600"], "more than the model's 512"),
+        (generate.main, ["prompt=a", "max_new_tokens=600"], "exceed the model's limit of 512"),
     ],
 )
 def test_wrong_words_are_named(full_run: Path, main: object, words: list[str], said: str) -> None:

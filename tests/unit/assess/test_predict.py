@@ -1,4 +1,4 @@
-"""`dist-ft generate` for tasks that write no text of their own, against transformers used by hand."""
+"""Tests of `dist-ft generate` for tasks that do not generate free text, against transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LABELLED = "labelled"
 
 
 def make_run(top: Path, base: str, task: dict[str, Any], rows: list[dict[str, Any]] | str) -> tuple[Path, Any]:
-    """The folder of a run whose trained model has random weights, and that model."""
+    """Create the folder of a run whose trained model has random weights; also return the model."""
     data = top / "rows.jsonl"
     if isinstance(rows, str):
         make_rows(data, 12)
@@ -77,7 +77,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 def said(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> str:
     generate.main([str(run / "run.yaml"), *words])
     lines = capsys.readouterr().out.splitlines(keepends=True)
-    return "".join(line for line in lines if "[WARNING]" not in line)  # of DeepSpeed, which accelerate imports
+    return "".join(line for line in lines if "[WARNING]" not in line)  # logged by DeepSpeed, which accelerate imports
 
 
 @pytest.mark.parametrize("shape", ["bert", "gpt2"])
@@ -123,7 +123,7 @@ def test_entities(tmp_path: Path, bert: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_an_answer_from_all_pieces_of_a_text(tmp_path: Path, bert: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the evaluation of the same row has it, and by the span whose logits are highest over all pieces."""
+    """The answer equals that of an evaluation, and is the span with the highest logits over all pieces."""
     run, model = make_run(tmp_path, bert, {"name": "question_answering", "max_length": 24, "doc_stride": 6}, ASKED)
     evaluate.main([str(run / "run.yaml")])
     predicted = json.loads((run / "predictions-validation.jsonl").read_text())
@@ -154,7 +154,7 @@ def test_the_reward_of_an_answer(tmp_path: Path, bert: str, capsys: pytest.Captu
     ids = AutoTokenizer.from_pretrained(bert)("w1 w2", "w8 w9", return_tensors="pt")
     prompt = json.dumps({"prompt": "w1 w2", "answer": "w8 w9"})
     assert said(capsys, run, f"prompt={prompt}") == f"{float(model(**ids).logits):.4f}\n"
-    assert "that of: w5" in said(capsys, run, "prompts=validation:1")
+    assert "reward of: w5" in said(capsys, run, "prompts=validation:1")
 
 
 def test_hidden_words(
@@ -165,7 +165,7 @@ def test_hidden_words(
     text = "w1 [MASK] w3 [MASK]"
     wanted = [", ".join(f"{w['token_str']} {w['score']:.1%}" for w in words) for words in fill(text)]
     assert said(capsys, run, f"prompt={text}") == "\n".join(wanted) + "\n"
-    assert said(capsys, run, f"prompt={text}", "model=both").count("\ntuned ") == 1, "the base has a head of its own"
+    assert said(capsys, run, f"prompt={text}", "model=both").count("\ntuned ") == 1, "the base model has its own head"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\n\nexit\nw2 [MASK]\n"))
     assert said(capsys, run) == "\n".join(wanted) + "\n"
     with pytest.raises(RequestError, match=r"write \[MASK\] in place of a word"):
@@ -173,7 +173,7 @@ def test_hidden_words(
 
 
 def test_a_text_from_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = make_model("bert", tmp_path / "base")  # for its tokenizer
+    base = make_model("bert", tmp_path / "base")  # only its tokenizer is used
     config = transformers.T5Config(
         vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=2,
@@ -194,9 +194,9 @@ def test_what_means_nothing_is_refused(tmp_path: Path, bert: str) -> None:
     for words, told in (
         (["prompt=w1", "temperature=1"], "temperature"),
         (["prompt=w1", "max_new_tokens=3"], "max_new_tokens"),
-        (["prompt=w1", "model=base"], "begins at random"),
-        (['prompt={"text": "w1", "label": "calm"}'], "asks with text"),
-        (["prompt="], "asks with text"),
+        (["prompt=w1", "model=base"], "predicts at random"),
+        (['prompt={"text": "w1", "label": "calm"}'], "requires text"),
+        (["prompt="], "requires text"),
     ):
         with pytest.raises(RequestError, match=told):
             generate.main([str(run / "run.yaml"), *words])

@@ -1,4 +1,4 @@
-"""The reference is measured once, kept by the name of the data, and read again by a run that goes on."""
+"""Tests that the reference is computed once, stored by name of the data, and read again by a resumed run."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from dist_ft.data.store.opened import Split
 from dist_ft.data.store.pack import in_groups
 from dist_ft.data.store.table import TableWriter
 from dist_ft.prepare import Prepared
-from dist_ft.process.place import Place
-from dist_ft.state import Batch, LossFn, LossSum
+from dist_ft.process.place import Place, Worker
+from dist_ft.protocols import LossFn
+from dist_ft.state import Batch, LossSum
 from dist_ft.task.preference import Preference
 
-LENGTHS = [3, 5, 2, 2, 7, 4]  # of three pairs
+LENGTHS = [3, 5, 2, 2, 7, 4]  # lengths of the sequences of three pairs
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process without a group."""
+    """Replace collectives for a single process without a process group."""
     monkeypatch.setattr(reference.comm, "total", lambda value: value)
     monkeypatch.setattr(reference.comm, "gather", lambda value: [value])
     monkeypatch.setattr(reference.comm, "from_main", lambda value: value)
@@ -45,7 +46,7 @@ def make_split(folder: Path) -> Split:
 
 
 class Uniform(torch.nn.Module):
-    """Finds all of eight tokens alike probable."""
+    """Model that assigns the same probability to each of eight tokens."""
 
     def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
         return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 8)})
@@ -53,7 +54,7 @@ class Uniform(torch.nn.Module):
 
 @dataclass
 class Engine:
-    """Counts what it is asked."""
+    """Engine that counts its evaluated micro-batches."""
 
     asked: int = 0
 
@@ -82,7 +83,9 @@ class Plan:
 
 def refer(plan: Any, prepared: Prepared, engine: Any) -> Prepared:
     task = Preference(PreferenceConfig(name="preference"), padding_free=False)
-    return refer_to_start(plan, prepared, task, engine, Place(), sys.stderr, lambda phase: None)
+    return refer_to_start(
+        plan, prepared, task, engine, Worker(Place(), torch.device("cpu"), sys.stderr, lambda phase: None)
+    )
 
 
 def test_it_is_measured_once_and_stands_beside_each_sequence(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_it_is_measured_once_and_stands_beside_each_sequence(tmp_path: Path) -> 
     prepared = Prepared("", "", make_split(tmp_path / "one"), make_split(tmp_path / "two"), None)
     found = refer(plan, prepared, engine)
     assert engine.asked == 4
-    wanted = -np.log(8) * (np.array(LENGTHS) - 1)  # the first token of a sequence is no target
+    wanted = -np.log(8) * (np.array(LENGTHS) - 1)  # the first token of a sequence is not predicted
     for split in (found.train, found.validation):
         assert split is not None and split.reference is not None
         np.testing.assert_allclose(split.reference, wanted.reshape(3, 2))
@@ -117,7 +120,7 @@ def test_other_data_are_measured_and_kept_too(tmp_path: Path) -> None:
 
 
 def test_a_new_run_takes_none_that_another_left(tmp_path: Path) -> None:
-    """A run that ended before its first checkpoint may have been of another model."""
+    """A run that ended before its first checkpoint may have used another model."""
     plan: Any = Plan(tmp_path / "run")
     own = plan.run_dir / REFERENCE_FILE
     write_references(own, {"one": np.zeros((1, 2))})

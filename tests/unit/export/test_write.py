@@ -1,4 +1,4 @@
-"""What is exported is what was trained; faults on the way are caught and named."""
+"""Tests that an export reproduces the trained model and that errors during the export are detected and named."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from dist_ft.export.probe import Deviation, compare, probe_model
 from dist_ft.export.write import export_run, publish
 from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
-from tests.samples import given
+from dist_ft.model.anatomy import find_anatomy
+from tests.samples import given, on_meta
 
 TOKENS = list(range(5, 45))
 
 
 def train_a_little(model: nn.Module) -> nn.Module:
-    """Every trainable weight moves, zeros of LoRA's B included."""
+    """Add noise to all trainable weights, including LoRA's B, which starts at zero."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -38,7 +39,7 @@ def train_a_little(model: nn.Module) -> nn.Module:
 
 
 class Case:
-    """A trained tiny model, and what its export is called with."""
+    """Trained tiny model with the arguments of its export."""
 
     def __init__(self, folder: Path, out: Path, method: Any, dtype: str = "float32") -> None:
         self.folder, self.out, self.method = folder, out, method
@@ -54,7 +55,7 @@ class Case:
             else AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=dtype)
         )
         base.config.use_cache = False
-        model = self.method.apply(base)
+        model = self.method.apply(find_anatomy(base))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -70,7 +71,7 @@ class Case:
             "method": self.method,
             "model_config": self.config,
             "model_dir": str(self.folder),
-            "build_model": self.build,
+            "bare": on_meta(self.build),
             "tokenizer": AutoTokenizer.from_pretrained(self.folder),
             "end_token_id": 2,
             "weights": self.weights(),
@@ -105,10 +106,10 @@ def test_a_full_model_is_loaded_by_transformers_alone(tiny_llama: Path, out: Pat
     assert deviation is not None and deviation.relative < 1e-6
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(logits_of(loaded), logits_of(case.model))
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight, "tied embeddings stay tied"
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight, "tied embeddings must stay tied"
     assert loaded.config.use_cache is True and loaded.dtype == torch.float32
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    assert not torch.allclose(logits_of(base), logits_of(loaded), atol=1e-2), "the training is in it"
+    assert not torch.allclose(logits_of(base), logits_of(loaded), atol=1e-2), "the export must contain the training"
     written = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= written
     assert {file.suffix for file in out.iterdir()} <= {".json", ".safetensors", ".md", ".jinja"}
@@ -139,7 +140,7 @@ def test_an_adapter_is_loaded_by_peft_alone(tiny_llama: Path, out: Path, options
     assert torch.allclose(logits_of(loaded), logits_of(case.model), atol=1e-5)
     assert not torch.allclose(before, logits_of(loaded), atol=1e-2)
     stored = load_file(out / "adapter_model.safetensors")
-    assert len(stored) == len(list(case.weights())), "trained tensors once, nothing of the frozen base"
+    assert len(stored) == len(list(case.weights())), "only the trained tensors are stored, each once"
     settings = json.loads((out / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(tiny_llama) and settings["lora_alpha"] == 24
 
@@ -195,17 +196,17 @@ def nan(weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (dropped, "not handed to the export"),
-        (swapped, "other logits after loading"),
-        (twice, "handed to the export twice"),
-        (nan, "nan or infinity"),
+        (dropped, "not passed to the export"),
+        (swapped, "logits after loading differ"),
+        (twice, "passed to the export twice"),
+        (nan, "NaN or inf"),
     ],
 )
 def test_a_faulty_stream_is_caught(tiny_llama: Path, out: Path, make: Any, fault: Any, said: str) -> None:
     case = make(tiny_llama, out)
     with pytest.raises(TrainingError, match=said):
         case.export(weights=fault(case.weights()))
-    assert list(out.parent.iterdir()) == [], "nothing half-way is left"
+    assert list(out.parent.iterdir()) == [], "no incomplete export may remain"
 
 
 def files(folder: Path) -> Path:
@@ -245,8 +246,8 @@ def reshape_tensor(state: dict[str, Tensor]) -> str:
 @pytest.mark.parametrize("spoil", [drop_tensor, swap_names, transpose_square, add_tensor, reshape_tensor])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_faulty_file_is_caught_and_its_tensor_named(tiny_llama: Path, out: Path, kind: str, spoil: Any) -> None:
-    """The library, or a disk, does something else with the tensors than it was told."""
-    # rank 32 = width: LoRA's A of q_proj is square
+    """Simulate a library or disk that stores other tensors than those passed to it."""
+    # rank 32 equals the hidden size, so that LoRA's A of q_proj is square
     case = full(tiny_llama, out) if kind == "full" else Case(tiny_llama, out, Lora(LoraConfig(name="lora", r=32)))
     spoilt = ""
 
@@ -266,7 +267,7 @@ def test_a_faulty_file_is_caught_and_its_tensor_named(tiny_llama: Path, out: Pat
 
 
 def test_lost_scaling_is_caught_by_the_logits(tiny_llama: Path, out: Path) -> None:
-    """All tensors right and adapter_config.json wrong."""
+    """All tensors are correct, but adapter_config.json is wrong."""
     case = lora(tiny_llama, out)
 
     class Faulty(Lora):
@@ -275,7 +276,7 @@ def test_lost_scaling_is_caught_by_the_logits(tiny_llama: Path, out: Path) -> No
             path = folder / "adapter_config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 8}))
 
-    with pytest.raises(TrainingError, match="other logits after loading"):
+    with pytest.raises(TrainingError, match="logits after loading differ"):
         case.export(method=Faulty(case.method.config))
 
 
@@ -291,7 +292,7 @@ def test_lost_tie_is_caught(tiny_llama: Path, out: Path) -> None:
             state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
             save_file(state, files(folder), metadata={"format": "pt"})
 
-    with pytest.raises(TrainingError, match="two after loading"):
+    with pytest.raises(TrainingError, match="not after loading"):
         case.export(method=Faulty(case.method.config))
 
 
@@ -326,7 +327,7 @@ def test_publishing_replaces_an_older_export_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", LORAS, ids=str)
 def test_merged_equals_unmerged(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Also where training has parted embeddings that were tied in the base."""
+    """Also covers tied embeddings of the base model that differ after training."""
     case = lora(tiny_llama, tmp_path / "model", **options)
     before = probe_model(case.model, given(TOKENS))
     merged = merge(case.model)
@@ -341,7 +342,7 @@ def test_fingerprints_tell_tensors_apart() -> None:
     tensor = torch.randn(4, 4)
     same = Fingerprint.of(tensor)
     assert same.distance(Fingerprint.of(tensor.clone())) == 0
-    assert same == Fingerprint.of(tensor.T.contiguous().T), "layout in memory does not count"
+    assert same == Fingerprint.of(tensor.T.contiguous().T), "the memory layout must not matter"
     flipped = tensor.clone()
     flipped.view(torch.int32)[0, 0] ^= 1
     for other in (flipped, tensor.T, tensor.bfloat16(), tensor.flatten()):

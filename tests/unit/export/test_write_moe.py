@@ -1,4 +1,4 @@
-"""Mixtures of experts are exported, loaded again and merged as they were trained, whatever learned in them."""
+"""Tests that mixture-of-experts models are exported, reloaded and merged correctly for all trained parameters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from dist_ft.export.probe import compare, probe_model
 from dist_ft.export.write import export_run
 from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.moe.policy import route_method
-from tests.samples import given
+from tests.samples import given, on_meta
 from tests.unit.export.test_write import TOKENS, Case
 from tests.unit.model.moe.test_moe import CONFIGS, build
 
@@ -43,16 +44,16 @@ def test_what_learned_is_there_after_loading(name: str, variant: str, tmp_path: 
     options, router = VARIANTS[variant]
     if (name, variant) == ("deepseek_v3", "router-trained"):
         with pytest.raises(RequestError, match="has buffers beside its weights"):
-            route_method(LoraConfig(name="lora"), MoeConfig(router=router), base)  # type: ignore[call-arg]
+            route_method(LoraConfig(name="lora"), MoeConfig(router=router), find_anatomy(base))  # type: ignore[call-arg]
         return
     method: Any = Full(FullConfig(name="full"))
     if options is not None:
         config = LoraConfig(name="lora", r=2, **options)
-        method = Lora(route_method(config, MoeConfig(router=router), base))  # type: ignore[call-arg,arg-type]
+        method = Lora(route_method(config, MoeConfig(router=router), find_anatomy(base)))  # type: ignore[call-arg,arg-type]
     case = Case(tmp_path / "base", tmp_path / "model", method)
     probe = probe_model(case.model, given(TOKENS))
     deviation = export_run(
-        method=method, model_config=case.config, model_dir=str(case.folder), build_model=case.build, tokenizer=None,
+        method=method, model_config=case.config, model_dir=str(case.folder), bare=on_meta(case.build), tokenizer=None,
         end_token_id=2, weights=case.weights(), out=case.out, card="# card\n", probe=probe,
     )  # fmt: skip
     assert deviation is not None and deviation.relative < 1e-5

@@ -1,4 +1,4 @@
-"""The plan's tables against models that are really built, and memory against tensors that are really there."""
+"""Tests of the tables of a plan against real models, and of the memory estimate against allocated tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dist_ft.config.method import LoraConfig
 from dist_ft.inspect import model as inspection
 from dist_ft.inspect.memory import Part, Sizes, estimate_memory
 from dist_ft.method.lora import Lora
+from tests.samples import anatomized, apply_method
 
 SMALL = {
     "vocab_size": 64,
@@ -25,7 +26,7 @@ SMALL = {
 
 def test_components_of_a_dense_model() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, tie_word_embeddings=False), dtype=torch.bfloat16)
-    shares = inspection.count_components(model)
+    shares = inspection.count_components(anatomized(model))
     attention = 3 * (16 * 16 * 2 + 16 * 8 * 2)
     wanted = {
         "embeddings": 64 * 16,
@@ -41,13 +42,14 @@ def test_components_of_a_dense_model() -> None:
 
 def test_components_of_a_mixture_and_its_adapters() -> None:
     base = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4, tie_word_embeddings=True))
-    shares = inspection.count_components(base)
+    shares = inspection.count_components(anatomized(base))
     assert shares["router"].parameters == 3 * 4 * 16 and shares["experts"].parameters == 3 * 4 * 3 * 16 * 24
     assert "head" not in shares and shares["embeddings"].parameters == 64 * 16
     total = sum(share.parameters for share in shares.values())
     assert total == sum(p.numel() for p in base.parameters())
-    model = Lora(LoraConfig(name="lora", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).apply(base)
-    adapted = inspection.count_components(model, whole=False)
+    method = Lora(LoraConfig(name="lora", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    built = apply_method(method, base)
+    model, adapted = built.model, inspection.count_components(built, whole=False)
     assert adapted["adapters"].parameters == adapted["adapters"].trainable == 3 * (2 * 16 + 16 * 2)
     assert adapted["head"].trainable == 64 * 16 and adapted["attention"].parameters == shares["attention"].parameters
     assert sum(share.parameters for share in adapted.values()) == sum(p.numel() for p in model.parameters())
@@ -80,7 +82,7 @@ def total(parts: list[Part]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "per_parameter"),
-    # the table of Rajbhandari et al. 2020, section 5: 2 + 2 + 12 bytes, of which stages 1, 2, 3 share out more and more
+    # Rajbhandari et al. 2020, section 5: 2 + 2 + 12 bytes per parameter, of which stages 1, 2 and 3 shard more and more
     [("zero1", 2 + 2 + 12 / 64), ("zero2", 2 + (2 + 12) / 64), ("zero3", 16 / 64)],
 )
 def test_zero_shards_as_the_paper_says(name: str, per_parameter: float) -> None:

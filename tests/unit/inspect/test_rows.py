@@ -1,4 +1,4 @@
-"""The viewer shows what is supervised, with colour and without."""
+"""Tests that the row viewer marks supervised tokens, with and without colors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_supervised_tokens_stand_in_brackets_where_there_is_no_colour(
     shown = capsys.readouterr().out
     expected = "<|im_start|>user\nIs [bold] it on?<|im_end|>\n<|im_start|>assistant\n[[It is.<|im_end|>]]\n"
     assert shown.count(expected) == 1
-    assert "rows.jsonl:2: nothing to learn: there is no assistant turn" in shown
+    assert "rows.jsonl:2: cannot be used: there is no assistant turn" in shown
     assert "rows read" in shown and "dropped" in shown
 
 

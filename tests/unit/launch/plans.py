@@ -1,4 +1,4 @@
-"""Plans and sites with fixed values, for rendering."""
+"""Plans and sites with fixed values, for tests of rendering."""
 
 from collections.abc import Sequence
 from pathlib import Path

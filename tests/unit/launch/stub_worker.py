@@ -1,4 +1,4 @@
-"""A worker without torch: says where it is, waits for its peers, and fails where it is told to."""
+"""Worker without torch: records its rank and environment, waits for the other workers, and fails on request."""
 
 import json
 import os
@@ -22,4 +22,4 @@ if (run_dir / f"fail-{rank}").exists():
     )
     sys.exit(3)
 if list(run_dir.glob("fail-*")):
-    time.sleep(120)  # as one that waits in a collective
+    time.sleep(120)  # like a rank that waits in a collective

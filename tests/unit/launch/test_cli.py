@@ -49,9 +49,9 @@ def test_help_imports_nothing_slow():
 def test_plan_shows_all_and_writes_nothing(words, started, capsys, tmp_path):
     assert cli.main(["plan", *words, "method.r=4", "launch.workers_per_node=2"]) == 0
     said = capsys.readouterr().out
-    assert "32 rows a step = 2 workers × 4 rows a micro-batch × 4 micro-batches" in said
+    assert "32 rows per step = 2 workers × 4 rows per micro-batch × 4 micro-batches" in said
     assert "method.r = 4   (command line)" in said
-    assert "train.resume → starts anew" in said
+    assert "train.resume → starts from step 0" in said
     assert f"bash {tmp_path}/runs/first/launch.sh" in said
     assert "-m dist_ft.launch.torchrun --nnodes=1 --nproc-per-node=2" in said
     assert not (tmp_path / "runs").exists()
@@ -103,7 +103,7 @@ def test_all_problems_are_printed_without_a_traceback(words, capsys):
     code = cli.main(["train", *words, "train.global_batch_size=31", "data.validation=none.jsonl", "train.eval_steps=3"])
     said = capsys.readouterr().err
     assert code == 2
-    assert said.startswith("dist-ft: the request is wrong\n")
+    assert said.startswith("dist-ft: invalid request\n")
     for place in ("train.global_batch_size: ", "data.validation, "):
         assert place in said
     assert "Traceback" not in said
@@ -126,7 +126,7 @@ def test_outcomes_take_a_run(words, started, monkeypatch, tmp_path, capsys, comm
     assert cli.main([command, "run=runs/first", "prompt=a b"]) == 0
     assert started[0][0] == [f"dist_ft.{module}", "runs/first/run.yaml", "prompt=a b"]
     assert cli.main([command]) == 2
-    assert "must be given once" in capsys.readouterr().err
+    assert "must be given exactly once" in capsys.readouterr().err
     assert cli.main([command, "run=runs/none"]) == 2
     assert cli.main([command, "run=runs/first", "word"]) == 2
 

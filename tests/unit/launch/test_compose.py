@@ -47,17 +47,17 @@ def test_every_problem_is_reported_at_once():
         "engine=zero4": "did you mean engine=zero3? known: ddp, fsdp, zero1, zero2, zero3",
         "enigne (command line)": "unknown key → did you mean engine?",
         "train.max_step (command line)": "unknown key → did you mean train.max_steps?",
-        "method.r (command line)": "belongs to method=lora or method=qlora; method=full does not read it",
-        "model.dtype (command line)": "'float16' is wrong: it must be one of float32, bfloat16",
-        "train.seed (command line)": "'abc' is wrong: it must be a valid integer",
-        "launch.port (command line)": "99999 is wrong: it must be less than or equal to 65535",
-        "+x=1": "keys are not added: every key is known → write x=1",
+        "method.r (command line)": "belongs to method=lora or method=qlora and is not supported with method=full",
+        "model.dtype (command line)": "'float16' is invalid: it must be one of float32, bfloat16",
+        "train.seed (command line)": "'abc' is invalid: it must be a valid integer",
+        "launch.port (command line)": "99999 is invalid: it must be less than or equal to 65535",
+        "+x=1": "keys cannot be added to the schema → write x=1",
         "~train.seed": "cannot be deleted",
         "method/x=3": "unknown group",
-        "train.logging_steps=1,2": "sweep with `dist-ft sweep`",
+        "train.logging_steps=1,2": "use `dist-ft sweep`",
         "optim.name=adam": "write optim=adam",
-        "a b": "not understood",
-        "data.train": "must be given → say data.train=VALUE",
+        "a b": "cannot be parsed",
+        "data.train": "is required → set data.train=VALUE",
     }
     for where, text in wanted.items():
         assert text in found.pop(where)
@@ -72,7 +72,7 @@ def test_a_run_name_cannot_leave_the_folder(name):
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "x${oc.env:WANDB_API_KEY,none}", "${oc.decode:1}", "${hydra:job}"])
 def test_nothing_from_outside_is_interpolated(value):
     assert (
-        "reads what is outside"
+        "from outside the configuration"
         in problems(f"'track.project=\"{value}\"'".strip("'"))[f"track.project ({COMMAND_LINE})"]
     )
 
@@ -114,7 +114,7 @@ def test_own_groups_are_found_and_their_mistakes_named(tmp_path):
     (tmp_path / "model" / "mine.yaml").write_text("name_or_path: gpt2\ndtpe: x\n")
     found = problems("model=mine", config_dir=tmp_path)
     assert found == {f"model.dtpe ({tmp_path}/model/mine.yaml)": "unknown key → did you mean model.dtype?"}
-    assert "no such folder" in problems(config_dir=tmp_path / "none")[f"--config-dir {tmp_path / 'none'}"]
+    assert "does not exist" in problems(config_dir=tmp_path / "none")[f"--config-dir {tmp_path / 'none'}"]
 
 
 def test_broken_own_yaml_is_the_users_fault(tmp_path):
@@ -133,7 +133,7 @@ def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
     config = compose(["data=jsonl", 'data.train=[rows.jsonl, "*.jsonl", a/b]', "model.name_or_path=a/b"]).config
     assert config.data.train == [f"{tmp_path}/rows.jsonl", f"{tmp_path}/*.jsonl", "a/b"]
     assert config.model.name_or_path == "a/b"
-    assert "no such Python package" in problems("data=jsonl", "data.train=package:none_such/x")["data.train"]
+    assert "Python package is not installed" in problems("data=jsonl", "data.train=package:none_such/x")["data.train"]
 
 
 def test_composing_writes_nothing(tmp_path, monkeypatch):

@@ -56,11 +56,11 @@ def test_hostfile_lines_that_are_refused(tmp_path, line):
 
 def test_hostfile_as_a_whole(tmp_path):
     path = tmp_path / "hosts"
-    assert refused(path, "n1 slots=1\nn1 slots=1\n") == [(":2", "n1 is named twice")]
-    assert refused(path, "# none\n") == [("", "names no host")]
-    assert "another machine on each host" in refused(path, "localhost slots=2\nn2 slots=2\n")[0][1]
+    assert refused(path, "n1 slots=1\nn1 slots=1\n") == [(":2", "n1 is listed twice")]
+    assert refused(path, "# none\n") == [("", "lists no host")]
+    assert "a different machine on each host" in refused(path, "localhost slots=2\nn2 slots=2\n")[0][1]
     assert len(refused(path, "a b c\nn1\n")) == 2
-    with pytest.raises(RequestError, match="no such file"):
+    with pytest.raises(RequestError, match="does not exist"):
         read_hostfile(tmp_path / "none")
 
 
@@ -68,7 +68,11 @@ def test_hosts_are_chosen():
     pool = [Host("n1", 4), Host("n2", 2), Host("n3", 2)]
     assert choose_hosts(pool, 2, 2) == (pool[:2], 2)
     assert choose_hosts(pool[1:], None, None) == (pool[1:], 2)
-    for nodes, workers, rule in ((4, None, "has 3 hosts"), (None, None, "slots differ"), (None, 3, "n2 has 2 slots")):
+    for nodes, workers, rule in (
+        (4, None, "has 3 hosts"),
+        (None, None, "slots differ between hosts"),
+        (None, 3, "n2 has 2 slots"),
+    ):
         with pytest.raises(RequestError, match=rule):
             choose_hosts(pool, nodes, workers)
 
@@ -82,11 +86,11 @@ def test_rendered_as_it_was(hostfile):
 
 
 def test_the_environment_survives_a_remote_shell(hostfile, tmp_path):
-    """As DeepSpeed's runner does it: values with odd characters are put between double quotes."""
+    """DeepSpeed's runner puts values with special characters between double quotes."""
     launcher = HostfileLauncher(SITE_2)
     plan = plan_of(launcher, ["launch=deepspeed", f"launch.hostfile={hostfile}"])
     lines = dict(line.split("=", 1) for line in launcher.render(plan).files["workers.env"].splitlines())
-    value = lines["HF_HOME"].replace("%%", "%")  # pdsh's part
+    value = lines["HF_HOME"].replace("%%", "%")  # as pdsh does
     script = f'export HF_HOME="{value}"; export OMP_NUM_THREADS="{lines["OMP_NUM_THREADS"]}"'
     script += '; printf %s "$HF_HOME,$OMP_NUM_THREADS"'
     said = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
@@ -97,7 +101,7 @@ def test_the_environment_survives_a_remote_shell(hostfile, tmp_path):
 
 
 def test_paths_that_a_remote_shell_would_change_are_refused(hostfile):
-    launcher = HostfileLauncher(SITE)  # its folder has a space
+    launcher = HostfileLauncher(SITE)  # its working directory contains a space
     with pytest.raises(RequestError) as caught:
         plan_of(launcher, ["launch=deepspeed", f"launch.hostfile={hostfile}"], "'/runs/$(id)'")
     assert {problem.where for problem in caught.value.problems} == {"output_dir", "current folder"}
@@ -118,14 +122,14 @@ GOOD = {"python": hosts.platform.python_version(), "dist_ft": "/x", "own": "10.0
     ("change", "status", "stderr", "rule"),
     [
         ({}, 0, "", None),
-        (None, 255, "ssh: connect to host n1 port 22: No route to host", "ssh does not get in: .*No route"),
-        (None, 127, "sh: 1: exec: /opt/python: not found", "has no /opt/python"),
+        (None, 255, "ssh: connect to host n1 port 22: No route to host", "ssh cannot log in: .*No route"),
+        (None, 127, "sh: 1: exec: /opt/python: not found", "/opt/python does not exist"),
         (None, 2, "sh: 1: cd: can't cd to /home", "cannot run a worker: .*can't cd"),
         ({"dist_ft": False}, 0, "", "cannot import dist_ft"),
-        ({"python": "3.1.0"}, 0, "", "has python 3.1.0, this machine"),
-        ({"marker": None}, 0, "", "does not see"),
+        ({"python": "3.1.0"}, 0, "", "has python 3.1.0, but this machine"),
+        ({"marker": None}, 0, "", "cannot read files"),
         ({"free": False}, 0, "", "port 29500 is in use there"),
-        ({"own": "127.0.1.1"}, 0, "", "its own name means 127"),
+        ({"own": "127.0.1.1"}, 0, "", "its host name resolves to 127"),
     ],
 )
 def test_every_host_is_judged(tmp_path, monkeypatch, change, status, stderr, rule):

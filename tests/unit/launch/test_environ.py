@@ -39,7 +39,7 @@ def test_what_counts_as_a_secret():
 def test_devices_are_counted_without_torch(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_devices({}) == ()
-    assert find_devices({"CUDA_VISIBLE_DEVICES": "0,1"}) == ()  # named, but not there
+    assert find_devices({"CUDA_VISIBLE_DEVICES": "0,1"}) == ()  # listed, but without nvidia-smi
     smi = tmp_path / "nvidia-smi"
     smi.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: X (UUID: GPU-$i)"; done\n')
     smi.chmod(0o755)

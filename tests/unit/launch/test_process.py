@@ -13,7 +13,7 @@ from dist_ft.launch.process import exit_code, marked_descendants, run
 
 ROOT = Path(__file__).resolve().parents[3]
 FAIL = "import json, pathlib, sys; pathlib.Path(sys.argv[1], 'failure.json').write_text(json.dumps({'exit_code': 3}))"
-# starts a grandchild in a session of its own, as torchrun does, that ignores TERM
+# Starts a grandchild that ignores SIGTERM in a session of its own, as torchrun does.
 STUBBORN = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c",
@@ -54,7 +54,7 @@ def test_the_failed_workers_own_code_decides(tmp_path):
 def test_an_old_failure_is_forgotten(tmp_path, capfd):
     (tmp_path / "failure.json").write_text('{"exit_code": 3}')
     assert run(rendered("raise SystemExit(1)"), tmp_path) == 4
-    assert "no worker left a report" in capfd.readouterr().err
+    assert "no worker wrote a report" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

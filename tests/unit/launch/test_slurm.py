@@ -56,10 +56,10 @@ def test_every_template_is_a_shell_script_with_known_places(file):
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
-        (["launch.sbatch.nodes='3'"], "the plan decides it"),
+        (["launch.sbatch.nodes='3'"], "is set by the plan"),
         (["launch.sbatch.Mail='3'"], "not the long name"),
-        (["launch.partition='a\nb'"], "end a line"),
-        (["launch.sbatch.comment='a\nb'"], "end a line"),
+        (["launch.partition='a\nb'"], "contains line breaks"),
+        (["launch.sbatch.comment='a\nb'"], "contains line breaks"),
     ],
 )
 def test_options_that_are_refused(words, rule):
@@ -78,7 +78,7 @@ def test_hostile_names_stay_words(tmp_path):
 
 
 def job(tmp_path, launcher, plan, srun):
-    """Run the batch script with stand-ins for srun and scontrol; its exit code and srun's words."""
+    """Run the batch script with stubs for srun and scontrol; return its exit code and the arguments of srun."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, body in {
@@ -112,7 +112,7 @@ def test_a_job_without_a_report_ends_with_sruns_code(tmp_path, status):
 def test_refusals_are_slurms_own_words(tmp_path, monkeypatch):
     launcher, plan = launch(*SMALL, output_dir=tmp_path / "run")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MachineError, match="no sbatch"):
+    with pytest.raises(MachineError, match="sbatch is not installed"):
         launcher.submit(plan)
     stub = tmp_path / "sbatch"
     stub.write_text(

@@ -1,4 +1,4 @@
-"""Stages: what each starts from, what happens when one fails, and when the command is given again."""
+"""Tests of stages: initial models, failures, and resuming with the same command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(words: Sequence[str]) -> RunConfig:
 
 
 class Work:
-    """Plays train and export: writes what they would, and remembers their words."""
+    """Fake `train` and `export` that write the same files and record their arguments."""
 
     def __init__(self, *, fails_at: str = "", weights: str = "w") -> None:
         self.fails_at, self.weights = fails_at, weights
@@ -91,7 +91,7 @@ def test_after_a_failure_the_same_command_goes_on(file: Path) -> None:
     assert Work(fails_at="2-answers").run(file) == 4
     work = Work()
     assert work.run(file) == 0
-    assert len(work.trained) == 3  # runs that are done find that nothing is left to do
+    assert len(work.trained) == 3  # completed stages are called again and have nothing left to do
     again = Work()
     assert again.run(file) == 0
     assert not again.exported
@@ -100,7 +100,7 @@ def test_after_a_failure_the_same_command_goes_on(file: Path) -> None:
 def test_a_stage_never_goes_on_over_another_model(file: Path) -> None:
     assert Work().run(file) == 0
     work = Work(weights="other")
-    with pytest.raises(RequestError, match="stage answers: was begun from another model"):
+    with pytest.raises(RequestError, match="stage answers: was started from a different model"):
         work.run(file)
     assert len(work.trained) == 1
 
@@ -112,7 +112,7 @@ def test_a_stage_never_goes_on_over_another_model(file: Path) -> None:
         ("books: [task=causal_lm", "books: [task=causal_lm, train.maxsteps=3", "stage books: train.maxsteps"),
         ("stages:", "steps:", "steps"),
         ("books:", "../books:", "stages"),
-        ("data.train=book.txt]", "data.train=book.txt", "is not YAML"),
+        ("data.train=book.txt]", "data.train=book.txt", "is not valid YAML"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(old: str, new: str, message: str, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""A sweep: what it refuses, what it runs, what it writes. Training is played by a function."""
+"""Tests of sweeps: rejected arguments, trials and the summary. Training is replaced by a function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Trained:
-    """Scores a run by its words and remembers them; fails where the score is None."""
+    """Fake `train` that records its arguments and computes a score from them; it fails if the score is None."""
 
     def __init__(self, score: Callable[[dict[str, str]], float | None], metric: str = "loss") -> None:
         self.score, self.metric = score, metric
@@ -94,9 +94,9 @@ def test_what_no_other_value_would_mend_ends_the_sweep(words: list[str]) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["method.r=8"], "nothing is swept"),
+        (["method.r=8"], "no key has several values"),
         (["method.r=4,8", "trials=0"], "trials=0"),
-        (["method.r=4,8", "sampler=best"], "known: tpe"),
+        (["method.r=4,8", "sampler=best"], "set one of tpe"),
         (["method.r=4,-8"], "method.r"),
         (["method.rr=4,8"], "method.rr"),
         (["method.r=4,8", "data.validation=null"], "data.validation"),
@@ -111,7 +111,7 @@ def test_mistakes_are_told_before_anything_runs(more: list[str], message: str, w
 
 def test_a_metric_that_the_runs_do_not_have_ends_it_at_the_first(words: list[str]) -> None:
     train = Trained(lambda run: 1.0)
-    with pytest.raises(RequestError, match="name one of loss"):
+    with pytest.raises(RequestError, match="set one of loss"):
         sweep(read_words([*words, "method.r=4,8", "metric=f1"]), check, train)
     assert len(train.runs) == 1
 
@@ -124,5 +124,5 @@ def test_folds_are_validation_data_too(words: list[str], tmp_path: Path) -> None
 
 def test_a_folder_of_an_earlier_sweep_is_left_alone(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "runs/found").mkdir(parents=True)
-    with pytest.raises(RequestError, match="exists already"):
+    with pytest.raises(RequestError, match="already exists"):
         sweep(read_words([*words, "method.r=4,8"]), check, Trained(lambda run: 1.0))

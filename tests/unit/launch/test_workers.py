@@ -1,4 +1,4 @@
-"""Real launchers with workers without torch: all end together, with the right code, and none is left behind."""
+"""Tests of the real launchers with workers without torch: exit codes, and no process left behind."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_a_failing_worker_ends_all_with_its_code(tmp_path, engine):
 @pytest.mark.parametrize("engine", ["fsdp", "zero2"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_command(tmp_path, engine, signum):
-    process = start(tmp_path, engine, fail=9)  # nobody: both wait
+    process = start(tmp_path, engine, fail=9)  # rank 9 does not exist, so both workers wait
     both_run(tmp_path, process)
     process.send_signal(signum)
     process.wait(timeout=20)

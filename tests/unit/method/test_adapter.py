@@ -14,7 +14,8 @@ from torch import nn
 from dist_ft.config.method import AdapterConfig
 from dist_ft.errors import RequestError
 from dist_ft.method.adapter import Adapter, load_adapter
-from dist_ft.model.anatomy import find_sublayer_ends
+from dist_ft.model.anatomy import find_anatomy
+from dist_ft.model.sublayers import find_sublayer_ends
 
 IDS = torch.arange(1, 9)[None]
 
@@ -123,7 +124,7 @@ def shake(model: nn.Module) -> None:
 def test_stands_behind_the_sublayers_and_changes_nothing_at_first(make: Any, configuration: str) -> None:
     model = build(make)
     expected, names = logits_of(model), set(dict(model.named_parameters()))
-    adapted = adapter(configuration=configuration).apply(model)
+    adapted = adapter(configuration=configuration).apply(find_anatomy(model))
     assert torch.equal(logits_of(adapted), expected)
     learning = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert set(dict(adapted.named_parameters())) - learning == names, "the model's own names stay"
@@ -140,7 +141,7 @@ def test_stands_behind_the_sublayers_and_changes_nothing_at_first(make: Any, con
 
 def test_computes_what_the_papers_say() -> None:
     """By hand on the input and output of one layer: h + W_up f(W_down h + b) + b."""
-    model = adapter(configuration="houlsby", non_linearity="gelu").apply(build(llama))
+    model = adapter(configuration="houlsby", non_linearity="gelu").apply(find_anatomy(build(llama)))
     shake(model)
     layer = model.model.layers[0].self_attn.o_proj
     x = torch.randn(1, 5, 32)
@@ -154,7 +155,7 @@ def test_computes_what_the_papers_say() -> None:
 @pytest.mark.parametrize("make", PLACES)
 def test_a_saved_one_comes_back_in_three_lines(make: Any, tmp_path: Path) -> None:
     method = adapter(configuration="houlsby", non_linearity="silu")
-    model = method.apply(build(make))
+    model = method.apply(find_anatomy(build(make)))
     shake(model)
     method.export(model, ((n, p) for n, p in model.named_parameters() if p.requires_grad), tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -166,7 +167,7 @@ def test_a_saved_one_comes_back_in_three_lines(make: Any, tmp_path: Path) -> Non
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     method = adapter()
-    model = method.apply(build(llama))
+    model = method.apply(find_anatomy(build(llama)))
     method.export(model, ((n, p) for n, p in model.named_parameters() if p.requires_grad), tmp_path)
     with pytest.raises(RequestError, match="other tensors than this model takes"):
         load_adapter(build(gpt2), tmp_path)
@@ -178,11 +179,11 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_experts_are_refused() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=97, num_local_experts=4))
-    assert find_sublayer_ends(model) == []
+    assert find_sublayer_ends(find_anatomy(model)) == []
     with pytest.raises(RequestError, match="method=lora"):
-        adapter().apply(model)
+        adapter().apply(find_anatomy(model))
 
 
 def test_a_base_in_half_precision_takes_an_adapter_in_float32() -> None:
-    model = adapter().apply(build(llama).to(torch.bfloat16))
+    model = adapter().apply(find_anatomy(build(llama).to(torch.bfloat16)))
     assert logits_of(model).dtype == torch.bfloat16

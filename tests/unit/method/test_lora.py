@@ -12,6 +12,7 @@ from peft.optimizers import create_loraplus_optimizer
 from dist_ft.config.method import LoraConfig
 from dist_ft.config.optim import OptimConfig
 from dist_ft.errors import RequestError
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.optim.adamw import build_adamw
 from tests.unit.method.test_methods import llama, lora, trained
 
@@ -36,7 +37,7 @@ def test_settings_mean_what_they_mean_to_peft(settings: dict[str, Any]) -> None:
     torch.manual_seed(3)
     base, other = llama(), llama()
     torch.manual_seed(3)
-    model = lora(r=4, **settings).apply(base)
+    model = lora(r=4, **settings).apply(find_anatomy(base))
     torch.manual_seed(3)
     expected = peft.get_peft_model(other, config)
     one, two = ({name: p.detach() for name, p in m.named_parameters() if p.requires_grad} for m in (model, expected))
@@ -63,12 +64,12 @@ def test_settings_mean_what_they_mean_to_peft(settings: dict[str, Any]) -> None:
 )
 def test_a_setting_that_matches_nothing_is_an_error(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        lora(**settings).apply(llama())
+        lora(**settings).apply(find_anatomy(llama()))
 
 
 def test_lora_plus_groups_are_those_of_peft() -> None:
     config = LoraConfig(name="lora", r=4, loraplus_lr_ratio=16)
-    model = lora(r=4, loraplus_lr_ratio=16).apply(llama())
+    model = lora(r=4, loraplus_lr_ratio=16).apply(find_anatomy(llama()))
     ours = build_adamw(
         OptimConfig(learning_rate=1e-3),
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],

@@ -23,6 +23,7 @@ from transformers import (
 from dist_ft.config.method import MethodConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import METHODS
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.task.batches import tokens
 from tests.samples import samples_of
 
@@ -83,7 +84,7 @@ CASES = [
 def test_trains_what_peft_does(name: str, settings: dict[str, Any], config: peft.PeftConfig, build: Any) -> None:
     base, other = build(), build()
     torch.manual_seed(3)
-    model = method(name, **settings).apply(base)
+    model = method(name, **settings).apply(find_anatomy(base))
     torch.manual_seed(3)
     expected = peft.get_peft_model(other, config)
     assert trained(model) == trained(expected) and trained(model)
@@ -94,24 +95,24 @@ def test_trains_what_peft_does(name: str, settings: dict[str, Any], config: peft
 @pytest.mark.parametrize("name", ["ia3", "ln_tuning"])
 def test_targets_must_match(name: str) -> None:
     with pytest.raises(RequestError, match="kproj"):
-        method(name, target_modules=["kproj"]).apply(llama())
+        method(name, target_modules=["kproj"]).apply(find_anatomy(llama()))
 
 
 def test_ia3_of_a_model_that_peft_does_not_know_asks_for_targets() -> None:
     model = llama()
     model.config.model_type = "unheard_of"
     with pytest.raises(RequestError, match="unheard_of") as caught:
-        method("ia3").apply(model)
+        method("ia3").apply(find_anatomy(model))
     assert "k_proj" in str(caught.value)
     with pytest.raises(RequestError, match="not among the target modules"):
-        method("ia3", target_modules=["k_proj"], feedforward_modules=["down_proj"]).apply(model)
+        method("ia3", target_modules=["k_proj"], feedforward_modules=["down_proj"]).apply(find_anatomy(model))
 
 
 def test_a_prompt_starts_from_a_text(tiny_llama: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
     text = "Be brief."
     learned = method("prompt", num_virtual_tokens=4, prompt_tuning_init="TEXT", prompt_tuning_init_text=text).apply(
-        model
+        find_anatomy(model)
     )
     ids = (AutoTokenizer.from_pretrained(tiny_llama)(text)["input_ids"] * 4)[:4]
     assert torch.equal(learned.prompt_encoder["default"].embedding.weight, model.model.embed_tokens.weight[ids])
@@ -121,7 +122,7 @@ def test_a_prompt_starts_from_a_text(tiny_llama: Path) -> None:
 def test_padding_and_virtual_tokens_do_not_move_the_loss(name: str) -> None:
     """Rows of a padded micro-batch give together what each gives alone, and what one computes by hand from logits."""
     torch.manual_seed(1)
-    model = method(name, num_virtual_tokens=3).apply(llama()).eval()
+    model = method(name, num_virtual_tokens=3).apply(find_anatomy(llama())).eval()
     rows = [np.arange(1, 12), np.arange(20, 25), np.arange(40, 48)]
     samples = samples_of([{"input_ids": ids, "labels": ids}] for ids in rows)
     together = tokens.sum_losses(model, tokens.collate_padded(samples))

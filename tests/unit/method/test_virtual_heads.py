@@ -17,8 +17,9 @@ from dist_ft.config.method import MethodConfig
 from dist_ft.config.task import SequenceClassificationConfig, TokenClassificationConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import METHODS
-from dist_ft.model.anatomy import find_task_head
-from dist_ft.state import Facts
+from dist_ft.model.anatomy import find_anatomy
+from dist_ft.model.load import find_task_head
+from dist_ft.state import Anatomy, Facts
 from dist_ft.task.sequence_classification import SequenceClassification
 from dist_ft.task.token_classification import TokenClassification
 from tests.dist.heads import SHAPES
@@ -49,8 +50,11 @@ def build(shape: str, kind: str) -> Any:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.task_head = tuple(find_task_head(model))
     return model
+
+
+def anatomy_of(model: Any) -> Anatomy:
+    return find_anatomy(model, task_head=find_task_head(model))
 
 
 def method_of(name: str) -> Any:
@@ -74,7 +78,7 @@ def batch_of(kind: str, rows: list[list[int]]) -> Any:
 def test_padding_changes_nothing_and_all_of_it_learns(shape: str, kind: str, name: str, tmp_path: Path) -> None:
     """Logits of padded rows are those of each row alone; prompts stand in front of the row's own embeddings."""
     method, model = method_of(name), build(shape, kind)
-    adapted = method.apply(model)
+    adapted = method.apply(anatomy_of(model))
     task = TASKS[kind]
     together = task._logits(adapted, batch_of(kind, ROWS))
     alone = torch.cat([task._logits(adapted, batch_of(kind, [row])) for row in ROWS])
@@ -82,7 +86,7 @@ def test_padding_changes_nothing_and_all_of_it_learns(shape: str, kind: str, nam
     task.loss(adapted, batch_of(kind, ROWS)).loss.backward()
     learned = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in learned.values())
-    head = {f"base_model.{part}" for part in model.task_head}
+    head = {f"base_model.{part}" for part in find_task_head(model)}
     assert {n.split(".modules_to_save")[0] for n in learned if "modules_to_save" in n} == head
     assert {n.split(".")[0] for n in learned if "modules_to_save" not in n} == {"prompt_encoder"}
 
@@ -103,7 +107,7 @@ def test_padding_changes_nothing_and_all_of_it_learns(shape: str, kind: str, nam
 def test_a_class_read_from_the_last_token_is_refused(shape: str, name: str) -> None:
     """transformers finds the last token by its id; given embeddings it takes the last place, padding or not."""
     with pytest.raises(RequestError, match="would read the class from the padding"):
-        method_of(name).apply(build(shape, "Sequence"))
+        method_of(name).apply(anatomy_of(build(shape, "Sequence")))
 
 
 def test_a_model_that_takes_no_keys_and_values_is_refused() -> None:
@@ -112,12 +116,12 @@ def test_a_model_that_takes_no_keys_and_values_is_refused() -> None:
     )
     model = transformers.ModernBertForMaskedLM(config)
     with pytest.raises(RequestError, match="takes no keys and values"):
-        method_of("prefix").apply(model)
+        method_of("prefix").apply(anatomy_of(model))
 
 
 def test_a_model_whose_width_peft_does_not_find_is_refused() -> None:
     with pytest.raises(RequestError, match=r"peft cannot do it with DistilBert.*token_dim"):
-        method_of("prompt").apply(build("distilbert", "Sequence"))
+        method_of("prompt").apply(anatomy_of(build("distilbert", "Sequence")))
 
 
 @pytest.mark.parametrize("name", ["prompt", "p_tuning"])
@@ -126,7 +130,7 @@ def test_all_rows_before_an_encoder_decoder_are_read(name: str) -> None:
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
     config = transformers.T5Config(vocab_size=20, **sizes)
-    model = method_of(name).apply(transformers.T5ForConditionalGeneration(config))
+    model = method_of(name).apply(find_anatomy(transformers.T5ForConditionalGeneration(config)))
     ids = torch.arange(3, 9)[None]
     prompts: list[torch.Tensor] = []
     model.prompt_encoder["default"].register_forward_hook(lambda module, given, found: prompts.append(found))

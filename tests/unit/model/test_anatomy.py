@@ -14,7 +14,7 @@ from transformers import (
     T5Config,
 )
 
-from dist_ft.model.anatomy import find_blocks, find_linears, find_routers
+from dist_ft.model.anatomy import find_anatomy
 
 SIZES = {
     "hidden_size": 32,
@@ -33,16 +33,18 @@ def build(config: object, auto: type = AutoModelForCausalLM) -> torch.nn.Module:
 
 def test_blocks_of_a_decoder_are_its_layers() -> None:
     model = build(LlamaConfig(**SIZES))
-    assert find_blocks(model) == list(model.model.layers)
+    anatomy = find_anatomy(model)
+    assert anatomy.parts(anatomy.blocks) == list(model.model.layers)
 
 
 def test_blocks_of_an_encoder_decoder_are_those_of_both() -> None:
     model = build(T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=97), AutoModel)
-    assert find_blocks(model) == [*model.encoder.block, *model.decoder.block]
+    anatomy = find_anatomy(model)
+    assert anatomy.parts(anatomy.blocks) == [*model.encoder.block, *model.decoder.block]
 
 
 def test_linears_are_those_of_the_blocks_without_the_head() -> None:
-    names = find_linears(build(LlamaConfig(**SIZES)))
+    names = find_anatomy(build(LlamaConfig(**SIZES))).linears
     assert len(names) == 3 * 7 and not any("lm_head" in name for name in names)
 
 
@@ -60,8 +62,7 @@ def test_linears_are_those_of_the_blocks_without_the_head() -> None:
     ids=lambda config: config.model_type,
 )  # fmt: skip
 def test_no_router_is_a_target(config: object) -> None:
-    model = build(config)
-    linears = find_linears(model)
+    linears = find_anatomy(build(config)).linears
     assert linears and not any(name.rsplit(".", 1)[-1] in ("gate", "router") for name in linears)
 
 
@@ -80,5 +81,6 @@ def test_a_router_that_is_a_linear_layer_is_found() -> None:
             self.layers = torch.nn.ModuleList(Mixture() for _ in range(2))
 
     model = Model()
-    assert find_routers(model) == [layer.gate for layer in model.layers]
-    assert len(find_linears(model)) == 8 and find_blocks(model) == list(model.layers)
+    anatomy = find_anatomy(model)
+    assert anatomy.parts(m.router for m in anatomy.mixtures) == [layer.gate for layer in model.layers]
+    assert len(anatomy.linears) == 8 and anatomy.parts(anatomy.blocks) == list(model.layers)

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dist_ft.model.flops import count_step_cost
+from dist_ft.model.anatomy import find_anatomy
+from dist_ft.model.flops import StepCost, count_step_cost
 from dist_ft.model.quantize import quantize
+from dist_ft.state import Anatomy, BuiltModel
 from tests.unit.model.moe.test_moe import CONFIGS, SIZES, build
 
 BATCH, LENGTH = 3, 11
@@ -44,9 +46,18 @@ def run_and_count(model: Any) -> int:
     return counter.get_total_flops() - sum(angles[:1])
 
 
+def cost_of(model: Any) -> StepCost:
+    """Of a model to which no method, or one of peft, is applied."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return count_step_cost(BuiltModel(model, ANATOMIES.setdefault(id(base), find_anatomy(base))))
+
+
+ANATOMIES: dict[int, Anatomy] = {}  # found before a method is applied
+
+
 def expected(model: Any) -> float:
     """Eager attention computes the whole square, of which a causal model needs half."""
-    cost = count_step_cost(model)
+    cost = cost_of(model)
     return cost.of(BATCH * LENGTH, 2 * BATCH * LENGTH**2)
 
 
@@ -61,42 +72,42 @@ def test_as_torch_counts(name: str, frozen: bool) -> None:
 @pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
 def test_adapters_on_linear_layers(name: str) -> None:
     model = make(name)
-    before = count_step_cost(model.requires_grad_(False)).per_token
+    before = cost_of(model.requires_grad_(False)).per_token
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj", "lm_head"]))
     assert expected(adapted) == run_and_count(adapted)
-    assert count_step_cost(adapted).per_token > before
+    assert cost_of(adapted).per_token > before
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_adapters_on_fused_experts_count_by_the_share_of_experts_at_work(name: str) -> None:
     """By hand: peft computes the product of the factors for all experts at once, which is no work of the model."""
     model = make(name).requires_grad_(False)
-    before = count_step_cost(model).per_token
+    before = cost_of(model).per_token
     rank, top_k = 2, 2
     adapted = get_peft_model(
         model, LoraConfig(r=rank, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     )
     factors = rank * (16 + 2 * 24) + rank * (24 + 16)  # one expert's: gate_up [16 → 48] and down [24 → 16]
-    assert count_step_cost(adapted).per_token == before + 6 * 3 * top_k * factors
+    assert cost_of(adapted).per_token == before + 6 * 3 * top_k * factors
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_a_router_that_learns_as_a_copy_counts_once(name: str) -> None:
     model = make(name).requires_grad_(False)
-    before = count_step_cost(model).per_token
+    before = cost_of(model).per_token
     router = "router" if name == "gpt_oss" else "gate"
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=[router, "lm_head"]))
     adapters = 6 * 3 * 2 * (16 + 16)
     routers_and_head = 3 * 16 * 4 + 16 * 97
-    assert count_step_cost(adapted).per_token == before + adapters + 2 * routers_and_head
+    assert cost_of(adapted).per_token == before + adapters + 2 * routers_and_head
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
 def test_packed_weights_cost_what_they_stand_for(name: str, scheme: str) -> None:
     model = make(name).requires_grad_(False)
-    before = count_step_cost(model)
-    assert count_step_cost(quantize(model, scheme, torch.float32, weights=True)) == before
+    before = cost_of(model)
+    assert cost_of(quantize(model, scheme, torch.float32, weights=True)) == before
 
 
 def test_experts_that_are_modules_of_their_own() -> None:
@@ -118,4 +129,4 @@ def test_experts_that_are_modules_of_their_own() -> None:
     model = nn.Sequential(nn.ModuleList([nn.ModuleDict({"mlp": Mixture()}) for _ in range(3)]))
     model.config = None  # type: ignore[assignment]
     one_layer = width * experts + 2 * width * 3 * width + width * width
-    assert count_step_cost(model).per_token == 6 * 3 * one_layer
+    assert cost_of(model).per_token == 6 * 3 * one_layer

@@ -13,10 +13,11 @@ from dist_ft.config.method import LoraConfig
 from dist_ft.errors import MachineError, RequestError
 from dist_ft.inspect.model import count_components
 from dist_ft.method.lora import Lora
-from dist_ft.model.anatomy import find_linears
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.quantization.linear import QuantizedLinear
 from dist_ft.model.quantization.packing import packed_bytes
 from dist_ft.model.quantize import quantize
+from tests.samples import anatomized
 
 SIZES = {
     "hidden_size": 64,
@@ -84,7 +85,7 @@ def test_gradient_is_that_of_the_dequantised_layer_and_no_weight_is_kept(scheme:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_only_linear_layers_of_blocks_change(scheme: str) -> None:
     plain, model = llama(), quantize(llama(), scheme, torch.float32, weights=True)
-    names = set(find_linears(plain))
+    names = set(find_anatomy(plain).linears)
     assert {n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)} == names
     others = {n: p for n, p in plain.named_parameters() if n.rpartition(".")[0] not in names}
     found = dict(model.named_parameters())
@@ -103,8 +104,10 @@ def test_empty_modules_have_the_same_shapes(scheme: str) -> None:
 
 
 def test_lora_adapts_the_same_layers_and_holds_no_gradient_for_the_base() -> None:
-    plain = Lora(LoraConfig(name="lora", r=4)).apply(llama())
-    model = Lora(LoraConfig(name="lora", r=4)).apply(quantize(llama(), "nf4", torch.float32, weights=True))
+    plain = Lora(LoraConfig(name="lora", r=4)).apply(find_anatomy(llama()))
+    model = Lora(LoraConfig(name="lora", r=4)).apply(
+        find_anatomy(quantize(llama(), "nf4", torch.float32, weights=True))
+    )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in plain.named_parameters() if p.requires_grad}
     model(input_ids=torch.arange(1, 9)[None]).logits.square().sum().backward()
@@ -112,7 +115,10 @@ def test_lora_adapts_the_same_layers_and_holds_no_gradient_for_the_base() -> Non
 
 
 def test_the_table_shows_parameters_and_bytes_of_what_is_packed() -> None:
-    plain, packed = count_components(llama()), count_components(quantize(llama(), "nf4", torch.float32, weights=True))
+    plain, packed = (
+        count_components(anatomized(model))
+        for model in (llama(), quantize(llama(), "nf4", torch.float32, weights=True))
+    )
     for kind in ("attention", "mlp"):
         assert packed[kind].parameters == plain[kind].parameters
         assert set(packed[kind].bytes_by_dtype) == {"nf4"}
@@ -124,7 +130,7 @@ def test_nf4_takes_at_most_0_6_bytes_a_parameter_all_told() -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8192, tie_word_embeddings=True)).to(torch.bfloat16)
-    shares = count_components(quantize(model, "nf4", torch.bfloat16, weights=False)).values()
+    shares = count_components(anatomized(quantize(model, "nf4", torch.bfloat16, weights=False))).values()
     parameters = sum(share.parameters for share in shares)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     assert parameters > 100e6 and stored / parameters <= 0.60
@@ -139,7 +145,7 @@ def test_a_model_that_would_stay_as_it_is_is_refused_with_the_numbers() -> None:
 def test_a_model_that_is_quantised_already_is_refused() -> None:
     model = llama()
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(RequestError, match="quantised already"):
+    with pytest.raises(RequestError, match="already quantized"):
         quantize(model, "nf4", torch.float32, weights=True)
 
 

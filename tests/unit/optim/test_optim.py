@@ -1,4 +1,4 @@
-"""What is decayed: matrices, and nothing that scales or shifts single features."""
+"""Weight decay applies to matrices, and not to parameters that scale or shift single features."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from transformers import Trainer
 from dist_ft.config.method import MethodConfig
 from dist_ft.config.optim import OptimConfig
 from dist_ft.families import METHODS
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.optim.adamw import build_adamw
 from tests.unit.method.test_methods import llama
 
 
 def decayed(settings: dict[str, Any], build: Any = llama) -> tuple[set[str], set[str], Any]:
-    """Names of what a step without gradients shrinks, of all that learns, and the model."""
+    """Names of the parameters that a step with zero gradients decays, names of all trainable ones, and the model."""
     config = TypeAdapter(MethodConfig).validate_python(settings)
-    model = METHODS[config.name](config).apply(build())
+    model = METHODS[config.name](config).apply(find_anatomy(build()))
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for parameter in learned.values():
         parameter.data.fill_(1.0)

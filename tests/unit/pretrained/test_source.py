@@ -1,4 +1,4 @@
-"""What `model.name_or_path` refers to."""
+"""Tests of the resolution of `model.name_or_path`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_models_are_folders_packages_or_of_the_hub(tmp_path: Path, tiny_llama: P
     (tmp_path / "n.gguf").write_bytes(b"GGUF")
     with pytest.raises(RequestError, match="one GGUF file"):
         find_model(str(tmp_path))
-    with pytest.raises(RequestError, match="no folder"):
+    with pytest.raises(RequestError, match="not an existing folder"):
         find_model("/no/such/model")
     with pytest.raises(MachineError, match="not installed") as caught:
         find_model("package:no_such_model")

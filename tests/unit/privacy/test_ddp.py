@@ -17,7 +17,7 @@ from opacus.accountants import RDPAccountant
 from torch import nn
 from torch.nn import functional
 
-from dist_ft.build import _find_privacy
+from dist_ft.build import build_privacy
 from dist_ft.checks.request import check
 from dist_ft.config.method import LoraConfig
 from dist_ft.config.plan import SEED_FILE
@@ -28,10 +28,11 @@ from dist_ft.data.order.order import PoissonOrder
 from dist_ft.errors import RequestError
 from dist_ft.launch.compose import compose
 from dist_ft.method.lora import Lora
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.privacy.ddp import Private
-from dist_ft.privacy.mechanism import Privacy, build_privacy, settle_seed
+from dist_ft.privacy.mechanism import Privacy, agree_on_privacy, settle_seed
 from dist_ft.process.place import Place
-from dist_ft.state import Batch, Facts, Sample
+from dist_ft.state import Batch, BuiltModel, Facts, Sample
 from dist_ft.task.batches.tokens import collate_padded, sum_losses
 from dist_ft.task.seq2seq import Seq2Seq
 from dist_ft.task.sequence_classification import SequenceClassification
@@ -73,8 +74,8 @@ def make_model(name: str, method: str = "full") -> nn.Module:
     model = getattr(transformers, kind)(getattr(transformers, config_kind)(**settings))
     if method == "full":
         return model
-    model.task_head = ["score"] if kind == "GPT2ForSequenceClassification" else []
-    adapted = Lora(LoraConfig(name="lora", r=3)).apply(model)
+    head = ["score"] if kind == "GPT2ForSequenceClassification" else []
+    adapted = Lora(LoraConfig(name="lora", r=3)).apply(find_anatomy(model, task_head=head))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # they start at zero, where A has no gradient
             nn.init.normal_(parameter, std=0.2)
@@ -140,7 +141,9 @@ def make_privacy(**changes: Any) -> Privacy:
 
 def make_engine(model: nn.Module, privacy: Privacy) -> Private:
     engine = Private(privacy, device=CPU, place=Place(), dtype=torch.float32, max_grad_norm=1.0)
-    engine.setup(lambda weights: model, lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-2))
+    engine.setup(
+        BuiltModel(model, find_anatomy(model)), lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-2)
+    )
     return engine
 
 
@@ -246,7 +249,7 @@ def test_epsilon_is_that_of_the_accountant_of_opacus(noise: float, rate: float, 
 @pytest.mark.parametrize("target", [0.5, 3.0, 8.0])
 def test_noise_keeps_the_target(target: float) -> None:
     order = PoissonOrder(2000, 1, 50, 20_000)
-    privacy = build_privacy(PrivacyConfig(target_epsilon=target, max_grad_norm=0.7), order, 400)  # type: ignore[call-arg]
+    privacy = agree_on_privacy(PrivacyConfig(target_epsilon=target, max_grad_norm=0.7), order, 400)  # type: ignore[call-arg]
     assert target - 0.02 < privacy.epsilon(400) <= target
     assert privacy.delta == pytest.approx(1 / 20_000)
     assert (privacy.sample_rate, privacy.expected_rows, privacy.max_grad_norm) == (0.025, 50, 0.7)
@@ -256,16 +259,16 @@ def test_noise_keeps_the_target(target: float) -> None:
 @pytest.mark.parametrize(("quantization", "hooks"), [("nf4", True), ("int8", False)])
 def test_rows_go_one_by_one_where_they_would_change_each_other(quantization: str, hooks: bool) -> None:
     words = ["method=qlora", f"model.quantization={quantization}", "privacy.noise_multiplier=1"]
-    found = _find_privacy(compose(words).config, PoissonOrder(100, 1, 10, 1000), 10)
+    found = build_privacy(compose(words).config, PoissonOrder(100, 1, 10, 1000), 10)
     assert found is not None and found.hooks == hooks
 
 
 def test_what_promises_nothing_is_refused() -> None:
     order = PoissonOrder(100, 1, 50, 1000)
     with pytest.raises(RequestError, match="no less than 1 / 100 rows"):
-        build_privacy(PrivacyConfig(noise_multiplier=1.0, delta=0.01), order, 10)  # type: ignore[call-arg]
+        agree_on_privacy(PrivacyConfig(noise_multiplier=1.0, delta=0.01), order, 10)  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="however large the noise"):
-        build_privacy(PrivacyConfig(target_epsilon=1e-9), order, 10)  # type: ignore[call-arg]
+        agree_on_privacy(PrivacyConfig(target_epsilon=1e-9), order, 10)  # type: ignore[call-arg]
 
 
 def test_rows_are_sampled_by_throws_of_their_own() -> None:

@@ -19,11 +19,13 @@ from torch import nn
 from dist_ft.config.engine import DdpConfig, FsdpConfig
 from dist_ft.errors import TrainingError
 from dist_ft.inspect.memory import estimate_rows
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.privacy.ddp import Private
 from dist_ft.privacy.fsdp import PrivateFsdp
 from dist_ft.privacy.mechanism import Privacy
 from dist_ft.privacy.norms import RowNorms
 from dist_ft.process.place import Place
+from dist_ft.state import BuiltModel
 from tests.unit.privacy.test_ddp import CPU, MODELS, batches, clipped_sum, make_model, make_privacy, make_task
 from tests.unit.privacy.test_ddp import make_engine as make_ddp
 
@@ -39,7 +41,9 @@ def group() -> Iterator[None]:
 def make_engine(model: nn.Module, privacy: Privacy, **changes: Any) -> PrivateFsdp:
     config = FsdpConfig(name="fsdp", **changes)
     engine = PrivateFsdp(privacy, config, device=CPU, place=Place(), dtype=torch.float32, max_grad_norm=1.0)
-    engine.setup(lambda weights: model, lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-2))
+    engine.setup(
+        BuiltModel(model, find_anatomy(model)), lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-2)
+    )
     return engine
 
 

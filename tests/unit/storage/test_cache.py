@@ -1,4 +1,4 @@
-"""Digests of large files are remembered."""
+"""Tests of the cached digests of large files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of the cache are published complete or not at all."""
+"""Tests of the atomic publication of cache folders."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     left_by_a_killed_process.mkdir()
     publish(folder, lambda out: (out / "a").write_text("xyz") and None)
     assert is_whole(folder) and not left_by_a_killed_process.exists()
-    publish(folder, fail)  # nothing to do
-    (folder / "a").write_text("torn, for its size is another")
+    publish(folder, fail)  # already complete, so build is not called
+    (folder / "a").write_text("torn: the size differs")
     assert not is_whole(folder)
     publish(folder, lambda out: (out / "b").write_text("new") and None)
     assert is_whole(folder) and not (folder / "a").exists()
@@ -50,7 +50,7 @@ def test_processes_that_race_build_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("code", "rule"),
-    [(errno.ENOSPC, "no room left"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be written")],
+    [(errno.ENOSPC, "no space is left"), (errno.EACCES, "is not writable"), (errno.EROFS, "is not writable")],
 )
 def test_disk_faults_are_the_machines(tmp_path: Path, code: int, rule: str) -> None:
     def fail(out: Path) -> None:
@@ -63,5 +63,5 @@ def test_disk_faults_are_the_machines(tmp_path: Path, code: int, rule: str) -> N
 
 def test_room_is_asked_for_before_writing(tmp_path: Path) -> None:
     require_room(tmp_path / "not" / "yet", MIB)
-    with pytest.raises(MachineError, match="MiB free where about"):
+    with pytest.raises(MachineError, match="MiB free, but about"):
         require_room(tmp_path / "not" / "yet", 1 << 60)

@@ -27,7 +27,7 @@ from dist_ft.data.store.table import TokenTable
 from dist_ft.loop import is_better
 from dist_ft.process.sums import Sums, losses_of_parts
 from dist_ft.state import Batch, Facts, LossSum, Sample
-from dist_ft.task.by_set import split_losses, split_scores
+from dist_ft.task.by_set import LossBySet, ScoreBySet
 from dist_ft.task.causal_lm import CausalLM
 from dist_ft.task.instruction import Instruction
 from dist_ft.task.masked_lm import MaskedLM
@@ -83,7 +83,7 @@ def batch_of(task: Any, indices: list[int]) -> Batch:
 @torch.no_grad()
 def test_losses_of_sets_are_those_of_each_alone_and_add_up(model: Any) -> None:
     task = task_of(False)
-    told, sums = split_losses(task, JOINED), Sums()
+    told, sums = LossBySet(task, JOINED.sizes), Sums()
     chosen = [[0, 7, 3, 8], [5, 1, 2, 6], [4, 4]]  # nothing of `three`; a sample twice
     for micro in chosen:
         sums.add(told.loss(model, batch_of(task, micro)))
@@ -108,7 +108,7 @@ def test_losses_of_sets_are_those_of_each_alone_and_add_up(model: Any) -> None:
 def test_packed_documents_are_told_by_their_samples(model: Any) -> None:
     samples = pack_in_order(TABLE.lengths[:9], 40)
     sizes = {"first": 2, "second": len(samples) - 2}
-    told = split_losses(task_of(True), split_of(sizes))
+    told = LossBySet(task_of(True), sizes)
     segments = [[TABLE.example(*segment) for segment in samples[n]] for n in range(len(samples))]
     batch = told.collate([Sample(parts, n) for n, parts in enumerate(segments)])
     logits = torch.randn(1, int(batch.inputs["input_ids"].shape[1]), 512, generator=torch.manual_seed(1))
@@ -127,7 +127,7 @@ def test_packed_documents_are_told_by_their_samples(model: Any) -> None:
 @torch.no_grad()
 def test_scores_of_sets_are_those_of_each_alone(model: Any) -> None:
     task: Any = task_of(False)
-    told: Any = split_scores(task, JOINED)
+    told: Any = ScoreBySet(task, JOINED.sizes)
     ranks = []
     for rank in range(2):  # a rank without a sample of a set still has its names
         sums = Sums()
@@ -152,7 +152,7 @@ def test_predictions_name_their_set() -> None:
             said = [{"sample": n, "prediction": "x"} for n in batch.samples]
             return LossSum(torch.zeros(()), torch.ones(()), predictions=said)
 
-    plain, told = (Telling(), split_scores(Telling(), JOINED))  # type: ignore[arg-type]
+    plain, told = (Telling(), ScoreBySet(Telling(), JOINED.sizes))  # type: ignore[arg-type]
     task, found = task_of(False), {}
     for batch in split_batches(JOINED, task.collate, rank=0, world=1, per_device=4):
         assert "set" not in plain.score(None, batch).predictions[0]
@@ -163,8 +163,6 @@ def test_predictions_name_their_set() -> None:
 @torch.no_grad()
 def test_without_sets_nothing_changes(model: Any) -> None:
     task = task_of(False)
-    assert split_losses(task, split_of({})) is task
-    assert split_scores(task, split_of({})) is task and split_scores(task, None) is task
     assert losses_of_parts(task.loss(model, batch_of(task, [0, 1]))) == {}
 
     split = list(split_batches(split_of({}), task.collate, rank=0, world=1, per_device=4))

@@ -1,4 +1,4 @@
-"""Masked language modelling: what is hidden and how, against counts by hand and transformers' own loss."""
+"""Masked language modeling: token selection and masking against counts by hand, and the loss against transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dist_ft.checks.request import check
 from dist_ft.config.run import RunConfig
 from dist_ft.config.task import MaskedLMConfig
 from dist_ft.errors import RequestError
-from dist_ft.families import architecture_of, build_method, build_task, choose_attention, model_factory
+from dist_ft.families import ModelRecipe, architecture_of, build_method, build_task, choose_attention
 from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Facts, Sample
 from dist_ft.task.batches.masks import draw_masks, share_of
@@ -35,7 +35,7 @@ TEXTS = [m["content"] for line in CORPUS.open(encoding="utf-8") for m in json.lo
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random BERT of 2 layers and a WordPiece tokenizer of 400 tokens."""
+    """Folder with a randomly initialized BERT of 2 layers and a WordPiece tokenizer with 400 tokens."""
     inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False)
@@ -63,7 +63,7 @@ def task(packing: bool = True, seed: int = 0, **keys: Any) -> MaskedLM:
 
 
 def sample(index: int, length: int = 60, draw: int = 0) -> Sample:
-    """Ordinary tokens in words of three."""
+    """Sample of tokens that are not special, in words of three tokens."""
     ids = np.random.default_rng(index).integers(5, 400, length).astype(np.int32)
     return Sample([{"input_ids": ids, WORDS: (np.arange(length) // 3).astype(np.int32)}], index, draw)
 
@@ -96,7 +96,11 @@ def make_config(folder: Path, tmp_path: Path, texts: list[str], **changes: Any) 
 def build(config: RunConfig, prepared: Prepared, *, weights: bool = True) -> Any:
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, torch.device("cpu"), architecture)
-    return model_factory(config, prepared.model_dir, attention, architecture, build_method(config))(weights)
+    return (
+        ModelRecipe(config, prepared.model_dir, attention, architecture, build_method(config))
+        .build(weights=weights)
+        .model
+    )
 
 
 def test_fifteen_percent_of_which_eighty_ten_and_ten() -> None:
@@ -114,7 +118,7 @@ def test_fifteen_percent_of_which_eighty_ten_and_ten() -> None:
             kinds["mask" if shown[place] == MASK else "same" if shown[place] == truth[place] else "other"] += 1
             assert shown[place] >= MASK
     total = sum(kinds.values())
-    # six standard deviations of 18,000 draws; a random token is the token itself once in 395
+    # tolerances of six standard deviations for 18,000 draws; a random token equals the original one in 1 of 395 cases
     assert kinds["mask"] / total == pytest.approx(0.8, abs=0.018)
     assert kinds["other"] / total == pytest.approx(0.1 * 394 / 395, abs=0.0135)
     assert kinds["same"] / total == pytest.approx(0.1 + 0.1 / 395, abs=0.0135)

@@ -1,4 +1,4 @@
-"""Preference losses are TRL's and plain torch's; pairs are encoded as answers are; the reference is the start."""
+"""Preference losses against TRL and plain PyTorch, tokenization of pairs, and the reference model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dist_ft.config.task import PreferenceConfig
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.render.template import ChatTokenizer
-from dist_ft.state import REFERENCE, Batch, Refers, Sample
+from dist_ft.protocols import Refers
+from dist_ft.state import REFERENCE, Batch, Sample
 from dist_ft.task.preference import Preference
 from tests.dist.heads import make_model
 
@@ -63,7 +64,7 @@ def test_both_answers_follow_the_prompt_and_carry_the_loss(words: ChatTokenizer)
         ({"prompt": PROMPT, "chosen": said(" "), "rejected": said("w3")}, "empty"),
         ({"prompt": PROMPT, "chosen": said("w3"), "rejected": []}, "no assistant turn"),
         ({"prompt": "w1", "chosen": "w3", "rejected": ""}, "empty"),
-        ({"prompt": [], "chosen": [*PROMPT, *said("w3")], "rejected": said("w4")}, "no common message"),
+        ({"prompt": [], "chosen": [*PROMPT, *said("w3")], "rejected": said("w4")}, "do not start with a common"),
     ],
 )
 def test_faults_are_counted_by_cause(row: dict[str, Any], cause: str, words: ChatTokenizer) -> None:
@@ -75,9 +76,9 @@ def test_truncation_keeps_a_pair_together_or_refuses_it(words: ChatTokenizer) ->
     row = {"prompt": "w1 ", "chosen": "w2 w3", "rejected": "w4 w5"}
     cut = make(max_length=2).truncate(row, words)
     assert [len(one["input_ids"]) for one in cut] == [2, 2]
-    with pytest.raises(RowFault, match=r"differ stands behind task\.max_length"):
+    with pytest.raises(RowFault, match=r"do not differ within the first task\.max_length tokens"):
         make(max_length=2).truncate({"prompt": "w1 ", "chosen": "w2 w3", "rejected": "w2 w5"}, words)
-    with pytest.raises(RowFault, match="differ stands behind"):
+    with pytest.raises(RowFault, match="do not differ within the first"):
         make(max_length=2).truncate({"prompt": "w1 w6 ", "chosen": "w2", "rejected": "w3"}, words)
 
 
@@ -103,7 +104,7 @@ def make_causal() -> LlamaForCausalLM:
 
 
 def plain(model: LlamaForCausalLM, samples: list[Sample]) -> torch.Tensor:
-    """[pairs, 2]: one sequence at a time through transformers."""
+    """Log-probabilities by transformers, one sequence at a time, `[pairs, 2]`."""
     rows = []
     for sample in samples:
         row = []
@@ -122,7 +123,7 @@ def references(samples: list[Sample]) -> torch.Tensor:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_and_gradient_are_those_of_plain_torch(smoothing: float) -> None:
-    """DPO is a logistic loss of the margin, and cDPO one with a soft label."""
+    """DPO is a logistic loss of the margin, and cDPO is the same with a soft label."""
     samples, model = make_samples(), make_causal()
     task = make(padding_free=False, label_smoothing=smoothing, beta=0.3)
     own = task.loss(model, task.collate(samples))
@@ -151,7 +152,7 @@ def test_loss_is_that_of_trl(keys: dict[str, Any], beta: float, tmp_path: Path) 
     own = task.score(model, task.collate(samples))
     trainer = trl.DPOTrainer(
         model,
-        ref_model=make_causal(),  # not asked: the batch brings its reference
+        ref_model=make_causal(),  # not used: the batch has the reference log-probabilities
         args=trl.DPOConfig(tmp_path, beta=beta, report_to="none", use_cpu=True, bf16=False, **keys),
         train_dataset=trl_rows(samples),
         processing_class=PreTrainedTokenizerFast.from_pretrained(make_model("llama", tmp_path / "words")),
@@ -177,7 +178,7 @@ def trl_rows(samples: list[Sample]) -> Any:
 
 
 def trl_batch(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """As TRL's collator: chosen rows, then rejected ones, padded behind."""
+    """Batch as collated by TRL: all chosen rows, then all rejected rows, right-padded."""
     parts = [sample.segments[side] for side in (0, 1) for sample in samples]
     longest = max(len(part["input_ids"]) for part in parts)
     ids, mask, answers = (torch.zeros(len(parts), longest, dtype=torch.int64) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Reward models: the loss is TRL's and plain torch's, on decoders and on encoders."""
+"""Reward modeling: the loss against TRL and plain PyTorch, with decoders and encoders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(shape: str, folder: Any, **keys: Any) -> tuple[Reward, ChatTokenizer, A
     assert architecture.new_head
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(path, **architecture.overrides)
-    for parameter in model.parameters():  # as drawn, scores hardly differ
+    for parameter in model.parameters():  # scores hardly differ with the original initialization
         parameter.data *= 5 if parameter.ndim > 1 else 1
     return Reward(config, facts), ChatTokenizer(tokenizer), model.eval()
 
@@ -50,7 +50,7 @@ def samples_of(task: Reward, words: ChatTokenizer) -> list[Sample]:
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "bert", "roberta"])
 @pytest.mark.parametrize("center", [0.0, 0.1])
 def test_loss_is_that_of_plain_torch(shape: str, center: float, tmp_path: Any) -> None:
-    """One sequence at a time through transformers, and TRL's RewardTrainer.compute_loss written out."""
+    """The expected loss runs one sequence at a time and computes the formula of `RewardTrainer.compute_loss` of TRL."""
     task, words, model = make(shape, tmp_path, center_rewards_coefficient=center)
     samples = samples_of(task, words)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Sequence to sequence: the loss is transformers' own, the scores are the libraries'."""
+"""Sequence-to-sequence: the loss against transformers, and the metrics against rouge-score and sacrebleu."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_loss_is_that_of_transformers(kind: str) -> None:
 
 
 class Words:
-    """A tokenizer of words that ends in EOS."""
+    """Word-level tokenizer that appends EOS."""
 
     def __init__(self) -> None:
         words = ["<pad>", "</s>", "<unk>", "en", "två", "猫", "tre"]

@@ -1,4 +1,4 @@
-"""Classification of texts against transformers' own loss and scikit-learn's own scores."""
+"""Sequence classification: the loss against transformers, and the metrics against scikit-learn."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_scores_are_scikit_learns() -> None:
 
 def test_calibration_error_of_known_confidence() -> None:
     rows = [{"label": "a", "prediction": "a" if i < 8 else "b", "probabilities": [0.9, 0.1]} for i in range(10)]
-    assert calibration_error(rows) == pytest.approx(0.1)  # 90 % sure and 80 % right
-    assert calibration_error([*rows[:8]] * 2) == pytest.approx(0.1)  # and here right too often
+    assert calibration_error(rows) == pytest.approx(0.1)  # confidence 90%, accuracy 80%
+    assert calibration_error([*rows[:8]] * 2) == pytest.approx(0.1)  # confidence 90%, accuracy 100%
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_calibration_error_of_known_confidence() -> None:
     [
         ({"text": " ", "label": 0}, "the text is empty"),
         ({"text": "x", "label": None}, "the label is missing"),
-        ({"text": "x", "label": "odd"}, "'odd' is none of data.train's"),
-        ({"text": "x", "label": ["calm", "glad"]}, "it has 2 labels"),
+        ({"text": "x", "label": "odd"}, "'odd' is not one of the labels"),
+        ({"text": "x", "label": ["calm", "glad"]}, "the row has 2 labels"),
     ],
 )
 def test_rows_from_which_nothing_is_learned(bert: str, row: dict[str, Any], said: str) -> None:
@@ -134,7 +134,7 @@ def test_pairs_and_truncation_keep_what_tells_texts_apart(bert: str) -> None:
 
 
 def test_labels_have_one_number_in_every_split(bert: str, tmp_path: Path) -> None:
-    """The validation split lacks a label, and gives others as text."""
+    """The validation split has no row with one of the labels, and has others as text."""
     train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
     make_rows(train)
     rows = [{"text": "w1 w2", "label_text": "glad"}, {"text": "w3", "label": 2}, {"text": "مرحبا čaj", "label": 0}]

@@ -1,4 +1,4 @@
-"""Tags of words: alignment and loss as transformers has them, entities counted by hand."""
+"""Token classification: label alignment and loss against transformers, and entity metrics against counts by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROWS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A BERT tokenizer that knows letters and a few words, so that most words are of several pieces."""
+    """BERT tokenizer with a vocabulary of letters and a few words, so that most words have several tokens."""
     from transformers import AutoTokenizer, BertTokenizerFast
 
     letters = sorted({letter for row in ROWS for word in row["tokens"] for letter in word.lower() if letter.strip()})
@@ -62,7 +62,7 @@ def build(labels: Sequence[str] = NAMES, **keys: Any) -> TokenClassification:
 
 
 def align(tokenizer: Any, words: list[str], tags: list[int], **options: Any) -> tuple[list[int], list[int]]:
-    """The recipe of transformers' course and of its run_ner example: the tag where word_ids changes."""
+    """Align labels as in `run_ner.py` of transformers: a token has the tag of its word if word_ids changes there."""
     encoded = tokenizer(words, is_split_into_words=True, **options)
     labels, previous = [], None
     for word in encoded.word_ids():
@@ -76,7 +76,7 @@ def numbers(row: dict[str, Any]) -> list[int]:
 
 
 def make_batch(task: TokenClassification, tokenizer: Any, folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Batch:
-    """Through a table on disk, as a run has it."""
+    """Collate rows that are read from a table on disk, as in a run."""
     with TableWriter(folder, task.layout.columns, task.layout.row_columns) as writer:
         for row in rows:
             writer.append(task.encode(row, SimpleNamespace(tokenizer=tokenizer))[0])
@@ -103,7 +103,7 @@ def test_words_without_a_token_shift_no_label(wordpiece: Any) -> None:
 
 
 def test_byte_level_words_get_their_space(tiny_tokenizer: Path) -> None:
-    """As run_ner does for GPT-2 and RoBERTa, whose tokenizers it loads with add_prefix_space=True."""
+    """Same as `run_ner.py`, which loads the tokenizers of GPT-2 and RoBERTa with add_prefix_space=True."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -121,7 +121,7 @@ def test_byte_level_words_get_their_space(tiny_tokenizer: Path) -> None:
 
 
 def test_a_tokenizer_without_word_ids_is_refused(wordpiece: Any) -> None:
-    with pytest.raises(RequestError, match="which word a token is of"):
+    with pytest.raises(RequestError, match="provides no word IDs"):
         build().encode(ROWS[0], SimpleNamespace(tokenizer=SimpleNamespace(is_fast=False)))
 
 
@@ -175,18 +175,18 @@ def test_predictions_are_the_same_alone_and_together(wordpiece: Any, bert: Any, 
     assert [row["prediction"] for row in together] == [row["prediction"] for row in alone]
     assert [row["sample"] for row in together] == [10, 11, 12, 13]
     assert [row["tags"] for row in together] == [[NAMES[n] for n in numbers(row)] for row in ROWS]
-    assert any(tag != "O" for row in together for tag in row["prediction"])  # else it would say nothing
+    assert any(tag != "O" for row in together for tag in row["prediction"])  # the predictions are not trivial
     batch = make_batch(build(), wordpiece, tmp_path).without_targets()
     assert build().score(bert, batch).predictions == []
 
 
 def test_entities_are_counted_by_hand() -> None:
     predictions = [
-        {  # Ada Lovelace found, New York half found: 1 of 2, 2 guessed
+        {  # the first entity is correct, the second one has a wrong end
             "tags": ["B-per", "I-per", "O", "B-loc", "I-loc"],
             "prediction": ["B-per", "I-per", "O", "B-loc", "O"],
         },
-        {"tags": ["B-per", "B-per", "O"], "prediction": ["B-per", "I-per", "I-loc"]},  # two are one; I- begins another
+        {"tags": ["B-per", "B-per", "O"], "prediction": ["B-per", "I-per", "I-loc"]},  # two merged; I-loc starts one
         {"tags": ["O", "B-loc"], "prediction": ["O", "B-loc"]},
     ]
     found = measure(predictions, NAMES)
@@ -232,9 +232,9 @@ def test_format_tagged(column: str) -> None:
     ("row", "says"),
     [
         ({"tokens": ["a", "b"], "tags": [0]}, "2 tokens but 1 tags"),
-        ({"tokens": "a b", "tags": [0, 0]}, "not a list of words"),
-        ({"tokens": ["a"], "tags": "O"}, "not a list of names"),
-        ({"tokens": ["a"], "tags": [0.5]}, "not a list of names"),
+        ({"tokens": "a b", "tags": [0, 0]}, "not a list of strings"),
+        ({"tokens": ["a"], "tags": "O"}, "not a list of strings"),
+        ({"tokens": ["a"], "tags": [0.5]}, "not a list of strings"),
     ],
 )
 def test_rows_of_another_shape_are_refused(row: dict[str, Any], says: str) -> None:
@@ -248,8 +248,8 @@ def test_rows_of_another_shape_are_refused(row: dict[str, Any], says: str) -> No
         ({"tokens": [], "tags": []}, "no words"),
         ({"tokens": ["", "\u200b"], "tags": [0, 0]}, "no word has a token"),
         ({"tokens": ["a"], "tags": [None]}, "label is missing"),
-        ({"tokens": ["a"], "tags": ["B-film"]}, "none of data.train's"),
-        ({"tokens": ["a"], "tags": [-100]}, "none of data.train's"),
+        ({"tokens": ["a"], "tags": ["B-film"]}, "not one of the labels"),
+        ({"tokens": ["a"], "tags": [-100]}, "not one of the labels"),
     ],
 )
 def test_rows_with_nothing_to_learn_are_faults(row: dict[str, Any], cause: str, wordpiece: Any) -> None:
@@ -258,7 +258,7 @@ def test_rows_with_nothing_to_learn_are_faults(row: dict[str, Any], cause: str, 
 
 
 def test_prepared_rows_are_counted_by_what_became_of_them(tiny_llama: Path, tmp_path: Path) -> None:
-    """From files to a table: `O` is 0, empty lists are left out and counted, long rows are cut."""
+    """`O` has index 0, rows with empty lists are dropped and counted, and long rows are truncated."""
     rows = [
         {"tokens": ["my", "bill"], "ner_tags": ["B-x", "O"]},
         {"tokens": [], "ner_tags": []},
@@ -285,7 +285,7 @@ def test_prepared_rows_are_counted_by_what_became_of_them(tiny_llama: Path, tmp_
     assert prepared.facts.label_counts == (1, 9, 1)
     ledger = prepared.train.ledger
     assert (ledger["rows_read"], ledger["rows_kept"]) == (3, 2)
-    assert ledger["dropped"]["it has no words"]["rows"] == 1
+    assert ledger["dropped"]["the row has no words"]["rows"] == 1
     assert prepared.validation is not None
     example = prepared.validation.open_table().example(1)
     assert len(example["input_ids"]) == 16 and example["tags"].tolist() == [1] * 9

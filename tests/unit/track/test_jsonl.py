@@ -1,4 +1,4 @@
-"""metrics.jsonl has each step once, in whole lines."""
+"""metrics.jsonl holds each step exactly once, in complete lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_each_logged_step_is_one_line_at_once(tmp_path: Path) -> None:
     log.log({"eval/loss": 3.0}, step=0)
     assert lines(path) == [{"step": 0, "eval/loss": 3.0}]
     log.log({"train/loss": 2.5, "train/supervised_tokens": 7}, step=1)
-    log.log({"eval/loss": 2.0}, step=1)  # an evaluation after a logged step belongs to its line
+    log.log({"eval/loss": 2.0}, step=1)  # an evaluation is merged into the line of its step
     assert (
         path.read_text().splitlines()[1]
         == '{"step": 1, "train/loss": 2.5, "train/supervised_tokens": 7, "eval/loss": 2.0}'
@@ -73,7 +73,7 @@ def test_every_json_reader_can_read_it(tmp_path: Path) -> None:
     log.log({"eval/perplexity": math.inf, "eval/loss": math.nan}, step=0)
 
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not valid JSON")
 
     assert json.loads(path.read_text(), parse_constant=refuse) == {
         "step": 0,

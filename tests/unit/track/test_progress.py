@@ -1,4 +1,4 @@
-"""The terminal: a bar where somebody watches, plain lines elsewhere."""
+"""Training progress: a progress bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W&B: same names, one run over resumes, no secrets, never in the way."""
+"""W&B: same metric names, one run across resumes, no secrets, no interruption of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFFLINE = TrackConfig(wandb="offline", project="proj", tags=["one"])
 
 
 def records(file: Path) -> Iterator[Any]:
-    """The records of a .wandb file, read as the LevelDB log format says: 32 KiB blocks of checked fragments."""
+    """Records of a .wandb file, which has the LevelDB log format: 32 KiB blocks of fragments with checksums."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, whole = file.read_bytes(), 7, b""
@@ -33,7 +33,7 @@ def records(file: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack_from("<IHB", data, at)
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a whole record, or a last fragment
+        if kind in (1, 4):  # a full record, or the last fragment of one
             record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             yield record
@@ -79,7 +79,7 @@ def test_offline_runs_hold_metrics_settings_and_one_id(tmp_path: Path) -> None:
 
 
 def test_no_secret_reaches_the_disk(tmp_path: Path) -> None:
-    """Secrets planted in environment, argv, standard output and settings, in a process of their own."""
+    """Run in a subprocess, with secrets in environment variables, arguments, standard output and settings."""
     code = f"""
 import os, sys
 os.environ["WANDB_API_KEY"] = "planted-" + "a" * 32
@@ -97,14 +97,14 @@ print("planted-stdout")
 print("planted-stderr", file=sys.stderr)
 t.log({{"train/loss": 1.0}}, step=1)
 t.close()
-os._exit(0)  # as workers end
+os._exit(0)  # workers end like this
 """
     run = subprocess.run([sys.executable, "-c", code, "--token=planted-argv"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (file,) = run_files(tmp_path)
     decoded = "".join(str(record) for record in records(file))
     everything = decoded + "".join(p.read_text("latin1") for p in tmp_path.rglob("*") if p.is_file())
-    assert "visible-word" in decoded  # the reader reads
+    assert "visible-word" in decoded  # the reader of this test works
     assert history(file)[0]["train/loss"] == 1.0
     assert "planted" not in everything
 
@@ -124,7 +124,7 @@ def test_auto_is_online_only_with_a_key(no_key: Path, monkeypatch: pytest.Monkey
 
 
 def test_online_without_a_key_is_refused(no_key: Path, tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"track\.wandb=online: no W&B key"):
+    with pytest.raises(MachineError, match=r"track\.wandb=online: no W&B API key"):
         tracker.open_wandb(TrackConfig(wandb="online"), run_dir=tmp_path, run_name="n", settings={}, run_id=None)
 
 
@@ -136,7 +136,7 @@ def test_off_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_no_network_goes_on_offline(no_key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service of W&B is asked at a port where nobody listens."""
+    """The W&B server is at a port on which no process listens."""
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(tracker, "INIT_TIMEOUT_S", 1)
@@ -146,7 +146,7 @@ def test_no_network_goes_on_offline(no_key: Path, tmp_path: Path, monkeypatch: p
     )
     found.log({"train/loss": 4.0}, step=1)
     found.close()
-    assert len(warnings) == 1 and "goes on offline" in warnings[0]
+    assert len(warnings) == 1 and "starting offline" in warnings[0]
     (offline,) = tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb")
     assert history(offline)[0]["train/loss"] == 4.0
 
@@ -171,5 +171,5 @@ def test_a_failing_run_is_given_up_once() -> None:
     found.close()
     assert run.calls == 1
     assert warnings == [
-        "W&B failed and is given up (the service is gone); what it has is in the/folder, see `wandb sync`"
+        "W&B failed (the service is gone) and is disabled; upload the data in the/folder with `wandb sync`"
     ]

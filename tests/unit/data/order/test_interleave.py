@@ -1,4 +1,4 @@
-"""Every set of a mixture keeps its share, in an order that depends on sizes, shares, seed and step alone."""
+"""Tests of mixture interleaving: shares are kept, and the order depends only on sizes, shares, seed and step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_any_window_has_its_share_to_within_two_and_of_two_sets_to_within_one(qu
     sets = np.asarray(stream(quotas, 2 * sum(quotas)))
     for number, quota in enumerate(quotas):
         ahead = np.concatenate(([0], np.cumsum(sets == number))) - np.arange(len(sets) + 1) * quota / sum(quotas)
-        worst = ahead.max() - ahead.min()  # the most that a window can be off
+        worst = ahead.max() - ahead.min()  # the largest deviation of any window
         assert worst <= (1 if len(quotas) == 2 else 2) + 1e-9
 
 
@@ -68,7 +68,7 @@ def test_places_and_counts_agree_with_counting() -> None:
         ([10, 1000], [0.8, 0.2], 1, [Fraction(4, 5), Fraction(1, 5)]),
         ([10, 1000], [3, 1], 1, [Fraction(3, 4), Fraction(1, 4)]),
         ([300, 100, 600], None, 1, [Fraction(3, 10), Fraction(1, 10), Fraction(6, 10)]),
-        ([10, 1000], None, 2, [1 / 11, 10 / 11]),  # square roots: 1 to 10
+        ([10, 1000], None, 2, [1 / 11, 10 / 11]),  # the ratio of the square roots is 1 to 10
         ([10, 1000], None, 1e9, [0.5, 0.5]),
         ([7], None, 1, [1]),
         ([10**7, 1], None, 1, [1, 0]),
@@ -112,7 +112,7 @@ def test_each_set_goes_through_permutations_of_its_own() -> None:
     first, second = seen[seen < 6], seen[seen >= 6] - 6
     for walk in (first, second):
         assert (np.sort(walk.reshape(4, 6), axis=1) == np.arange(6)).all()
-    assert first.tolist() != second.tolist()  # two sets of one size do not walk in step
+    assert first.tolist() != second.tolist()  # datasets of the same size have different permutations
     for sample in range(12):
         assert draws[seen == sample].tolist() == [0, 1, 2, 3]
 
@@ -122,7 +122,7 @@ def test_a_step_depends_neither_on_those_before_nor_on_the_end() -> None:
     list(map(early.step, range(1, 40)))
     assert early.step(44).tolist() == late.step(44).tolist()
     assert MixedOrder([40, 9], [2, 3], 2, True, 8, 400).step(44).tolist() != early.step(44).tolist()
-    assert MixedOrder([5, 2], [1, 1], 1, False, 4, 40).step(2).tolist() == [2, 5, 3, 6]  # in file order, set by set
+    assert MixedOrder([5, 2], [1, 1], 1, False, 4, 40).step(2).tolist() == [2, 5, 3, 6]  # both datasets in file order
 
 
 @pytest.mark.parametrize(("world", "per_device"), [(2, 4), (4, 1)])
@@ -131,7 +131,7 @@ def test_ranks_hold_together_what_one_holds_and_a_sample_that_comes_twice_is_dra
 ) -> None:
     rows = [{"input_ids": [row, row, row], "labels": [-100, row, row]} for row in range(12)]
     table, seen = TokenTable.of(rows), []
-    order = MixedOrder([10, 2], [1, 3], 0, True, 8, 80)  # six of eight samples are of the set of two
+    order = MixedOrder([10, 2], [1, 3], 0, True, 8, 80)  # six of eight samples come from the dataset of two
 
     def collate(samples):  # type: ignore[no-untyped-def]
         seen.extend((sample.index, sample.draw) for sample in samples)

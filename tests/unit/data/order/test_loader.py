@@ -1,4 +1,4 @@
-"""Micro-batches over ranks: together what one rank alone would see."""
+"""Tests of the loader: all ranks together see the same data as a single rank."""
 
 from __future__ import annotations
 

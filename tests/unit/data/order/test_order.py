@@ -1,4 +1,4 @@
-"""Law 2: which samples a step sees depends on number, seed and step alone."""
+"""Tests of the sample order: the samples of a step depend only on the dataset size, the seed and the step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_without_shuffling_it_is_the_file_order_again_and_again() -> None:
 
 
 def test_permutations_are_pinned() -> None:
-    """A change here would replay or skip rows in every run that is resumed."""
+    """Different permutations would replay or skip rows in every resumed run."""
     assert permutation(8, 0, 0).tolist() == PINNED
     assert permutation(8, 0, 1).tolist() != PINNED
 

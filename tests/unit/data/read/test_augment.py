@@ -1,4 +1,4 @@
-"""Changed copies of training rows: by nlpaug, and by stand-ins whose changes are known."""
+"""Tests of data augmentation, with nlpaug and with stand-in augmenters of known output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from dist_ft.prepare import prepare
 KEYBOARD = {"name": "KeyboardAug", "options": {"aug_char_p": 0.2}, "columns": ["text"]}
 TEXTS = ["The invoice is wrong", "my screen stays black", "where is the parcel", "cancel this subscription please"]
 ROWS: list[dict[str, Any]] = [{"text": f"{TEXTS[n % 4]} {n}", "label": ["no", "yes"][n % 2]} for n in range(12)]
-OWN: dict[str, Callable[[str], Sequence[str]]] = {  # in place of nlpaug's, by the option `own`
+OWN: dict[str, Callable[[str], Sequence[str]]] = {  # stand-in augmenters, selected by the option `own`
     "loud": lambda text: [text.upper() + "!"],
     "long": lambda text: [text + " word" * 400],
     "same": lambda text: [text],
@@ -109,7 +109,7 @@ def test_a_library_adds_changed_rows_with_their_labels_to_the_training_split_onl
         at += 1
         if at < len(found) and found[at][0] not in {other["text"] for other in ROWS}:
             copy, of = found[at]
-            assert of == label and len(copy) == len(row["text"]), "keys are mistyped, none is lost"
+            assert of == label and len(copy) == len(row["text"]), "KeyboardAug replaces characters and keeps the length"
             assert sum(a != b for a, b in zip(copy, row["text"], strict=True)) >= 1
             at += 1
     assert at == len(found)
@@ -119,7 +119,7 @@ def test_a_library_adds_changed_rows_with_their_labels_to_the_training_split_onl
 
 
 def test_the_copies_are_nlpaugs_own_from_a_seed_of_the_row(make: Any) -> None:
-    """The same text from nlpaug by hand, with the generators set as documented."""
+    """Calling nlpaug directly with the documented seed gives the same text."""
     (copy,) = Augmenter(make(KEYBOARD).data.augment, seed=3).copies({"text": TEXTS[0]}, 5, "here")
     seed = int(np.random.SeedSequence((3, 5, 0, 0)).generate_state(1)[0])
     random.seed(seed)
@@ -261,8 +261,8 @@ def test_what_copies_depend_on_is_in_the_name_of_what_is_prepared(make: Any, mon
 @pytest.mark.parametrize(
     ("augment", "said"),
     [
-        ({**KEYBOARD, "options": {"aug_chra_p": 0.2}}, "cannot be made with these options"),
-        (own("broken"), "fails at"),
+        ({**KEYBOARD, "options": {"aug_chra_p": 0.2}}, "does not accept these options"),
+        (own("broken"), "failed at"),
         (own("loud", "text_pair"), "no row has text_pair"),
     ],
 )
@@ -274,12 +274,12 @@ def test_what_is_wrong_is_named(make: Any, augment: dict[str, Any], said: str) -
 @pytest.mark.parametrize(
     ("augment", "changes", "said"),
     [
-        (own("loud", "context"), {"task": {"name": "question_answering"}}, "places in the context"),
-        (own("loud", "tags"), {"task": {"name": "token_classification"}}, "tags are what is learned"),
-        (own("loud", "label"), {}, "labels are what is learned"),
-        (own("loud", "txet"), {}, "name one of text, text_pair"),
+        (own("loud", "context"), {"task": {"name": "question_answering"}}, "positions in the context"),
+        (own("loud", "tags"), {"task": {"name": "token_classification"}}, "tags are the training target"),
+        (own("loud", "label"), {}, "labels are the training target"),
+        (own("loud", "txet"), {}, "use one of text, text_pair"),
         (own("loud", "text", "text"), {}, "more than once"),
-        (own("loud", "text"), {"task": {"name": "causal_lm"}, "data": {"format": "tokens"}}, "no text to change"),
+        (own("loud", "text"), {"task": {"name": "causal_lm"}, "data": {"format": "tokens"}}, "no text to augment"),
         (own("loud"), {"privacy": {"noise_multiplier": 1.0}}, "several samples"),
     ],
 )
@@ -306,7 +306,7 @@ def test_keys_are_known_and_a_mixture_has_its_own(make: Any, tmp_path: Path) -> 
     assert composed.config.data.augment == make(KEYBOARD).data.augment
     for wrong, said in (
         ("data.augment.optoins={a: 1}", r"did you mean data\.augment\.options\?"),
-        ("data.augment.copies=0", r"data\.augment\.copies \(command line\): 0 is wrong"),
+        ("data.augment.copies=0", r"data\.augment\.copies \(command line\): 0 is invalid"),
         ("data.augment.name=os.system", r"data\.augment\.name"),
     ):
         with pytest.raises(RequestError, match=said):

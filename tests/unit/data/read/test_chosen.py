@@ -1,4 +1,4 @@
-"""k rows of each label, and folds: each row held out once, labels alike, the same for one seed."""
+"""Tests of k-shot subsets and folds: stratified by label, deterministic, and each row held out exactly once."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_k_shot_takes_as_many_of_each_label_in_the_order_of_the_file(make: Any) 
 
 
 def test_more_shots_keep_those_of_fewer(make: Any) -> None:
-    """So that a learning curve over k grows by rows and does not begin anew."""
+    """Subsets for increasing k are nested, as a learning curve over k needs."""
     few, more = (set(numbers(make({"k_shot": k}), "train")) for k in (2, 5))
     assert few < more
 
@@ -109,8 +109,8 @@ def test_the_run_learns_from_what_was_taken_and_says_so(make: Any) -> None:
     assert prepared.validation is not None
     assert prepared.train.ledger["rows_read"] == 6 and prepared.validation.ledger["rows_read"] == 9
     assert prepared.train.ledger["rows_of_source"] == 36
-    assert prepared.train.ledger["chosen"] == "are not of fold 0 of 4, 2 of each label; seed 0"
-    assert prepared.validation.ledger["chosen"] == "are fold 0 of 4; seed 0"
+    assert prepared.train.ledger["chosen"] == "all but fold 0 of 4, 2 per label; seed 0"
+    assert prepared.validation.ledger["chosen"] == "fold 0 of 4; seed 0"
     assert prepared.facts.labels == ("bad", "fair", "good") and prepared.facts.label_counts == (2, 2, 2)
     assert prepared.facts.rows == 6
     (table,) = ledger_tables(config, prepared.train, "train")
@@ -137,11 +137,11 @@ def test_rows_without_a_label_are_no_shots(make: Any) -> None:
 
 def test_too_few_rows_are_told(make: Any) -> None:
     with pytest.raises(
-        RequestError, match=r"not every label has 10 rows to learn from: bad has 9, fair has 9"
+        RequestError, match=r"some labels have fewer than 10 training rows: bad has 9, fair has 9"
     ) as found:
         numbers(make({"k_shot": 10}), "train")
     assert "at most 9" in found.value.problems[0].way_out
-    with pytest.raises(RequestError, match="cannot be dealt in 40 folds"):
+    with pytest.raises(RequestError, match="cannot be split into 40 folds"):
         numbers(make({"folds": 40}), "validation")
 
 
@@ -157,7 +157,7 @@ def test_a_set_of_a_mixture_has_shots_of_its_own(make: Any, tmp_path: Path) -> N
     assert prepared.train.sizes == {"all": 36, "few": 6}
     assert prepared.facts.label_counts == (9 + 2, 9 + 2, 18 + 2) and prepared.facts.rows == 42
     assert numbers(sets_of(config)["few"], "train") == numbers(alone, "train")
-    assert split_folder(config, "train", "all") != split_folder(mixed(), "train", "all"), "it knows the labels' counts"
+    assert split_folder(config, "train", "all") != split_folder(mixed(), "train", "all"), "label counts differ"
     with pytest.raises(RequestError) as found:
         prepare(mixed(k_shot=10))
     assert [problem.where for problem in found.value.problems] == ["data.mixture.few.k_shot"]

@@ -1,4 +1,4 @@
-"""Templates make a row's columns into texts, and name what a row lacks."""
+"""Tests of text templates: columns are inserted, and missing columns and invalid templates are reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROW = {
         ("{en} {{id}} is {id}", "Good day {id} is 7"),
         ("{translation.sv}!", "God dag!"),
         ("{a.b}", "dotted"),
-        ("{id}", 7),  # alone: the value as it is
+        ("{id}", 7),  # a single field keeps the type of the value
         ("{tags}", ["x"]),
         ("{no}", None),
         ("always", "always"),
@@ -44,12 +44,12 @@ def test_only_what_is_named_is_left() -> None:
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        ("Say {fr}", "no column fr, which the template names (it has en, id,"),
-        ("{fr}", "no column fr"),
-        ("{translation.fr}", "no column translation.fr"),
-        ("{en.sv}", "no column en.sv"),
-        ("Say {no}", "its no, which the template names, is null"),
-        ("Say {tags}", "its tags, which the template names, is a list"),
+        ("Say {fr}", "column fr, used by the template, does not exist (columns: en, id,"),
+        ("{fr}", "column fr, used by the template, does not exist"),
+        ("{translation.fr}", "column translation.fr, used by the template, does not exist"),
+        ("{en.sv}", "column en.sv, used by the template, does not exist"),
+        ("Say {no}", "column no, used by the template, is null"),
+        ("Say {tags}", "column tags, used by the template, is a list"),
     ],
 )
 def test_what_a_row_lacks_is_a_fault_that_counts(text: str, cause: str) -> None:
@@ -60,12 +60,12 @@ def test_what_a_row_lacks_is_a_fault_that_counts(text: str, cause: str) -> None:
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("{en", "is no template"),
-        ("en}", "is no template"),
-        ("{}", "something else than a column's name"),
-        ("{en!r}", "something else than a column's name"),
-        ("{en:>9}", "something else than a column's name"),
-        ("always", "names no column"),
+        ("{en", "is not a template"),
+        ("en}", "is not a template"),
+        ("{}", "something other than a column name"),
+        ("{en!r}", "something other than a column name"),
+        ("{en:>9}", "something other than a column name"),
+        ("always", "uses no column"),
     ],
 )
 def test_a_text_that_is_no_template_is_a_problem(text: str, rule: str) -> None:

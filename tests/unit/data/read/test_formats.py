@@ -1,4 +1,4 @@
-"""Every format becomes its canonical row; what does not fit names columns and the way out."""
+"""Tests of formats: rows are converted to canonical rows, and errors name the columns and a solution."""
 
 from __future__ import annotations
 
@@ -100,27 +100,27 @@ def problem(row: dict[str, Any], format: str = "auto", columns: dict[str, str] |
 @pytest.mark.parametrize(
     ("row", "format", "columns", "rule", "way_out"),
     [
-        ({"question": 1, "answer": 2}, "auto", {}, "question, answer are of", "{prompt: question, completion: answer}"),
-        ({"content": "x"}, "auto", {}, "columns content are", "data.columns={text: content}"),
-        ({"promt": "a", "completion": "b"}, "prompt_completion", {}, "wants prompt", "{prompt: promt"),
+        ({"question": 1, "answer": 2}, "auto", {}, "answer match no", "{prompt: question, completion: answer}"),
+        ({"content": "x"}, "auto", {}, "columns content match no", "data.columns={text: content}"),
+        ({"promt": "a", "completion": "b"}, "prompt_completion", {}, "requires prompt", "{prompt: promt"),
         ({"conversations": []}, "messages", {}, "messages; the columns are conversations", "data.format=sharegpt"),
-        ({"text": "a"}, "text", {"text": "body"}, "has no column body; it has text", "data.columns"),
-        ({"text": "a"}, "text", {"prompt": "text"}, "format text has no column prompt", "its columns are text"),
-        ({"text": 3}, "text", {}, "text is 3, not text", "row"),
+        ({"text": "a"}, "text", {"text": "body"}, "has no column body; its columns are text", "data.columns"),
+        ({"text": "a"}, "text", {"prompt": "text"}, "format text has no column prompt", "use its columns: text"),
+        ({"text": 3}, "text", {}, "text is 3, not a string", "row"),
         ({"prompt": "a", "completion": None}, "auto", {}, "completion is None", "row"),
         ({"prompt": [USER], "completion": "x"}, "auto", {}, "both", "row"),
         ({"messages": [{"from": "human", "value": "x"}]}, "auto", {}, "message 1 has from, value", "sharegpt"),
         ({"messages": [{"role": "human", "content": "x"}]}, "auto", {}, "the role 'human'", "assistant"),
         ({"messages": [{"role": "user", "content": None}]}, "auto", {}, "neither content nor tool_calls", "row"),
         ({"messages": []}, "auto", {}, "at least one message", "row"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "auto", {}, "not text", "row"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "auto", {}, "not a string", "row"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "auto", {}, "turn 1 is from 'bot'", "gpt"),
-        ({"conversations": [{"from": "function_call", "value": "{"}]}, "auto", {}, "broken JSON", "row"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "auto", {}, "invalid JSON", "row"),
         ({"conversations": [{"role": "user", "content": "x"}]}, "auto", {}, "not from and value", "messages: conv"),
         ({"input_ids": [1], "labels": [1, 2]}, "auto", {}, "1 input_ids but 2 labels", "label for each"),
         ({"input_ids": [-1], "labels": [1]}, "auto", {}, "negative", "row"),
         ({"input_ids": [1], "labels": [-1]}, "auto", {}, "neither a token id nor -100", "row"),
-        ({"input_ids": [1.0], "labels": [1]}, "auto", {}, "whole numbers", "row"),
+        ({"input_ids": [1.0], "labels": [1]}, "auto", {}, "integers", "row"),
     ],
 )  # fmt: skip
 def test_misfits_name_what_is_there_and_the_way_out(
@@ -137,7 +137,7 @@ def test_tasks_take_their_own_formats() -> None:
             if task in form.tasks:
                 check_task(name, task, "f:1")
             else:
-                with pytest.raises(RequestError, match="are not for task"):
+                with pytest.raises(RequestError, match="is not supported with task"):
                     check_task(name, task, "f:1")
     assert [name for name, form in FORMATS.items() if "causal_lm" in form.tasks] == ["tokens", "text"]
 

@@ -1,4 +1,4 @@
-"""Pairs of answers in every shape become a prompt and two answers."""
+"""Tests of preference pairs: every supported form is converted to a prompt and two answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading rows: every kind of file gives the same rows with their places; what is broken is named by place."""
+"""Tests of row readers: all file formats give the same rows, and errors name the location of malformed data."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_globs_and_folders_are_sorted_and_lists_keep_their_order(tmp_path: Path)
 def test_a_folder_that_mixes_splits_is_refused(tmp_path: Path) -> None:
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("{}")
-    assert "mixes splits (test.jsonl, train.jsonl)" in fault(tmp_path).rule
+    assert "contains several splits (test.jsonl, train.jsonl)" in fault(tmp_path).rule
 
 
 def test_a_file_of_a_package_is_found() -> None:
@@ -98,25 +98,25 @@ def test_a_file_of_a_package_is_found() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "place", "rule"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2", "broken JSON at column"),
-        ("a.jsonl", b'{"a": 1}\n[1]\n', ":2", "a row is a list"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2", "invalid JSON at column"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', ":2", "the row is a list"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe5"}\n', ":2", "is not UTF-8 (byte 0xe5 at offset 16)"),
         ("a.jsonl", b"", "", "no rows"),
         ("a.jsonl", b"\n \n", "", "no rows"),
-        ("a.json", b'[{"a": 1},\n {"a": ]', ":2", "broken JSON in element 2"),
-        ("a.json", b'[{"a": 1}', ":1", "broken JSON in element 2"),
+        ("a.json", b'[{"a": 1},\n {"a": ]', ":2", "invalid JSON in element 2"),
+        ("a.json", b'[{"a": 1}', ":1", "invalid JSON in element 2"),
         ("a.json", b'{"a": 1}', "", "an object with 0 lists"),
-        ("a.json", b'{"a":\n 1,,}', ":2", "broken JSON"),
-        ("a.json", b'[{"a": 1}, 3]', ":2", "a row is a int"),
-        ("a.csv", b"a,b\n1,2\n3\n", ":3", "has 1 fields where the first line names 2"),
-        ("a.csv", b'a,b\n1,"2\n', ":2", "broken CSV"),
-        ("a.csv", b"a,a\n1,2\n", ":1", "columns are named twice: a"),
+        ("a.json", b'{"a":\n 1,,}', ":2", "invalid JSON"),
+        ("a.json", b'[{"a": 1}, 3]', ":2", "the row is a int"),
+        ("a.csv", b"a,b\n1,2\n3\n", ":3", "has 1 fields, but the header has 2"),
+        ("a.csv", b'a,b\n1,"2\n', ":2", "invalid CSV"),
+        ("a.csv", b"a,a\n1,2\n", ":1", "duplicate column names: a"),
         ("a.csv", b"a,b\n", "", "no rows"),
         ("a.txt", b"\n\n", "", "no rows"),
-        ("a.parquet", b"PAR1 not really", ":1", "is not whole Parquet"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "", "is not whole gzip data"),
-        ("a.jsonl.gz", b'{"a": 1}', "", "is not whole gzip data"),
-        ("a.xlsx", b"x", "", "the ending '.xlsx' tells no kind of data"),
+        ("a.parquet", b"PAR1 not really", ":1", "is not valid Parquet"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "", "is not a complete gzip file"),
+        ("a.jsonl.gz", b'{"a": 1}', "", "is not a complete gzip file"),
+        ("a.xlsx", b"x", "", "the file extension '.xlsx' is not supported"),
     ],
 )
 def test_broken_files_are_named_by_place(tmp_path: Path, name: str, content: bytes, place: str, rule: str) -> None:
@@ -162,7 +162,7 @@ def test_hub_ids_stream_and_say_when_they_cannot(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     problem = fault("owner/name")
-    assert "Couldn't reach" in problem.rule and "name files that are here" in problem.way_out
+    assert "Couldn't reach" in problem.rule and "use local files" in problem.way_out
 
 
 def test_class_numbers_of_the_hub_become_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Added tokens: their rows learn and come back by plain transformers and peft, and old rows keep their bits."""
+"""Tests of added tokens: new embedding rows are trained and exported, and the original rows stay bitwise identical."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dist_ft.export.card import card_of_run
 from dist_ft.export.merge import main as export_main
 from dist_ft.export.probe import probe_model
 from dist_ft.export.write import export_run
-from dist_ft.families import architecture_of, build_method, model_factory
+from dist_ft.families import ModelRecipe, architecture_of, build_method
 from dist_ft.model.load import attention_of
 from dist_ft.prepare import prepare
 
@@ -43,7 +43,7 @@ CARD = re.compile(r"## Load\n\n```python\n(.*?)```", re.S)
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[str, Path]:
-    """Of 512 embeddings as the tokenizer has tokens; `padded` has 520."""
+    """Base models with 512 embeddings, the vocabulary size of the tokenizer; `padded` has 520."""
     llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     made: dict[str, Any] = {
         "tied": lambda: LlamaForCausalLM(LlamaConfig(**llama, vocab_size=512, tie_word_embeddings=True)),
@@ -80,7 +80,7 @@ def make_config(base: Path, top: Path, method: dict[str, Any], **changes: Any) -
 
 
 class Trained:
-    """A model whose learning weights were moved, exported as a run does."""
+    """A model with perturbed trainable weights, exported as at the end of a run."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -93,8 +93,8 @@ class Trained:
         architecture = architecture_of(config, self.prepared.facts)
         attention = attention_of(config.model, self.prepared.model_dir, torch.device("cpu"), architecture)
         method = build_method(config)
-        self.factory = model_factory(config, self.prepared.model_dir, attention, architecture, method)
-        self.model: Any = self.factory(True)
+        self.recipe = ModelRecipe(config, self.prepared.model_dir, attention, architecture, method)
+        self.model: Any = self.recipe.build(weights=True).model
         torch.manual_seed(1)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -110,7 +110,7 @@ class Trained:
             model_config=config.model,
             model_dir=self.prepared.model_dir,
             architecture=architecture,
-            build_model=self.factory,
+            bare=self.recipe.build_meta().model,
             tokenizer=tokenizer,
             end_token_id=find_end_token(tokenizer, config.task),
             weights=((n, p.data) for n, p in self.model.named_parameters() if p.requires_grad or whole),
@@ -155,14 +155,14 @@ def test_an_adapter_holds_the_new_rows_and_its_card_loads_it(
     exec(lines, names)
     loaded = names["model"]
     assert isinstance(loaded, peft.PeftModel)
-    # In bfloat16 training multiplies as autocast does, and peft in the adapter's float32.
+    # With a bfloat16 model, training computes the adapter under autocast, but peft computes it in float32.
     assert torch.allclose(trained.logits(loaded), trained.logits(), atol=1e-6 if dtype == "float32" else 2e-2)
     base = AutoModelForCausalLM.from_pretrained(bases[shape], dtype=dtype)
     merged = loaded.merge_and_unload()
     for old, new in zip(embeddings_of(base), embeddings_of(merged), strict=True):
         mean = old.float().mean(dim=0)
-        assert torch.equal(new[:512], old), "rows of old tokens keep their bits"
-        assert not torch.isclose(new[512:].float(), mean, atol=1e-3).all(dim=1).any(), "the new ones learn"
+        assert torch.equal(new[:512], old), "original rows are unchanged"
+        assert not torch.isclose(new[512:].float(), mean, atol=1e-3).all(dim=1).any(), "added rows are trained"
 
 
 @pytest.mark.parametrize("shape", ["tied", "untied", "gpt2", "padded"])
@@ -180,7 +180,7 @@ def test_new_rows_start_at_the_mean_and_old_ones_as_they_were(bases: dict[str, P
         top = tmp_path / shape
         top.mkdir()
         trained = Trained(make_config(bases[shape], top, LORA))
-        model = trained.factory(True)
+        model = trained.recipe.build(weights=True).model
         base = embeddings_of(AutoModelForCausalLM.from_pretrained(bases[shape]))
         wrapped = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
         for old, new in zip(base, wrapped, strict=True):
@@ -194,9 +194,9 @@ def test_a_rank_without_weights_builds_the_same(bases: dict[str, Path], tmp_path
     for shape, method in (("tied", {"name": "full"}), ("untied", LORA), ("gpt2", LORA)):
         top = tmp_path / shape
         top.mkdir()
-        factory = Trained(make_config(bases[shape], top, method)).factory
+        recipe = Trained(make_config(bases[shape], top, method)).recipe
         have, lack = (
-            {n: (p.shape, p.dtype, p.requires_grad) for n, p in factory(weights).named_parameters()}
+            {n: (p.shape, p.dtype, p.requires_grad) for n, p in recipe.build(weights=weights).model.named_parameters()}
             for weights in (True, False)
         )
         assert have == lack
@@ -214,7 +214,7 @@ def test_a_rank_without_weights_builds_the_same(bases: dict[str, Path], tmp_path
 def test_over_a_quantised_base_and_one_that_moves(
     bases: dict[str, Path], tmp_path: Path, method: dict[str, Any], quantization: str
 ) -> None:
-    """The export is refused unless it gives the trained model's logits when loaded."""
+    """The export itself checks that the reloaded model has the logits of the trained model."""
     model = {"name_or_path": str(bases["untied"]), "add_tokens": TOKENS, "quantization": quantization}
     trained = Trained(make_config(bases["untied"], tmp_path, method, model=model))
     card = (trained.out / "README.md").read_text()
@@ -239,7 +239,7 @@ def test_a_padded_vocabulary_has_room(bases: dict[str, Path], tmp_path: Path) ->
 
 
 def test_a_chat_template_may_be_made_of_them(bases: dict[str, Path], tmp_path: Path) -> None:
-    """The end of a turn is one new token, and is learned."""
+    """The end-of-turn token is an added token and is supervised."""
     template = tmp_path / "own.jinja"
     template.write_text(
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -271,7 +271,7 @@ def test_the_cache_knows_them(bases: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ia3", "prompt", "prefix", "p_tuning", "bitfit", "ln_tuning", "freeze", "adapter"])
 def test_other_methods_are_refused(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     problems = [p for p in check(make_config(bases["tied"], tmp_path, {"name": name})) if p.where == "model.add_tokens"]
-    assert len(problems) == 1 and "method=lora or full" in problems[0].way_out
+    assert len(problems) == 1 and "method=lora, qlora or full" in problems[0].way_out
 
 
 def test_wrong_tokens_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_wrong_tokens_are_refused(bases: dict[str, Path], tmp_path: Path) -> Non
         return make_config(bases["tied"], tmp_path, LORA, model=model)
 
     assert "more than once" in str(check(with_tokens("<a>", "<b>", "<a>")))
-    with pytest.raises(RequestError, match="'<|im_end|>': the tokenizer has it already".replace("|", r"\|")):
+    with pytest.raises(RequestError, match="'<|im_end|>': the tokenizer already has this token".replace("|", r"\|")):
         prepare(with_tokens("<a>", "<|im_end|>"))
     for saved in ({"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}):
         config = make_config(bases["tied"], tmp_path, {**LORA, **saved})

@@ -1,4 +1,4 @@
-"""Label names and numbers: found in the training split, the same for every split."""
+"""Tests of label names and ids: determined from the training split and shared by all splits."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_names_that_are_given_keep_their_order(tmp_path: Path) -> None:
     assert found(tmp_path, ["a", "b"], names=["b", "a", "c"])[:2] == (("b", "a", "c"), (1, 1, 0))
 
 
-@pytest.mark.parametrize(("labels", "said"), [(["a", "a"], "1 label in all"), (["a", 1], "some labels are numbers")])
+@pytest.mark.parametrize(("labels", "said"), [(["a", "a"], "1 label found"), (["a", 1], "some labels are integers")])
 def test_nothing_to_tell_apart(tmp_path: Path, labels: list[Any], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         found(tmp_path, labels)
@@ -77,6 +77,6 @@ def test_nothing_to_tell_apart(tmp_path: Path, labels: list[Any], said: str) -> 
 def test_a_labels_number() -> None:
     assert [number_of(value, ("2", "10")) for value in (2, "10", 10)] == [0, 1, 1]
     assert number_of(1, ("bad", "good")) == 1 and number_of("bad", ("bad", "good")) == 0
-    for value, said in ((None, "missing"), (-1, "missing"), ("", "missing"), ("ugly", "none of"), (2, "none of")):
+    for value, said in ((None, "missing"), (-1, "missing"), ("", "missing"), ("ugly", "not one of"), (2, "not one of")):
         with pytest.raises(RowFault, match=said):
             number_of(value, ("bad", "good"))

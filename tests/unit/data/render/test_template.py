@@ -1,4 +1,4 @@
-"""Which tokens carry loss, for the templates of the usual families; oracles are strings written by hand."""
+"""Tests of the supervised tokens with chat templates of common model families; expected strings are hand-written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-QWEN3 = (  # only the last answer is shown with its thinking, empty if it has none
+QWEN3 = (  # renders a thinking block only in the last answer, even if the block is empty
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% set parts = m.content.split('</think>') %}{% set thought = parts[0].split('<think>')[-1].strip('\n') %}"
     "<|im_start|>assistant\n"
@@ -80,7 +80,7 @@ def make_tokenizer(template: str | None, *, eos: str | None = "</s>", adds_bos: 
 
 
 def marked(tokenizer: Any, encoded: dict[str, list[int]]) -> str:
-    """The text with supervised runs in ⟦ ⟧."""
+    """Decode the tokens, with supervised runs enclosed in ⟦ ⟧."""
     ids, labels = encoded["input_ids"], encoded["labels"]
     assert len(ids) == len(labels)
     assert all(label in (token, IGNORED_LABEL) for token, label in zip(ids, labels, strict=True))
@@ -158,7 +158,7 @@ def test_white_space_that_a_template_strips_is_no_part_of_a_span() -> None:
 def test_the_last_turns_thinking_is_supervised_and_an_earlier_one_that_is_dropped_is_refused() -> None:
     thinking = {"role": "assistant", "content": "<think>\nHm\n</think>\n\nIt is Paris."}
     assert encode(QWEN3, [CHAT[0], thinking]).endswith("⟦<think>\nHm\n</think>\n\nIt is Paris.<|im_end|>⟧\n")
-    with pytest.raises(RowFault, match="rewrites earlier assistant turns"):
+    with pytest.raises(RowFault, match="changes the content of earlier assistant turns"):
         encode(QWEN3, [CHAT[0], thinking, *CHAT[2:]])
 
 
@@ -168,13 +168,13 @@ def test_a_generation_prompt_unlike_what_follows_is_refused() -> None:
         encode(template, CHAT)
 
 
-PHI3 = (  # EOS stands behind the whole conversation
+PHI3 = (  # appends EOS after the whole conversation
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
 )
 
 
-GPT_OSS = (  # the last answer ends with another token than those before it
+GPT_OSS = (  # ends the last answer with another token than earlier answers
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{{ eos_token if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -186,13 +186,13 @@ def test_an_eos_behind_the_conversation_is_no_end_of_earlier_turns() -> None:
         "⟦How are you?<|im_end|>⟧\n<|im_start|>user\nI am well<|im_end|>\n"
         "<|im_start|>assistant\n⟦It is Paris.<|im_end|>\n</s>⟧"
     )
-    with pytest.raises(RowFault, match="ends earlier assistant turns otherwise"):
+    with pytest.raises(RowFault, match="ends earlier assistant turns with other tokens"):
         encode(GPT_OSS, CHAT)
     assert encode(GPT_OSS, CHAT[:2]).endswith("⟦How are you?</s>⟧")
 
 
 def test_an_empty_thinking_block_of_the_generation_prompt_is_context() -> None:
-    """Qwen 3.5: the prompt closes the thinking, and only the last turn shows it."""
+    """As in Qwen 3.5, the generation prompt contains an empty thinking block, which only the last turn renders."""
     block = "<think>\n\n</think>\n\n"
     template = QWEN3.replace("assistant\n{% endif %}", f"assistant\n{block}{{% endif %}}")
     assert encode(template, CHAT) == (
@@ -203,7 +203,7 @@ def test_an_empty_thinking_block_of_the_generation_prompt_is_context() -> None:
 
 def test_a_template_that_wants_content_in_parts_shows_no_words() -> None:
     template = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
-    with pytest.raises(RowFault, match="does not show the assistant's words"):
+    with pytest.raises(RowFault, match="does not render the assistant's content"):
         encode(template, CHAT)
 
 
@@ -265,7 +265,7 @@ def test_a_token_that_takes_the_prompts_last_space_is_supervised_whole() -> None
 
 
 def test_a_template_without_end_tokens_needs_an_eos() -> None:
-    with pytest.raises(RowFault, match="without an end token"):
+    with pytest.raises(RowFault, match="renders no end token after an assistant turn"):
         encode(PLAIN, CHAT, eos=None)
     with pytest.raises(RowFault, match="more messages follow"):
         encode(PLAIN, CHAT[:3])
@@ -283,7 +283,7 @@ def test_bos_and_eos_stand_once() -> None:
         ([CHAT[0]], "no assistant turn"),
         ([CHAT[0], {"role": "assistant", "content": "  "}], "turns are empty"),
         ([CHAT[1], CHAT[0]], "starts with an assistant turn"),
-        ([{"role": "system", "content": "x"}, *CHAT], "refuses the row: System role not supported"),
+        ([{"role": "system", "content": "x"}, *CHAT], "cannot render the row: System role not supported"),
         ([CHAT[0], {"role": "assistant", "content": "", "tool_calls": [
             {"type": "function", "function": {"name": "look_up", "arguments": {}}}]}], "does not render tool calls"),
     ],
@@ -295,7 +295,7 @@ def test_rows_that_teach_nothing_are_refused_by_cause(chat: list[dict[str, Any]]
 
 def test_tools_that_a_template_does_not_show_are_refused() -> None:
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
-    with pytest.raises(RowFault, match="does not show the row's tools"):
+    with pytest.raises(RowFault, match="does not render the row's tools"):
         ChatTokenizer(make_tokenizer(CHATML)).encode_messages(CHAT, tools)
 
 

@@ -1,4 +1,4 @@
-"""The identity of a prepared split is computed without torch."""
+"""Tests of the identity of prepared splits, which is computed without importing torch."""
 
 from __future__ import annotations
 

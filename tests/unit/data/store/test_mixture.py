@@ -1,4 +1,4 @@
-"""A mixture's sets are prepared apart, seen as one, and told of by name."""
+"""Tests of mixtures: datasets are prepared separately, concatenated, and reported by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dist_ft.inspect.ledger import ledger_tables
 from dist_ft.prepare import prepare
 from dist_ft.process.place import Place
 from dist_ft.state import REFERENCE, Sample
-from dist_ft.task.by_set import split_losses
+from dist_ft.task.by_set import LossBySet
 
 SUMS = [{"question": f"{n} plus one?", "answer": f"It is {n + 1}."} for n in range(6)]
 PAIRS = [{"en": f"word {n}", "sv": f"ord {n}"} for n in range(10)]
@@ -36,7 +36,7 @@ SAY = {"prompt": "Translate: {en}\n", "completion": "{sv}"}
 
 @pytest.fixture
 def make(tmp_path: Path, tiny_llama: Path) -> Any:
-    """A configuration; lists of rows become files."""
+    """Return a function that builds a configuration and writes lists of rows to files."""
 
     def settle(given: Any, name: str) -> Any:
         if isinstance(given, dict):
@@ -75,7 +75,7 @@ def two(weights: tuple[float | None, float | None] = (None, None), **more: Any) 
 
 
 def batches(config: RunConfig, world: int = 1) -> list[list[Any]]:
-    """For every step the micro-batches of all ranks."""
+    """Return the micro-batches of all ranks for every step."""
     plan = make_plan(config, nodes=1, workers_per_node=world, origins={})
     prepared = prepare(config)
     task = build_task(config, prepared.facts, padding_free=True)
@@ -149,7 +149,7 @@ def test_ranks_see_the_same_steps(make: Any) -> None:
         return [sorted(n for micro in step for n in micro.samples) for step in batches(config, world)]
 
     assert samples(1) == samples(2)
-    pairs = [sum(n < 10 for n in step) for step in samples(1)]  # a quarter of each global batch of four
+    pairs = [sum(n < 10 for n in step) for step in samples(1)]  # one of four samples in each global batch
     assert pairs == [1] * 9
 
 
@@ -169,7 +169,7 @@ def test_what_a_run_sees_of_each_set_is_told(make: Any) -> None:
     assert pairs.token_share == pytest.approx(supervised[True] / sum(supervised.values()), rel=0.02)
     assert sums.token_share + pairs.token_share == pytest.approx(1)
     (line, _) = describe_mixture(config, prepared.train)
-    assert line.startswith("pairs: 25.0% of the samples") and "its 10 samples are seen 1.20 times" in line
+    assert line.startswith("pairs: 25.0% of the samples") and "its 10 samples is seen 1.20 times" in line
     titles = [str(table.title) for table in ledger_tables(config, prepared.train, "train")]
     assert titles == ["data.mixture.pairs.train", "data.mixture.sums.train", "data.mixture over the run"]
     assert list(describe_mixture(make({"train": SUMS, "template": ASK}), prepared.train.parts["sums"])) == []
@@ -182,10 +182,10 @@ def test_problems_name_their_set_and_come_together(make: Any) -> None:
     with pytest.raises(RequestError) as caught:
         prepare(make(data))
     pairs, sums = caught.value.problems
-    assert pairs.where == "data.mixture.pairs.train" and "1 row from which nothing is learned" in pairs.rule
+    assert pairs.where == "data.mixture.pairs.train" and "1 row (of 11 read) cannot be used" in pairs.rule
     assert "rows-mixture-pairs-train.jsonl:11" in pairs.rule
     assert sums.where == "data.mixture.sums.train"
-    assert "6 because it has no column solution, which the template names (it has question, answer)" in sums.rule
+    assert "6 because column solution, used by the template, does not exist (columns: question, answer)" in sums.rule
     kept = prepare(make({**data, "mixture": {"pairs": data["mixture"]["pairs"]}}, task={"unsupervised": "drop"}))
     assert kept.train.ledger["rows_kept"] == 10 and kept.train.ledger["rows_read"] == 11
 
@@ -231,9 +231,9 @@ def test_labels_are_found_over_all_sets(make: Any) -> None:
     assert labels == [1, 2, 1, 2, 0, 2, 0, 2, 0, 2]
     assert prepared.validation is not None and list(prepared.validation.parts) == ["books"]
     alone = make({"train": films}, task=task)
-    assert split_folder(alone, "train") != split_folder(config, "train", "films")  # a label has another number there
+    assert split_folder(alone, "train") != split_folder(config, "train", "films")  # label ids differ in the mixture
     mixed = [{"text": "x", "label": n % 2} for n in range(4)]
-    with pytest.raises(RequestError, match=r"^data.mixture: some labels are numbers and some are text[^:]*$"):
+    with pytest.raises(RequestError, match=r"^data.mixture: some labels are integers and some are strings[^:]*$"):
         prepare(make({"mixture": {"a": {"train": films}, "b": {"train": mixed}}}, task=task))
 
 
@@ -253,7 +253,7 @@ def test_pairs_of_a_mixture_keep_their_reference_and_have_losses_of_their_own(ma
     task: Any = build_task(config, prepared.facts, padding_free=False)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager").eval()
     with torch.no_grad():
-        told = split_losses(task, train).loss(model, task.collate([chosen[n] for n in (4, 0, 2)]))
+        told = LossBySet(task, train.sizes).loss(model, task.collate([chosen[n] for n in (4, 0, 2)]))
         alone = [float(task.loss(model, task.collate([chosen[n]])).loss) for n in range(5)]
     assert float(told.counts["loss@a"]) == pytest.approx(alone[0] + alone[2], rel=1e-5)
     assert float(told.counts["loss@b"]) == pytest.approx(alone[4], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Tables and plans of samples: every token once, none too long, documents kept apart."""
+"""Tests of token tables and packing: every token occurs once, and no sample exceeds the maximum length."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_an_empty_table_opens(tmp_path: Path) -> None:
 
 
 def covered(samples: Samples, lengths: np.ndarray) -> bool:
-    """Whether every token of every row is in exactly one segment."""
+    """Return whether every token of every row is in exactly one segment."""
     seen = [np.zeros(n, dtype=int) for n in lengths]
     for i in range(len(samples)):
         for row, start, stop in samples[i]:
@@ -49,13 +49,13 @@ def test_blocks_are_full_in_order_and_lose_nothing(max_length: int, count: int) 
     lengths = RANDOM.integers(0, 40, count)
     lengths[0] = 3
     samples = cut_blocks(lengths, max_length)
-    flat = [(row, t) for row, n in enumerate(lengths.tolist()) for t in range(n)]  # the oracle: cut the long list
+    flat = [(row, t) for row, n in enumerate(lengths.tolist()) for t in range(n)]  # reference: cut the whole list
     expected = [flat[i : i + max_length] for i in range(0, len(flat), max_length)]
     got = [[(row, t) for row, start, stop in samples[i] for t in range(start, stop)] for i in range(len(samples))]
     assert got == expected
     assert samples.lengths.tolist() == [len(block) for block in expected]
     for i in range(len(samples)):
-        assert len({row for row, _, _ in samples[i]}) == len(samples[i]), "a row has one piece in a block"
+        assert len({row for row, _, _ in samples[i]}) == len(samples[i]), "a row has one segment per block"
 
 
 @pytest.mark.parametrize("plan", [pack_best_fit, pack_in_order])
@@ -76,7 +76,7 @@ def test_best_fit_is_the_textbooks_and_close_to_full() -> None:
     lengths = RANDOM.integers(1, 60, 300)
     rooms: list[int] = []
     packs: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):  # the oracle: quadratic best fit
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):  # reference: quadratic best fit
         fitting = [p for p in range(len(packs)) if rooms[p] >= lengths[row]]
         pack = min(fitting, key=lambda p: rooms[p], default=None)
         if pack is None:

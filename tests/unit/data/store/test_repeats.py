@@ -1,4 +1,4 @@
-"""Repeated rows and rows that stand in two splits are counted, by the tokens that a model reads, and told."""
+"""Tests of repeated rows: rows with equal tokens are counted and reported, within a split and across splits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.dist.heads import make_model
 
 
 def test_rows_are_equal_by_all_their_sequences() -> None:
-    """[1, 2] [3] is not [1] [2, 3], nor [3] [1, 2]."""
+    """The pair [1, 2], [3] differs from [1], [2, 3] and from [3], [1, 2]."""
     rows: list[dict[str, list[int]]] = [
         {"input_ids": ids} for ids in ([1, 2], [3], [1], [2, 3], [3], [1, 2], [1, 2], [3])
     ]
@@ -83,14 +83,14 @@ def test_what_stands_twice_is_told_whatever_its_label(tmp_path: Path, bert: str)
         console.print(ledger_table(found.train, "data.train"))
     assert "repeated" in shown.get() and "same tokens" in shown.get()
     (line,) = found.describe_shared()
-    assert line.startswith("data.validation: 2 of 3 rows stand in data.train too")
+    assert line.startswith("data.validation: 2 of 3 rows are also in data.train")
     assert list(found.describe_shared("test")) == []
     whole = prepared(tmp_path, bert, {"name": "sequence_classification"}, train=train, validation=train)
     assert next(whole.describe_shared()).startswith("data.validation: all 5 rows")
 
 
 def test_pieces_of_one_row_are_one(tmp_path: Path, bert: str) -> None:
-    """Long contexts are cut; rows count, not their pieces. Another question to the same text is another row."""
+    """Rows are counted, not the pieces of long contexts; another question on the same context is another row."""
     context = " ".join(f"w{number}" for number in range(10, 50))
     answers = {"text": ["w12"], "answer_start": [context.find("w12")]}
     rows = [{"question": question, "context": context, "answers": answers} for question in ("w1", "w2", "w1")]

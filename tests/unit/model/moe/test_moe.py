@@ -27,14 +27,13 @@ from dist_ft.config.method import FullConfig, LoraConfig
 from dist_ft.config.moe import MoeConfig
 from dist_ft.errors import RequestError
 from dist_ft.method.lora import Lora
-from dist_ft.model.anatomy import find_linears, find_mixtures
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.attention import DOCUMENTS
 from dist_ft.model.moe.policy import apply_policy, check_keys, resolve_aux_loss_coef, route_method
 from dist_ft.model.moe.routing import Routing
-from dist_ft.model.router_form import find_form
 from dist_ft.state import Batch, LossSum
 from dist_ft.task.batches.tokens import collate_documents, collate_padded, sum_losses
-from tests.samples import samples_of
+from tests.samples import apply_method, samples_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -77,24 +76,24 @@ class Separate(nn.Module):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_routers_and_experts_are_found(name: str) -> None:
     model = build(name)
-    found = find_mixtures(model)
+    anatomy = find_anatomy(model)
+    found = anatomy.mixtures
     layers = [1, 2] if name == "deepseek_v3" else [0, 1, 2]
     assert [m.layer for m in found] == layers
     for mixture in found:
         mlp = model.model.layers[mixture.layer].mlp
-        assert mixture.module is mlp and mixture.experts is mlp.experts and mixture.fused and mixture.num_experts == 4
-        assert mixture.router is (mlp.router if name == "gpt_oss" else mlp.gate)
-        assert model.get_submodule(mixture.router_name) is mixture.router
-        assert model.get_submodule(mixture.experts_name) is mixture.experts
-    endings = {linear.rsplit(".", 1)[-1] for linear in find_linears(model)}
+        assert anatomy.part(mixture.name) is mlp and anatomy.part(mixture.experts) is mlp.experts
+        assert mixture.fused and mixture.num_experts == 4
+        assert anatomy.part(mixture.router) is (mlp.router if name == "gpt_oss" else mlp.gate)
+    endings = {linear.rsplit(".", 1)[-1] for linear in anatomy.linears}
     assert not endings & {"gate", "router", "experts", "lm_head"}
     if name == "deepseek_v3":
-        assert any("shared_experts" in linear for linear in find_linears(model))
+        assert any("shared_experts" in linear for linear in anatomy.linears)
 
 
 def test_separate_experts_are_found() -> None:
     model = nn.Sequential(nn.ModuleList(Separate(8, 4) for _ in range(2)))
-    assert [(m.layer, m.num_experts, m.fused) for m in find_mixtures(model)] == [(0, 4, False), (1, 4, False)]
+    assert [(m.layer, m.num_experts, m.fused) for m in find_anatomy(model).mixtures] == [(0, 4, False), (1, 4, False)]
 
 
 def test_a_dense_model_has_none_and_a_convolution_is_no_expert() -> None:
@@ -104,21 +103,21 @@ def test_a_dense_model_has_none_and_a_convolution_is_no_expert() -> None:
             self.conv1d = nn.Conv1d(8, 8, 4, groups=1)
             self.dt_proj = nn.Linear(4, 8)
 
-    assert find_mixtures(nn.Sequential(nn.ModuleList([Mixer()]))) == []
-    assert find_mixtures(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))) == []
+    assert find_anatomy(nn.Sequential(nn.ModuleList([Mixer()]))).mixtures == ()
+    assert find_anatomy(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))).mixtures == ()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_raw_logits_are_found_among_a_routers_outputs(name: str) -> None:
-    model = build(name)
-    for wrapped in (model, Lora(adapt(model)).apply(build(name))):
-        form = find_form(find_mixtures(wrapped)[0], wrapped)
+    for mixture in find_anatomy(build(name)).mixtures:
+        form = mixture.form
         assert (form.logits_at, form.indices_at, form.top_k, form.sigmoid) == (0, 2, 2, name == "deepseek_v3")
 
 
 def test_probabilities_are_not_taken_for_logits() -> None:
     model = build("qwen3_moe")
-    router = find_mixtures(model)[0].router
+    anatomy = find_anatomy(model)
+    router = anatomy.part(anatomy.mixtures[0].router)
     forward = type(router).forward
 
     class Softmaxed(type(router)):  # type: ignore[misc]
@@ -127,13 +126,8 @@ def test_probabilities_are_not_taken_for_logits() -> None:
             return logits.softmax(dim=-1), scores, indices
 
     router.__class__ = Softmaxed
-    with pytest.raises(RequestError, match="does not give the logits"):
-        find_form(find_mixtures(model)[0], model)
-
-
-def adapt(model: Any) -> Any:
-    config = LoraConfig(name="lora", r=2, target_parameters=["mlp.experts.gate_up_proj"])  # type: ignore[call-arg]
-    return route_method(config, MoeConfig(router="adapt"), model)  # type: ignore[call-arg]
+    with pytest.raises(RequestError, match="does not return the logits"):
+        find_anatomy(model)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +137,14 @@ def adapt(model: Any) -> Any:
 def test_lora_leaves_routers_alone_unless_asked(name: str, policy: Any) -> None:
     model = build(name)
     config = LoraConfig(name="lora", r=2)  # type: ignore[call-arg]
-    routed = route_method(config, MoeConfig(router=policy), model)  # type: ignore[call-arg]
-    model = Lora(routed).apply(model)
-    mixtures = find_mixtures(model)
+    anatomy = find_anatomy(model)
+    mixtures = anatomy.mixtures
+    routed = route_method(config, MoeConfig(router=policy), anatomy)  # type: ignore[call-arg]
+    Lora(routed).apply(anatomy)
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
-    of_routers = {key for key in trained if any(key.startswith(m.router_name + ".") for m in mixtures)}
+    of_routers = {key for key in trained if any(key.startswith(m.router + ".") for m in mixtures)}
     assert trained - of_routers, "attention"
-    assert not any(key.startswith(m.experts_name + ".") for key in trained for m in mixtures), "experts are not linear"
+    assert not any(key.startswith(m.experts + ".") for key in trained for m in mixtures), "experts are not linear"
     if policy == "frozen":
         assert not of_routers
     else:
@@ -160,29 +155,29 @@ def test_lora_leaves_routers_alone_unless_asked(name: str, policy: Any) -> None:
 def test_names_that_peft_takes_for_experts_are_refused() -> None:
     config = LoraConfig(name="lora", target_modules=["q_a_proj", "gate_proj", "up_proj"])  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="fused gate_up_proj"):
-        Lora(config).apply(build("deepseek_v3"))
+        Lora(config).apply(find_anatomy(build("deepseek_v3")))
 
 
 @pytest.mark.parametrize("key", ["target_parameters", "modules_to_save"])
 def test_a_frozen_router_that_is_a_target_is_a_contradiction(key: str) -> None:
     name = "mlp.gate.weight" if key == "target_parameters" else "gate"
     config = LoraConfig(name="lora", **{key: [name]})  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="is frozen, and"):
-        apply_policy(MoeConfig(), config, Lora(config).apply(build("qwen3_moe")))  # type: ignore[call-arg]
+    with pytest.raises(RequestError, match="is frozen, but"):
+        apply_policy(MoeConfig(), config, apply_method(Lora(config), build("qwen3_moe")).anatomy)  # type: ignore[call-arg]
 
 
 def test_target_parameters_must_match_and_take_no_dropout() -> None:
     config = LoraConfig(name="lora", target_parameters=["mlp.experts.w1"], lora_dropout=0.1)  # type: ignore[call-arg]
     with pytest.raises(RequestError) as error:
-        Lora(config).apply(build("mixtral"))
+        Lora(config).apply(find_anatomy(build("mixtral")))
     assert {p.where for p in error.value.problems} == {"method.target_parameters", "method.lora_dropout"}
     assert "mlp.experts.gate_up_proj" in str(error.value)
 
 
 def test_keys_of_a_dense_model_are_refused() -> None:
-    dense = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    dense = find_anatomy(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)))
     check_keys(MoeConfig(), [], dense)  # type: ignore[call-arg]
-    check_keys(MoeConfig(router="train"), ["moe.router"], build("mixtral"))  # type: ignore[call-arg]
+    check_keys(MoeConfig(router="train"), ["moe.router"], find_anatomy(build("mixtral")))  # type: ignore[call-arg]
     for config, keys in ((MoeConfig(z_loss_coef=0.1), []), (MoeConfig(), ["moe.z_loss_coef"])):  # type: ignore[call-arg]
         with pytest.raises(RequestError, match="no mixture of experts"):
             check_keys(config, keys, dense)
@@ -190,10 +185,11 @@ def test_keys_of_a_dense_model_are_refused() -> None:
 
 def test_the_models_own_coefficient_counts_where_routers_learn() -> None:
     model, lora, full = build("mixtral"), LoraConfig(name="lora"), FullConfig(name="full")  # type: ignore[call-arg]
-    assert resolve_aux_loss_coef(MoeConfig(), full, model) == model.config.router_aux_loss_coef > 0  # type: ignore[call-arg]
-    assert resolve_aux_loss_coef(MoeConfig(), lora, model) == 0  # type: ignore[call-arg]
-    assert resolve_aux_loss_coef(MoeConfig(aux_loss_coef=0.5), lora, model) == 0.5  # type: ignore[call-arg]
-    assert resolve_aux_loss_coef(MoeConfig(), full, build("deepseek_v3")) == 0  # type: ignore[call-arg]
+    anatomy = find_anatomy(model)
+    assert resolve_aux_loss_coef(MoeConfig(), full, anatomy) == model.config.router_aux_loss_coef > 0  # type: ignore[call-arg]
+    assert resolve_aux_loss_coef(MoeConfig(), lora, anatomy) == 0  # type: ignore[call-arg]
+    assert resolve_aux_loss_coef(MoeConfig(aux_loss_coef=0.5), lora, anatomy) == 0.5  # type: ignore[call-arg]
+    assert resolve_aux_loss_coef(MoeConfig(), full, find_anatomy(build("deepseek_v3"))) == 0  # type: ignore[call-arg]
 
 
 class Alone:
@@ -220,7 +216,7 @@ def test_gradients_of_the_balance_loss_are_those_of_the_whole_batch(padded: bool
         collate = collate_padded
     else:
         model.set_attn_implementation(DOCUMENTS["eager"])
-    routing = Routing(model, 0.7, 0.0, "train", per_layer=per_layer)
+    routing = Routing(find_anatomy(model), 0.7, 0.0, "train", per_layer=per_layer)
     micros = [collate(samples_of([segments[i]] for i in part)) for part in ((0, 3), (1, 2))]
     routing.survey(micros, Alone(model), sum_losses, lambda phase: None)  # type: ignore[arg-type]
     total = sum(micro.supervised for micro in micros)
@@ -251,7 +247,7 @@ def test_balance_does_not_depend_on_what_the_task_weighs() -> None:
     gradients = []
     for weight in (None, 2.0):
         model = build("olmoe")
-        routing = Routing(model, 0.7, 0.3, "train", per_layer=False)
+        routing = Routing(find_anatomy(model), 0.7, 0.3, "train", per_layer=False)
         segments = [[{"input_ids": row, "labels": row}] for row in rows]
         micros = [replace(collate_padded(samples_of([segment])), weight=weight) for segment in segments]
 
@@ -269,9 +265,10 @@ def test_balance_does_not_depend_on_what_the_task_weighs() -> None:
 
 def test_metrics_tell_dead_experts_and_load() -> None:
     model = build("mixtral")
-    for mixture in find_mixtures(model):
-        nn.init.zeros_(mixture.router.weight)  # ties: the first two are chosen for every token
-    routing = Routing(model, 0.0, 0.0, "frozen", per_layer=False)
+    anatomy = find_anatomy(model)
+    for mixture in anatomy.mixtures:
+        nn.init.zeros_(anatomy.part(mixture.router).weight)  # ties: the first two are chosen for every token
+    routing = Routing(find_anatomy(model), 0.0, 0.0, "frozen", per_layer=False)
     row = np.arange(1, 8)
     micro = collate_padded(samples_of([[{"input_ids": row, "labels": row}]]))
     routing.survey([micro], Alone(model), sum_losses, lambda phase: None)  # type: ignore[arg-type]

@@ -14,11 +14,12 @@ from dist_ft.config.method import LoraConfig
 from dist_ft.errors import RequestError
 from dist_ft.inspect.model import count_components
 from dist_ft.method.lora import Lora
-from dist_ft.model.anatomy import find_linears, find_mixtures
+from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.quantization import packing
 from dist_ft.model.quantization.packed import find_packed
 from dist_ft.model.quantization.packing import pack, packed_bytes, unpack
 from dist_ft.model.quantize import quantize
+from tests.samples import anatomized
 from tests.unit.model.moe.test_moe import CONFIGS, Separate, build
 
 SCHEMES = ("nf4", "int8")
@@ -28,8 +29,8 @@ IDS = torch.arange(1, 41).view(2, 20)
 def adapted(model: Any) -> Any:
     """With LoRA on attention, whose B does not start at zero, so that each matrix has a gradient."""
     torch.manual_seed(2)
-    targets = sorted({name.rsplit(".", 1)[-1] for name in find_linears(model) if "attn" in name})
-    model = Lora(LoraConfig(name="lora", r=2, target_modules=targets)).apply(model)
+    targets = sorted({name.rsplit(".", 1)[-1] for name in find_anatomy(model).linears if "attn" in name})
+    model = Lora(LoraConfig(name="lora", r=2, target_modules=targets)).apply(find_anatomy(model))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1)
@@ -76,12 +77,12 @@ def test_forward_and_gradients_are_those_of_the_dequantised_model(name: str, sch
 def test_packed_are_fused_experts_and_linear_layers_and_nothing_else(name: str) -> None:
     plain, model = build(name), quantize(build(name), "nf4", torch.float32, weights=True)
     fused = {n for n, p in plain.named_parameters() if p.ndim == 3}
-    assert fused and set(find_packed(model)) == fused | {f"{n}.weight" for n in find_linears(plain)}
+    assert fused and set(find_packed(model)) == fused | {f"{n}.weight" for n in find_anatomy(plain).linears}
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    assert [(m.router_name, m.num_experts, m.fused) for m in find_mixtures(model)] == [
-        (m.router_name, m.num_experts, m.fused) for m in find_mixtures(plain)
+    assert [(m.router, m.num_experts, m.fused) for m in find_anatomy(model).mixtures] == [
+        (m.router, m.num_experts, m.fused) for m in find_anatomy(plain).mixtures
     ]
-    before, after = count_components(plain), count_components(model)
+    before, after = (count_components(anatomized(one)) for one in (plain, model))
     assert after["experts"].parameters == before["experts"].parameters
     assert after["experts"].bytes_by_dtype["nf4"] < 0.6 * after["experts"].parameters
     assert "nf4" not in after["router"].bytes_by_dtype
@@ -96,7 +97,8 @@ def test_no_weight_is_kept_for_the_backward(implementation: str, checkpointing: 
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    experts = [find_mixtures(model)[i].experts for i in range(3)]
+    anatomy = find_anatomy(model)
+    experts = anatomy.parts(mixture.experts for mixture in anatomy.mixtures)
     slices = [w for e in experts for name in e.packed for w in e.dequantize(name)]
     kept: list[torch.Tensor] = []
 
@@ -154,7 +156,11 @@ def test_large_weights_are_packed_in_chunks(scheme: str, monkeypatch: pytest.Mon
 def test_separate_experts_keep_their_router() -> None:
     model = nn.Sequential(nn.ModuleList(Separate(64, 4) for _ in range(2)))
     quantize(model, "nf4", torch.float32, weights=True)
-    assert len(find_packed(model)) == 8 and len(find_mixtures(model)) == 2 and len(find_linears(model)) == 8
+    assert (
+        len(find_packed(model)) == 8
+        and len(find_anatomy(model).mixtures) == 2
+        and len(find_anatomy(model).linears) == 8
+    )
 
 
 def test_weights_of_a_forward_are_dropped_after_it() -> None:
@@ -171,12 +177,12 @@ def test_weights_of_a_forward_are_dropped_after_it() -> None:
 def test_adapters_of_packed_experts_are_refused() -> None:
     model = quantize(build("mixtral"), "nf4", torch.float32, weights=True)
     with pytest.raises(RequestError, match="packed in nf4"):
-        Lora(LoraConfig(name="lora", r=2, target_parameters=["experts.gate_up_proj"])).apply(model)
+        Lora(LoraConfig(name="lora", r=2, target_parameters=["experts.gate_up_proj"])).apply(find_anatomy(model))
 
 
 def test_packed_layers_cannot_be_trained_whole() -> None:
     model = quantize(build("mixtral"), "nf4", torch.float32, weights=True)
     with pytest.raises(RequestError, match=r"'q_proj'.*packed in nf4"):
-        Lora(LoraConfig(name="lora", r=2, modules_to_save=["q_proj"])).apply(model)
-    tuned = Lora(LoraConfig(name="lora", r=2, modules_to_save=["lm_head"])).apply(model)
+        Lora(LoraConfig(name="lora", r=2, modules_to_save=["q_proj"])).apply(find_anatomy(model))
+    tuned = Lora(LoraConfig(name="lora", r=2, modules_to_save=["lm_head"])).apply(find_anatomy(model))
     assert any("lm_head" in name for name, p in tuned.named_parameters() if p.requires_grad)

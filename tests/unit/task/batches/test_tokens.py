@@ -1,4 +1,4 @@
-"""The loss of next-token prediction: the same whatever the layout, by an oracle that shifts and sums by hand."""
+"""The next-token prediction loss does not depend on the layout and equals that of a plain reference implementation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def documents_model(tiny_llama: Path) -> nn.Module:
 
 
 def oracle(model: nn.Module) -> tuple[torch.Tensor, int]:
-    """Loss sum and number of targets, one document and one target at a time, without any of the code under test."""
+    """Sum of losses and number of targets, one target at a time, without using the code under test."""
     losses = []
     for s in SEGMENTS:
         ids, labels = torch.tensor(s["input_ids"])[None].long(), s["labels"].tolist()
@@ -91,7 +91,7 @@ def test_padded_rows_have_the_same_targets() -> None:
 
 
 def test_packed_samples_cannot_be_padded() -> None:
-    with pytest.raises(AssertionError, match="without padding"):
+    with pytest.raises(AssertionError, match="padding-free"):
         task(False).collate(PACKED)
 
 
@@ -129,7 +129,7 @@ def test_a_micro_batch_without_targets_gives_zero_and_zero_gradients(
 
 
 class Fixed(nn.Module):
-    """A model that always predicts what `answers` says for the token before."""
+    """Model that predicts `answers[token]` after each token."""
 
     def __init__(self, answers: dict[int, int]) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Fixed(nn.Module):
 
 @pytest.mark.parametrize("padding_free", [True, False])
 def test_scores_count_right_tokens_and_rows_that_are_right_throughout(padding_free: bool) -> None:
-    # right for 6→7, 7→8, 9→10; in the third document 12→13 and 14→15 but not 15→16
+    # correct for 6→7, 7→8 and 9→10; in the third document for 12→13 and 14→15, but not for 15→16
     subject, fixed = task(padding_free), Fixed({6: 7, 7: 8, 9: 10, 12: 13, 14: 15, 15: 0})
     scores = subject.score(fixed, subject.collate(UNPACKED))
     assert {name: int(value) for name, value in scores.counts.items()} == {
@@ -181,7 +181,7 @@ def test_causal_metrics_have_no_exact_match() -> None:
 
 
 class Recorder:
-    """Stands in for data/template.ChatTokenizer."""
+    """Stub of `ChatTokenizer` that records calls."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *arguments: {"input_ids": [name, *arguments], "labels": [0, 1]}
@@ -204,5 +204,5 @@ def test_text_rows_reach_the_tokenizer() -> None:
     subject = CausalLM(CausalLMConfig(name="causal_lm"), padding_free=True)
     assert subject.encode({"text": "x"}, Recorder())[0]["input_ids"] == ["encode_text", "x"]
     assert subject.encode({"input_ids": [1, 2], "labels": [1, 2]}, None) == [{"input_ids": [1, 2], "labels": [1, 2]}]
-    with pytest.raises(RowFault, match="no label but perhaps the first"):
+    with pytest.raises(RowFault, match="no token after the first one is supervised"):
         subject.encode({"input_ids": [1, 2], "labels": [1, -100]}, None)

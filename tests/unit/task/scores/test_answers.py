@@ -1,4 +1,4 @@
-"""Spans are found, ranked and scored, and answers read, as SQuAD and its scripts have them."""
+"""Answer spans are found, ranked and scored, and answers are read, as defined by SQuAD and its official scripts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_row_takes_the_best_of_its_pieces() -> None:
 
 @pytest.mark.parametrize(("threshold", "text"), [(0.0, ""), (0.99, ""), (1.0, "two"), (5.0, "two")])
 def test_nothing_is_the_answer_beyond_the_threshold(threshold: float, text: str) -> None:
-    """The null score of a row is the least of its pieces': 3, against 2 of the best span."""
+    """The null score of a row is the minimum over its chunks, here 3; the score of the best span is 2."""
     pieces = pieces_of((0, [(4, 7, 2.0)], 3.0), (0, [(0, 3, 1.0)], 8.0))
     (found,) = answer_rows(pieces, [row("one two three", "?")], 20, threshold)
     shares = torch.tensor([2.0, 1.0, 3.0]).softmax(0).tolist()
@@ -60,12 +60,12 @@ def test_nothing_is_the_answer_beyond_the_threshold(threshold: float, text: str)
 
 
 def test_scores_are_counted_as_squad_does() -> None:
-    """By hand: case, punctuation and articles do not count; a row takes its best answer."""
+    """Case, punctuation and articles are ignored, and the best answer of a row counts; computed by hand."""
     rows = [
         {"prediction": "The Beatles!", "answers": ["beatles", "Wings"]},
-        {"prediction": "John Lennon and Paul", "answers": ["Paul Lennon"]},  # 2 of 4 words, 2 of 2
+        {"prediction": "John Lennon and Paul", "answers": ["Paul Lennon"]},  # precision 2/4, recall 2/2
         {"prediction": "بيروت", "answers": ["القاهرة"]},
-        {"prediction": "b b c", "answers": ["b c c"]},  # each word as often as it stands in both
+        {"prediction": "b b c", "answers": ["b c c"]},  # repeated words count as often as they occur in both
     ]
     found = measure(rows)
     assert found == {
@@ -95,9 +95,9 @@ def test_rows_without_an_answer_are_scored_by_themselves() -> None:
     ("text", "start", "found"),
     [
         ("two", 4, 4),
-        ("two", None, 4),  # the first
+        ("two", None, 4),  # the first occurrence
         ("two", 0, 4),
-        ("two", 9, 8),  # the nearest to a start that is wrong
+        ("two", 9, 8),  # the occurrence nearest to a wrong offset
         ("two", 10**6, 8),
         ("two", -1, 4),
         (" two ", 3, 4),
@@ -120,7 +120,7 @@ SQUAD = {"id": "7", "title": "t", "context": "a b", "question": "b?"}
         ({"answers": {"text": [], "answer_start": []}, "is_impossible": True}, [], []),
         ({"answers": [{"text": "b", "answer_start": 2}, {"text": "a"}]}, ["b", "a"], [2, None]),
         ({"answers": ["b", "", "a"]}, ["b", "a"], [None, None]),
-        ({"answers": "b", "answer_start": "2"}, ["b"], [2]),  # as CSV has it
+        ({"answers": "b", "answer_start": "2"}, ["b"], [2]),  # as read from CSV
         ({"answer": "b"}, ["b"], [None]),
         ({"answers": None}, [], []),
         ({"answers": {"text": ["a", "b"], "answer_start": [0]}}, ["a", "b"], [None, None]),
@@ -140,5 +140,5 @@ def test_format_squad(columns: dict[str, Any], texts: list[str], starts: list[in
 
 @pytest.mark.parametrize("answers", [3, {"text": [1]}, [["b"]], [{"text": "b"}, "a"]])
 def test_answers_of_another_shape_are_refused(answers: Any) -> None:
-    with pytest.raises(RequestError, match="neither texts nor SQuAD's"):
+    with pytest.raises(RequestError, match="neither strings nor SQuAD's"):
         normalise({**SQUAD, "answers": answers}, "squad", {}, "x:1")

@@ -1,0 +1,105 @@
+"""The protocols between the rooms; the launcher's is in launch/launcher.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from .state import (
+    Anatomy,
+    Architecture,
+    Batch,
+    BuiltModel,
+    Example,
+    Facts,
+    Layout,
+    LossSum,
+    Metrics,
+    NamedState,
+    Row,
+    Sample,
+    StepInfo,
+    StepStats,
+    Weights,
+)
+
+if TYPE_CHECKING:  # torch is slow to import, and planning does not need it
+    import numpy as np
+    from torch import Tensor, nn
+
+    from .config.method import MethodChoice
+
+LossFn = Callable[["nn.Module", Batch], LossSum]
+OptimFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], Any]
+
+
+class Task(Protocol):
+    """What is learned. The defaults are those of a task without labels and without tables beyond its metrics."""
+
+    uses_facts: ClassVar[bool]  # whether it needs `Facts` of the data
+
+    @staticmethod
+    def architecture(config: Any, facts: Facts) -> Architecture: ...
+    @staticmethod
+    def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
+        """Return the labels of a row, each with its name where the label is a number and the row names it."""
+        return ()
+
+    @property
+    def layout(self) -> Layout: ...
+    def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]: ...
+    def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]: ...
+    def count_targets(self, table: Any, samples: Any) -> np.ndarray: ...
+    def collate(self, samples: Sequence[Sample]) -> Batch: ...
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum: ...
+    def score(self, model: nn.Module, batch: Batch) -> LossSum: ...
+    def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics: ...
+    def details(self, totals: LossSum, rows: Sequence[Row]) -> Mapping[str, Any]:
+        """Return tables beyond the metrics."""
+        return {}
+
+
+@runtime_checkable
+class Refers(Protocol):
+    """A task whose loss compares with the initial model, whose log-probabilities assess/reference.py measures once."""
+
+    def refer(self, model: nn.Module, batch: Batch) -> LossSum: ...  # one prediction per sample with its `values`
+
+
+class Method(Protocol):
+    """Which weights are trained, and how they are exported."""
+
+    @property
+    def config(self) -> MethodChoice: ...
+    def apply(self, anatomy: Anatomy) -> nn.Module: ...
+    def export(self, model: nn.Module, weights: Weights, out: Path) -> None: ...
+
+
+class Engine(Protocol):
+    """Owns parameters, gradients and updates; the loop never asks which engine it is.
+
+    `setup` distributes the model of rank 0: the other ranks pass the same modules without weights.
+    """
+
+    def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None: ...
+    def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum: ...
+    def step(self, learning_rate: float) -> StepStats: ...
+    def evaluate(self, micro: Batch, loss: LossFn) -> LossSum: ...
+    def state(self) -> NamedState: ...
+    def load(self, state: NamedState) -> None: ...
+    def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class Tracker(Protocol):
+    """Where metrics go."""
+
+    def log(self, metrics: Metrics, *, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Hook(Protocol):
+    """What else happens around a step; every rank calls it. `after_step` returns further metrics."""
+
+    def before_step(self, micros: Sequence[Batch]) -> None: ...
+    def after_step(self, info: StepInfo) -> Metrics: ...
