@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,11 +20,6 @@ from typing import Any
 
 GLOBAL_BATCH, MICRO_BATCH, LEARNING_RATE = 16, 4, 2e-4
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def prepare_rows(folder: Path) -> dict[str, str]:
@@ -44,15 +38,9 @@ def prepare_rows(folder: Path) -> dict[str, str]:
 
 
 def run_ours(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
-    import torch
+    from recorded import train
 
-    from dist_ft.build import build
-    from dist_ft.config.plan import make_plan
     from dist_ft.launch.compose import compose
-    from dist_ft.loop import fit
-    from dist_ft.prepare import prepare
-    from dist_ft.process import comm
-    from dist_ft.process.place import Place
 
     words = [
         f"data.train={rows}", "data.format=tokens", "data.validation=null", "data.test=null", "data.shuffle=false",
@@ -61,23 +49,10 @@ def run_ours(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
         f"train.per_device_train_batch_size={MICRO_BATCH}", f"optim.learning_rate={LEARNING_RATE}",
         "optim.warmup_ratio=0", "launch.workers_per_node=1", *[f"method.{k}={v}" for k, v in LORA.items()],
     ]  # fmt: skip
-    config = compose(words).config
-    plan = make_plan(config, nodes=1, workers_per_node=1, origins={})
-    place = Place()
-    comm.join(place, comm.open_store(place, 60), torch.device("cpu"), 60)
-    run = build(plan, prepare(config), place, torch.device("cpu"), sys.stderr, lambda phase: None)
-    marks: list[tuple[float, float]] = []
-    losses: list[float] = []
-
-    class Marks:
-        def on_step(self, info: Any) -> None:
-            marks.append((cpu_seconds(), info.metrics["perf/tokens_per_second"] * info.metrics["perf/step_time_s"]))
-            losses.append(info.metrics["train/loss"])
-
-    run.hooks.append(Marks())
-    run.save = lambda progress: None
-    fit(run)
-    return {"losses": losses, "tokens": sum(t for _, t in marks[1:]), "cpu_s": marks[-1][0] - marks[0][0]}
+    found = train(compose(words).config)
+    tokens = [step["perf/tokens_per_second"] * step["perf/step_time_s"] for step in found]
+    cpu_s = found[-1]["cpu_s"] - found[0]["cpu_s"]
+    return {"losses": [step["train/loss"] for step in found], "tokens": sum(tokens[1:]), "cpu_s": cpu_s}
 
 
 def run_trl(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
@@ -85,6 +60,7 @@ def run_trl(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
     import torch
     import trl
     from datasets import Dataset
+    from recorded import cpu_seconds
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     data = [json.loads(line) for line in Path(rows).read_text().splitlines()]

@@ -20,8 +20,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dist_ft.process.place import find_device
-
 SIZES: dict[str, dict[str, int]] = {
     "1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -57,15 +55,9 @@ def make_inputs(folder: Path, size: str, documents: int, longest: int) -> None:
 
 def run_case(folder: Path, method: str, attention: str, checkpointing: bool, batch: int, steps: int) -> dict[str, Any]:
     """Train in this process and return the median of each metric over the counted steps."""
-    import torch
+    from recorded import train
 
-    from dist_ft.build import build
-    from dist_ft.config.plan import make_plan
     from dist_ft.config.run import RunConfig
-    from dist_ft.loop import fit
-    from dist_ft.prepare import prepare
-    from dist_ft.process import comm
-    from dist_ft.process.place import Place
 
     config = RunConfig.model_validate(
         {
@@ -87,25 +79,9 @@ def run_case(folder: Path, method: str, attention: str, checkpointing: bool, bat
             "launch": {"name": "local", "workers_per_node": 1},
         }
     )
-    place, plan = Place(), make_plan(config, nodes=1, workers_per_node=1, origins={})
-    device = find_device(place)
-    comm.join(place, comm.open_store(place, 60), device, 60)
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
-    run = build(plan, prepare(config), place, device, sys.stderr, lambda phase: None)
-    run.save = lambda progress: None
-    seen: list[dict[str, float]] = []
-
-    class Collect:
-        def on_step(self, info: Any) -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seen.append(dict(info.metrics))
-
-    run.hooks.append(Collect())
-    fit(run)
     names = ("perf/step_time_s", "perf/tokens_per_second", "perf/mfu", "perf/peak_memory_bytes", "train/loss")
-    counted = seen[WARM_UP:]
-    return {name: statistics.median(m[name] for m in counted) for name in names if name in counted[0]}
+    counted = train(config)[WARM_UP:]
+    return {name: statistics.median(step[name] for step in counted) for name in names if name in counted[0]}
 
 
 def main() -> None:
