@@ -1,11 +1,11 @@
 """Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00052).
 
-A narrow two-layer network with a skip connection stands behind a sublayer's last linear layer, before the sublayer's
-output is added to the residual. Houlsby puts one behind attention and one behind the MLP of every block, Pfeiffer one
-behind the MLP. The model's own modules keep their names and weights: an adapter is a child of the linear layer whose
+A narrow two-layer network with a skip connection follows a sublayer's last linear layer, before the sublayer's output
+is added to the residual stream. Houlsby adds one after attention and one after the MLP of every block, Pfeiffer one
+after the MLP. The model's own modules keep their names and weights: an adapter is a child of the linear layer whose
 output it changes.
 
-A saved one is loaded by:
+Load a saved adapter with:
 
     from dist_ft.method.adapter import load_adapter
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE)
@@ -33,7 +33,7 @@ from .full import train_head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KIND = "bottleneck"
-STANDARD_DEVIATION = 1e-2  # of the down-projection, as Houlsby et al., section 3.6
+STANDARD_DEVIATION = 1e-2  # of the down-projection (Houlsby et al., section 3.6)
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -43,12 +43,12 @@ NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Bottleneck(nn.Module):
-    """`h + up(f(down(h)))`; the identity at first, as `up` starts at zero.
+    """Compute `h + up(f(down(h)))`; the identity at initialization, because `up` is zero.
 
     Args:
-        width: of h, [..., width].
-        inner: of the bottleneck.
-        non_linearity: f.
+        width: Size of the last dimension of h.
+        inner: Size of the bottleneck.
+        non_linearity: Name of f.
     """
 
     def __init__(self, width: int, inner: int, non_linearity: str) -> None:
@@ -61,13 +61,13 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """In the bottleneck's own precision; the result in that of `hidden`."""
+        """Compute in the bottleneck's dtype and return the result, `[..., width]`, in that of `hidden`."""
         given = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(self.down.weight.dtype)
         return hidden + self.up(self.non_linearity(self.down(given))).to(hidden.dtype)
 
 
 class Adapter:
-    """The method `adapter`: the model is frozen, bottlenecks learn."""
+    """The method `adapter`: the model is frozen and bottlenecks are trained."""
 
     config: AdapterConfig
 
@@ -75,10 +75,10 @@ class Adapter:
         self.config = config
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """The same model, frozen, with trainable bottlenecks in it.
+        """Freeze the model and insert trainable bottlenecks.
 
         Raises:
-            RequestError: a block's sublayers do not end in a linear layer, such as a mixture of experts.
+            RequestError: A sublayer of a block does not end in a linear layer, such as a mixture of experts.
         """
         model = anatomy.model.requires_grad_(False)
         insert(anatomy, self.config)
@@ -86,7 +86,7 @@ class Adapter:
         return model
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
-        """Write adapter_model.safetensors and adapter_config.json, which `load_adapter` reads."""
+        """Write adapter_model.safetensors and adapter_config.json for `load_adapter`."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
         save_file(state, out / WEIGHTS, metadata={"format": "pt"})
         settings = {"adapter_type": KIND, **self.config.model_dump(exclude={"name"})}
@@ -94,24 +94,26 @@ class Adapter:
 
 
 def is_bottleneck(folder: Path) -> bool:
-    """Whether the folder's adapter is one of this module's, and not peft's."""
+    """Return whether the folder holds an adapter of this module, and not one of peft."""
     settings: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return settings.get("adapter_type") == KIND
 
 
 def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a saved adapter into its base model, in place and frozen; needs no more of the run than the folder.
+    """Insert a saved adapter into its base model in place, frozen.
 
     Args:
-        base: a transformers model like the one that the adapter was trained on.
-        folder: of the export.
+        base: A transformers model with the architecture that the adapter was trained on.
+        folder: The export.
 
     Raises:
-        RequestError: the folder holds another kind of adapter, or one of another model.
+        RequestError: The folder holds another kind of adapter, or one of another model.
     """
     folder = Path(folder)
     if not is_bottleneck(folder):
-        raise RequestError.of(str(folder), "holds no bottleneck adapter", "load it by peft.PeftModel.from_pretrained")
+        raise RequestError.of(
+            str(folder), "does not hold a bottleneck adapter", "load it with peft.PeftModel.from_pretrained"
+        )
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     known = {key: settings[key] for key in AdapterConfig.model_fields if key in settings}
     insert(find_anatomy(base), AdapterConfig(name="adapter", **known))
@@ -120,8 +122,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
     shapes = {name: tuple(p.shape) for name, p in wanted.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in given.items()}:
         different = sorted(n for n in {*shapes, *given} if n not in given or shapes.get(n) != tuple(given[n].shape))
-        rule = f"other tensors than this model takes: {', '.join(different[:3])} ({len(different)} in all)"
-        raise RequestError.of(str(folder), rule, "load the base that adapter_config.json names")
+        rule = f"has other tensors than this model needs: {', '.join(different[:3])} ({len(different)} in total)"
+        raise RequestError.of(str(folder), rule, "use the base model that adapter_config.json names")
     for name, parameter in wanted.items():
         parameter.data.copy_(given[name])
         parameter.requires_grad_(False)
@@ -129,15 +131,15 @@ def load_adapter(base: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def insert(anatomy: Anatomy, config: AdapterConfig) -> None:
-    """Give every sublayer that the configuration means a bottleneck in float32, on its device.
+    """Insert a float32 bottleneck into every sublayer that the configuration selects, on the sublayer's device.
 
     Raises:
-        RequestError: a sublayer does not end in a linear layer.
+        RequestError: A sublayer does not end in a linear layer.
     """
     ends = find_sublayer_ends(anatomy)
     if not ends:
-        rule = f"{type(anatomy.model).__name__} has no blocks whose attention and MLP end in a linear layer"
-        raise RequestError.of("method", rule, "choose method=lora; experts and routers take no bottleneck")
+        rule = f"{type(anatomy.model).__name__} has no blocks whose attention and MLP both end in a linear layer"
+        raise RequestError.of("method", rule, "set method=lora; mixtures of experts do not support bottleneck adapters")
     for end in ends:
         if config.configuration == "pfeiffer" and end.is_attention:
             continue

@@ -1,4 +1,4 @@
-"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): the biases of all layers and norms learn, nothing else."""
+"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): only the biases of all layers and norms are trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .full import Full, train_head
 
 
 class Bitfit(Full):
-    """See the module. Exported as a whole model, as biases have no place of their own in a model's folder."""
+    """The method `bitfit`. Exported as a full model, because there is no adapter format for biases."""
 
     config: BitfitConfig
 
@@ -19,17 +19,17 @@ class Bitfit(Full):
         super().__init__(config)
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """The same model, parameters called `bias` trainable.
+        """Make the parameters named `bias` trainable.
 
         Raises:
-            RequestError: there are none.
+            RequestError: The model has no biases.
         """
         self.keep_buffers(anatomy)
         model = anatomy.model.requires_grad_(False)
         biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
         if not biases:
-            rule = f"{type(model).__name__} has no biases, so bitfit would train nothing"
-            raise RequestError.of("method", rule, "choose method=ln_tuning or method=ia3, which are as small")
+            rule = f"{type(model).__name__} has no biases, so that bitfit would train nothing"
+            raise RequestError.of("method", rule, "set method=ln_tuning or method=ia3, which train as few parameters")
         for bias in biases:
             bias.requires_grad_(True)
         train_head(anatomy)

@@ -1,4 +1,4 @@
-"""A part of the model learns: its last blocks, what patterns name, embeddings, head; the rest gives features."""
+"""Training of a part of the model: its last blocks, parameters named by patterns, embeddings, or head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .full import Full, train_head
 
 
 class Freeze(Full):
-    """See the module. Exported as a whole model: what is frozen is in it as it was."""
+    """The method `freeze`. Exported as a full model, with the frozen weights unchanged."""
 
     config: FreezeConfig
 
@@ -21,10 +21,10 @@ class Freeze(Full):
         super().__init__(config)
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """The same model with the chosen parameters trainable.
+        """Make the selected parameters trainable.
 
         Raises:
-            RequestError: there are fewer blocks, a pattern matches nothing, or nothing would learn.
+            RequestError: There are fewer blocks, a pattern matches nothing, or nothing would be trained.
         """
         config, model = self.config, anatomy.model
         self.keep_buffers(anatomy)
@@ -49,14 +49,16 @@ class Freeze(Full):
             _require_part(anatomy, anatomy.head).requires_grad_(True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             way_out = "set method.num_layers=2, method.train_head=true, or patterns in method.trainable"
-            raise RequestError.of("method", "nothing would learn: no layers, patterns, embeddings or head", way_out)
+            raise RequestError.of(
+                "method", "nothing would be trained: no layers, patterns, embeddings or head are selected", way_out
+            )
         return model
 
 
 def _block_problems(config: FreezeConfig, blocks: int) -> list[Problem]:
     if config.num_layers <= blocks:
         return []
-    rule = f"the model has {blocks} layers, {config.num_layers} were to learn"
+    rule = f"{config.num_layers} layers are to be trained, but the model has {blocks}"
     return [Problem("method.num_layers", rule, f"set it to at most {blocks}, or method=full")]
 
 
@@ -67,10 +69,10 @@ def _pattern_problems(config: FreezeConfig, model: nn.Module) -> list[Problem]:
         try:
             if any(re.search(pattern, name) for name in names):
                 continue
-            rule = f"{pattern!r} is found in no parameter's name"
+            rule = f"{pattern!r} matches no parameter name"
         except re.error as error:
-            rule = f"{pattern!r} is no regular expression: {error}"
-        problems.append(Problem("method.trainable", rule, f"names look like {', '.join(names[:4])}, …"))
+            rule = f"{pattern!r} is not a regular expression: {error}"
+        problems.append(Problem("method.trainable", rule, f"parameter names are like {', '.join(names[:4])}, …"))
     return problems
 
 
@@ -84,5 +86,5 @@ def _tie_problems(config: FreezeConfig, anatomy: Anatomy) -> list[Problem]:
         return [Problem("method.train_head", "the model has no output head", "set it to false")]
     if not anatomy.tied or config.train_head == config.train_embeddings:
         return []
-    rule = "input embeddings and head of this model are one tensor, and only one of them was to learn"
-    return [Problem("method.train_head", rule, "set method.train_embeddings and method.train_head alike")]
+    rule = "input embeddings and head of this model are tied, but only one of them is to be trained"
+    return [Problem("method.train_head", rule, "set method.train_embeddings and method.train_head to the same value")]

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight learns."""
+"""Full fine-tuning: every weight is trained."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .shards import write_model
 
 
 class Full:
-    """See the module."""
+    """The method `full`, and the base of methods that train a part of the model's own weights."""
 
     def __init__(self, config: MethodChoice) -> None:
         self.config = config
-        self.buffers: dict[str, Tensor] = {}  # as loaded: nothing here trains them, and `weights` has none
+        self.buffers: dict[str, Tensor] = {}  # as loaded: they are not trained, and engines stream parameters only
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """The same model, all parameters trainable."""
+        """Make all parameters trainable."""
         self.keep_buffers(anatomy)
         return anatomy.model.requires_grad_(True)
 
     def keep_buffers(self, anatomy: Anatomy) -> None:
-        """Remember the buffers that a folder holds (such as a router's correction bias), for the export."""
+        """Keep the persistent buffers (such as a router's correction bias) for the export."""
         buffers = anatomy.buffers()
         if not any(tensor.is_meta for tensor in buffers.values()):
             self.buffers = {name: tensor.detach().cpu().clone() for name, tensor in buffers.items()}
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
-        """Write a model folder; `weights` are consumed one by one, `model` gives configuration and names."""
+        """Write a model folder; `weights` are consumed one by one, `model` provides configuration and names."""
         write_model(model, itertools.chain(weights, self.buffers.items()), out)
 
 
 def train_head(anatomy: Anatomy) -> None:
-    """Have the task's head learn, if it has one that begins anew."""
+    """Make the randomly initialized modules of the task trainable."""
     for head in anatomy.parts(anatomy.task_head):
         head.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""(IA)³ by peft (Liu et al. 2022, arXiv 2205.05638): learned factors on keys, values and inner activations."""
+"""(IA)³ by peft (Liu et al. 2022, arXiv 2205.05638): trained factors on keys, values and MLP activations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .through_peft import ThroughPeft, check_names, task_type_of
 
 
 class Ia3(ThroughPeft):
-    """See the module."""
+    """The method `ia3`."""
 
     config: Ia3Config
 
@@ -24,10 +24,10 @@ class Ia3(ThroughPeft):
         self.config = config
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Freeze the model and put factors, at first 1, on the target modules.
+        """Freeze the model and add factors, initialized to 1, to the target modules.
 
         Raises:
-            RequestError: a target matches nothing, or peft knows none for this kind of model.
+            RequestError: A target matches nothing, or peft has no default targets for this type of model.
         """
         model = anatomy.model
         kind = model.config.model_type  # type: ignore[union-attr]
@@ -37,11 +37,13 @@ class Ia3(ThroughPeft):
             usual = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
             inner = [name for name in usual if name in (targets or [])]
         if not targets:
-            way_out = "name the key and value projections and the MLP's output, such as [k_proj, v_proj, down_proj]"
-            raise RequestError.of("method.target_modules", f"peft knows none for a model of type {kind}", way_out)
+            way_out = "set it to the key and value projections and the MLP output, such as [k_proj, v_proj, down_proj]"
+            raise RequestError.of(
+                "method.target_modules", f"peft has no default targets for model type {kind}", way_out
+            )
         check_names("method.target_modules", targets, model, [])
         if strange := sorted(set(inner) - set(targets)):
-            rule = f"{', '.join(strange)}: not among the target modules"
+            rule = f"{', '.join(strange)} is not in method.target_modules"
             raise RequestError.of("method.feedforward_modules", rule, "add them to method.target_modules")
         settings = peft.IA3Config(
             task_type=task_type_of(model),

@@ -1,4 +1,4 @@
-"""Norm tuning by peft (Zhao et al. 2023, arXiv 2312.11420): copies of the norms learn."""
+"""Norm tuning by peft (Zhao et al. 2023, arXiv 2312.11420): copies of the norms are trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .through_peft import ThroughPeft, check_names, task_type_of
 
 
 class LnTuning(ThroughPeft):
-    """See the module."""
+    """The method `ln_tuning`."""
 
     config: LnTuningConfig
 
@@ -20,15 +20,15 @@ class LnTuning(ThroughPeft):
         self.config = config
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Freeze the model and put trainable copies beside its norms.
+        """Freeze the model and add trainable copies of its norms.
 
         Raises:
-            RequestError: a target matches nothing, or the model has no norm with weights.
+            RequestError: A target matches nothing, or the model has no norm with weights.
         """
         model = anatomy.model
         endings = sorted({name.rsplit(".", 1)[-1] for name in anatomy.norms})
         if not endings:
-            raise RequestError.of("method", "the model has no norm with weights", "choose method=lora")
+            raise RequestError.of("method", "the model has no norm with weights", "set method=lora")
         targets = self.config.target_modules or endings
         check_names("method.target_modules", targets, model, endings)
         settings = peft.LNTuningConfig(

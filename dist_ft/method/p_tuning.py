@@ -1,4 +1,4 @@
-"""P-tuning by peft (Liu et al. 2021, arXiv 2103.10385): a small network gives embeddings in front of a row."""
+"""P-tuning by peft (Liu et al. 2021, arXiv 2103.10385): a small network computes embeddings before every row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 
 
 class PTuning(VirtualTokens):
-    """See the module; the network is an MLP."""
+    """The method `p_tuning`; the network is an MLP."""
 
     config: PTuningConfig
 
@@ -20,7 +20,7 @@ class PTuning(VirtualTokens):
         self.config = config
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Freeze the model and put what the network gives in front of its input."""
+        """Freeze the model and prepend the network's output to its input embeddings."""
         return put_in_front(
             anatomy,
             peft.PromptEncoderConfig(

@@ -1,4 +1,4 @@
-"""Prefix tuning by peft (Li and Liang 2021, arXiv 2101.00190): keys and values in front of every row learn."""
+"""Prefix tuning by peft (Li and Liang 2021, arXiv 2101.00190): trained keys and values before every row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .virtual_tokens import VirtualTokens, put_in_front
 
 
 class Prefix(VirtualTokens):
-    """See the module."""
+    """The method `prefix`."""
 
     config: PrefixConfig
 
@@ -20,7 +20,7 @@ class Prefix(VirtualTokens):
         self.config = config
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Freeze the model and put learned keys and values in front of those of every layer."""
+        """Freeze the model and prepend trained keys and values to those of every layer."""
         return put_in_front(
             anatomy,
             peft.PrefixTuningConfig(

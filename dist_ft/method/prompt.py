@@ -1,4 +1,4 @@
-"""Prompt tuning by peft (Lester et al. 2021, arXiv 2104.08691): input embeddings in front of every row learn."""
+"""Prompt tuning by peft (Lester et al. 2021, arXiv 2104.08691): trained input embeddings before every row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .virtual_tokens import STACKS, VirtualTokens, put_in_front
 
 
 class Prompt(VirtualTokens):
-    """See the module."""
+    """The method `prompt`."""
 
     config: PromptConfig
 
@@ -22,7 +22,7 @@ class Prompt(VirtualTokens):
         self.config = config
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Freeze the model and put learned embeddings in front of its input."""
+        """Freeze the model and prepend trained embeddings to its input embeddings."""
         settings: dict[str, Any] = {}
         if self.config.prompt_tuning_init == "TEXT":
             own = anatomy.model.config._name_or_path  # type: ignore[union-attr]

@@ -1,8 +1,9 @@
-"""Starts of LoRA that move a part of the frozen weight into the adapter: PiSSA and OLoRA, by peft's formulas.
+"""LoRA initializations that move a part of the frozen weight into the adapter: PiSSA and OLoRA, by peft's formulas.
 
-W becomes W - s·B0·A0, and the adapter begins at B0·A0, so that the model is the base at first. B0 and A0 are kept in a
-file of the run: a resumed run takes the same part out of W, whatever its machine would make of the factorisation, and
-the export is an adapter of twice the rank for the base as it was, s·(B·A - B0·A0) = s·[B, -B0]·[A; A0].
+W becomes W - s·B0·A0 and the adapter is initialized to B0·A0, so that the model equals the base model at first. B0 and
+A0 are stored in a file of the run: a resumed run subtracts the same part from W, whatever its machine's factorization
+would give, and the export is an adapter of twice the rank for the unchanged base model,
+s·(B·A - B0·A0) = s·[B, -B0]·[A; A0].
 """
 
 from __future__ import annotations
@@ -25,32 +26,35 @@ from ..model.quantization.packed import find_packed
 from ..state import Weights
 
 ADAPTER = "default"
-Start = dict[str, Tensor]  # A and B, float32, by the names that the parameters have in the model
+Start = dict[str, Tensor]  # A and B, float32, by parameter name
 
 
 def begin(model: peft.PeftModel, kind: str, dtype: torch.dtype, start: Mapping[str, Tensor] | None = None) -> Start:
-    """Have the adapters take their part out of the weights, and give what they begin with.
+    """Initialize the adapters and subtract their part from the base weights.
 
     Args:
-        model: with its weights, and adapters of the shapes that are meant.
+        model: With its weights, and adapters of their final shapes.
         kind: `pissa`, `pissa_niter_N` (Meng et al. 2024, arXiv 2404.02948) or `olora` (Büyükakyüz 2024, arXiv
             2406.01775).
-        dtype: of the forward; the start is rounded to it, as some engines do with all weights.
-        start: to begin with, and to compute none; of a run that goes on.
+        dtype: Of the forward; the factors are rounded to it, as some engines do with all weights.
+        start: The factors of a resumed run; computed if None.
+
+    Returns:
+        The initial factors.
 
     Raises:
-        RequestError: `start` is of other adapters.
+        RequestError: `start` belongs to other adapters.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, lora.Linear)}
     names = {f"{name}.lora_{part}.{ADAPTER}.weight" for name in layers for part in "AB"}
     if start is not None and set(start) != names:
-        rule = f"holds the start of other adapters ({len(names ^ set(start))} names differ)"
-        raise RequestError.of(START_FILE, rule, "go on with the method that the run began with")
+        rule = f"holds the initial factors of other adapters ({len(names ^ set(start))} names differ)"
+        raise RequestError.of(START_FILE, rule, "resume with the method that the run started with")
     begun: Start = {}
     for name, layer in layers.items():
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         weight = layer.get_base_layer().weight
-        whole = weight.data.clone()  # peft writes into it
+        whole = weight.data.clone()  # peft modifies it
         names_of = {part: f"{name}.lora_{part}.{ADAPTER}.weight" for part in "AB"}
         if start is None:
             layer.olora_init(ADAPTER) if kind == "olora" else layer.pissa_init(ADAPTER, kind)
@@ -65,7 +69,7 @@ def begin(model: peft.PeftModel, kind: str, dtype: torch.dtype, start: Mapping[s
 
 
 def start_problems(config: LoraKeys, model: peft.PeftModel) -> Iterator[Problem]:
-    """Why the start cannot be made in this model."""
+    """Yield the reasons why this model cannot be initialized in this way."""
     key, kind = "method.init_lora_weights", config.init_lora_weights
     packed = find_packed(model)
     uses: dict[int, int] = {}
@@ -78,21 +82,21 @@ def start_problems(config: LoraKeys, model: peft.PeftModel) -> Iterator[Problem]
         plain = isinstance(layer, lora.Linear) and not isinstance(layer, lora.ParamWrapper)
         short = name.removeprefix("base_model.model.")
         if any(entry == name or entry.startswith(f"{name}.") for entry in packed):
-            rule = f"{kind} changes the base, and {short} is packed: what it leaves would have to be packed anew"
+            rule = f"{kind} changes the base weights, but {short} is quantized"
             yield Problem(key, rule, "set model.quantization=none, or remove it")
         elif not plain or (kind == "olora" and not isinstance(base, nn.Linear)):
-            rule = f"{kind} factorises linear layers, and {short} is {type(base).__name__}"
-            yield Problem(key, rule, "leave it out of method.target_modules and target_parameters, or remove the key")
+            rule = f"{kind} factorizes linear layers, but {short} is {type(base).__name__}"
+            yield Problem(key, rule, "remove it from method.target_modules and target_parameters, or remove this key")
         elif uses[id(base.weight)] > 1:
-            rule = f"{kind} changes {short}, whose weight is another module's too"
-            yield Problem(key, rule, "leave it out of method.target_modules")
+            rule = f"{kind} changes {short}, whose weight is shared with another module"
+            yield Problem(key, rule, "remove it from method.target_modules")
         elif layer.r[ADAPTER] > min(base.weight.shape):
-            rule = f"{kind} has no {layer.r[ADAPTER]} directions to take out of {short} {tuple(base.weight.shape)}"
-            yield Problem(key, rule, "lower method.r or its rank_pattern")
+            rule = f"rank {layer.r[ADAPTER]} is larger than the dimensions of {short}, {tuple(base.weight.shape)}"
+            yield Problem(key, rule, "lower method.r or method.rank_pattern")
 
 
 def subtract(weights: Weights, start: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Trained A [r, in] and B [out, r] as [A; A0] and [B, -B0], for the base as it was; what else comes, as it is."""
+    """Yield trained A `[r, in]` and B `[out, r]` as [A; A0] and [B, -B0], and other tensors unchanged."""
     for name, tensor in weights:
         if name not in start:
             yield name, tensor
@@ -103,7 +107,7 @@ def subtract(weights: Weights, start: Mapping[str, Tensor]) -> Iterator[tuple[st
 
 
 def double_rank(config: peft.LoraConfig) -> None:
-    """Settings of an adapter of twice the rank and the same scale, which begins where the base is."""
+    """Change the settings to an adapter of twice the rank with the same scale and the default initialization."""
     factor = math.sqrt(2) if config.use_rslora else 2
     config.r *= 2
     config.lora_alpha *= factor
@@ -113,7 +117,7 @@ def double_rank(config: peft.LoraConfig) -> None:
 
 
 def write_start(path: Path, start: Start) -> None:
-    """Whole or not at all."""
+    """Write the initial factors atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.partial")
     save_file(start, staging)
@@ -123,12 +127,12 @@ def write_start(path: Path, start: Start) -> None:
 
 
 def read_start(path: Path) -> Start:
-    """What a run began with.
+    """Read the initial factors of a run.
 
     Raises:
-        RequestError: the file is not there.
+        RequestError: The file does not exist.
     """
     if not path.exists():
-        rule = "is missing, and without it nobody knows what the adapter took out of the base at its start"
-        raise RequestError.of(str(path), rule, "bring it back to where it was, beside the run's checkpoints")
+        rule = "does not exist, but it holds what the adapter subtracted from the base weights at initialization"
+        raise RequestError.of(str(path), rule, "restore the file in the run's folder")
     return load_file(path)

@@ -1,4 +1,4 @@
-"""Chance in training beside the order of the data: noise on embeddings, and the rate of a model's own dropout."""
+"""Random regularization of the model: dropout rates, and noise on embeddings (NEFTune)."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ from ..errors import RequestError
 
 
 def set_dropout(settings: PreTrainedConfig, rate: float) -> None:
-    """Set every rate of dropout that a model's configuration, or one below it, has.
-
-    Not `layerdrop` rates, which leave out whole layers.
+    """Set every dropout rate of a model's configuration and of its sub-configurations, except `layerdrop` rates.
 
     Raises:
-        RequestError: it has none.
+        RequestError: There is none.
     """
     found = 0
     below = [value for value in vars(settings).values() if isinstance(value, PreTrainedConfig)]
     for part in (settings, *below):
         for key in [key for key in vars(part) if key.endswith(("dropout", "pdrop", "dropout_prob", "dropout_rate"))]:
-            if not isinstance(getattr(part, key), bool):  # null stands for another key's rate
+            if not isinstance(getattr(part, key), bool):  # null refers to the rate of another key
                 setattr(part, key, rate)
                 found += 1
     if not found:
-        rule = f"{settings.model_type} models have no dropout"
-        raise RequestError.of("model.dropout", rule, "remove it; LoRA has method.lora_dropout")
+        rule = f"models of type {settings.model_type} have no dropout"
+        raise RequestError.of("model.dropout", rule, "remove it; for LoRA, use method.lora_dropout")
 
 
 def add_embedding_noise(model: nn.Module, embeddings: nn.Module, alpha: float) -> None:
-    """Uniform noise on the embeddings while the model trains: NEFTune (Jain et al. 2023, algorithm 1).
+    """Add uniform noise to the embeddings in training mode: NEFTune (Jain et al. 2023, algorithm 1).
 
-    A document of L tokens of d numbers gets noise of at most alpha / sqrt(L d), as `neftune_noise_alpha` gives it in
-    transformers and TRL, but by its own length: neither padding nor its neighbours in a batch weaken it. It is drawn
+    A document of L tokens with d features gets noise of at most alpha / sqrt(L d), as with `neftune_noise_alpha` of
+    transformers and TRL, but by its own length: padding and other documents of the batch do not change it. It is drawn
     from torch's generator, as dropout is.
 
     Args:
-        model: gets the micro-batch's inputs, and with them the documents' lengths.
-        embeddings: its input embeddings, whose output is [B, T, d].
+        model: Receives the inputs of the micro-batch, and with them the lengths of the documents.
+        embeddings: The input embeddings, with output `[batch, seq, d]`.
         alpha: 5 to 15 in the paper.
     """
-    lengths: list[Tensor] = []  # of each token's document, [B, T]
+    lengths: list[Tensor] = []  # of each token's document, [batch, seq]
 
     def see(_: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         lengths[:] = [_lengths_of(inputs)]
 
     def add(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not module.training or not lengths or lengths[0].shape != output.shape[:2]:  # a decoder's, or a prompt's
+        is_known = bool(lengths) and lengths[0].shape == output.shape[:2]  # not of a decoder or a prompt encoder
+        if not module.training or not is_known:
             return output
         reach = alpha / (lengths[0].to(output.device) * output.shape[-1]).float().sqrt()
         return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul(reach[..., None]).to(output.dtype)
@@ -59,7 +58,7 @@ def add_embedding_noise(model: nn.Module, embeddings: nn.Module, alpha: float) -
 
 
 def _lengths_of(inputs: dict[str, Any]) -> Tensor:
-    """[B, T]: the length of the document that each token belongs to."""
+    """`[batch, seq]`: the length of the document that each token belongs to."""
     if "document_lengths" in inputs:
         documents = torch.tensor(inputs["document_lengths"])
         return documents.repeat_interleave(documents)[None]

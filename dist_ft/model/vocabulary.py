@@ -1,4 +1,4 @@
-"""Room for added tokens: embeddings, and an untied head, get a row for each that has none."""
+"""Embeddings for added tokens: the input embeddings, and an untied head, get one row for each new token."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..state import Architecture
 
 
 def grow_settings(settings: PreTrainedConfig, architecture: Architecture) -> None:
-    """Have a model that is built from `settings` come with the rows that `grow` would give it."""
+    """Set the vocabulary size that `grow` gives a loaded model in the configuration of a model to be built."""
     if architecture.vocabulary:
         settings.get_text_config().vocab_size = architecture.vocabulary
 
 
 def grow(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Give a loaded model the missing rows, each the mean of all old ones; old rows keep their bits.
+    """Add the missing rows to a loaded model, each the mean of all old rows; old rows are unchanged.
 
     transformers draws new rows around that mean, with the covariance of the old ones times 1e-9 (Hewitt 2021); the
-    mean itself is the same on every machine, and needs no eigenvalues of a large matrix.
+    mean itself is the same on every machine and needs no eigenvalues of a large matrix.
     """
     if not architecture.vocabulary:
         return

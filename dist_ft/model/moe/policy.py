@@ -27,7 +27,7 @@ def check_keys(config: MoeConfig, set_keys: Iterable[str], anatomy: Anatomy) -> 
     given = {f"moe.{key}": value for key, value in config if value is not None}
     changed = {f"moe.{key}" for key, field in MoeConfig.model_fields.items() if getattr(config, key) != field.default}
     wanted = sorted(changed | (given.keys() & set(set_keys)))
-    rule = "nothing reads it: the model has no mixture of experts"
+    rule = "has no effect: the model has no mixture of experts"
     if wanted:
         raise RequestError(*(Problem(key, rule, "remove it, or name another model") for key in wanted))
 
@@ -58,11 +58,11 @@ def route_method(method: MethodConfig, config: MoeConfig, anatomy: Anatomy) -> M
         return method
     field = "modules_to_save" if policy == "train" else "target_parameters"
     if field not in type(method).model_fields:
-        rule = f"{policy} is not possible with method={method.name}"
+        rule = f"{policy} is not supported with method={method.name}"
         raise RequestError.of("moe.router", rule, "set moe.router=frozen, or method=lora")
     if policy == "train":
         if held := [m.router for m in mixtures if list(anatomy.part(m.router).buffers())]:
-            rule = f"{held[0]} has buffers beside its weights, which peft does not save with an adapter"
+            rule = f"{held[0]} has buffers, which peft does not save with an adapter"
             raise RequestError.of("moe.router", rule, "set moe.router=adapt, or method=full")
         names = [mixture.router for mixture in mixtures]
     else:

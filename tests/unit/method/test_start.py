@@ -87,14 +87,14 @@ def test_without_weights_nothing_is_factorised(monkeypatch: pytest.MonkeyPatch) 
     ("settings", "build", "said"),
     [
         ({"target_modules": ["q_proj", "embed_tokens"]}, llama, "embed_tokens is Embedding"),
-        ({"r": 33}, llama, "has no 33 directions"),
+        ({"r": 33}, llama, "rank 33 is larger"),
         ({"target_modules": ["c_attn"], "init_lora_weights": "olora"}, gpt2, "c_attn is Conv1D"),
-        ({"target_modules": ["c_attn", "lm_head"]}, gpt2, "another module's too"),
-        ({}, lambda: quantize(llama(), "nf4", torch.float32, weights=True), "is packed"),
+        ({"target_modules": ["c_attn", "lm_head"]}, gpt2, "shared with another module"),
+        ({}, lambda: quantize(llama(), "nf4", torch.float32, weights=True), "is quantized"),
         (
             {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
             lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
-            "factorises linear layers",
+            "factorizes linear layers",
         ),
     ],
 )
@@ -171,7 +171,7 @@ def test_who_goes_on_takes_out_what_was_taken_out(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="other adapters"):
         begun(llama(), Lora(settings, tmp_path / START_FILE))
     (tmp_path / START_FILE).unlink()
-    with pytest.raises(RequestError, match="is missing"):
+    with pytest.raises(RequestError, match="does not exist"):
         Lora(settings, tmp_path / START_FILE).export(first, iter(()), tmp_path / "out")
 
 
