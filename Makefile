@@ -53,9 +53,8 @@ lint: dev ## check lint, types and import rules
 faults: dev ## run the tests that kill workers and launchers
 	@$(PYTEST) $(TESTS) -m faults
 
-gpu: dev ## install the GPU extras where possible, and run the GPU tests
+gpu: dev ## install flash-attn where it has a wheel, and run the GPU tests
 	@command -v nvidia-smi > /dev/null || { echo 'make gpu: no NVIDIA driver (nvidia-smi) on this machine' >&2; exit 3; }
-	@$(PIP) -c constraints.txt -e '.[gpu]'
 	@$(PIP) --only-binary flash-attn -e '.[flash]' 2> $(VENV)/flash.log \
 		|| echo 'flash-attn has no wheel for this Python, torch and CUDA; attention falls back to SDPA ($(VENV)/flash.log)'
 	@$(PYTEST) $(TESTS) -m gpu

@@ -97,8 +97,7 @@ def train_step(run: Run, step: int) -> Metrics:
     weight, supervised, tokens, squared_lengths = comm.total(torch.tensor(own, dtype=torch.float64).sum(dim=0))
     if supervised == 0 and not training.may_be_empty:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
-    # Dropout is a function of seed, step and rank, so that a resumed run draws what an uninterrupted one draws.
-    torch.manual_seed((run.config.seed * 1_000_003 + step) * 65_537 + run.rank)
+    torch.manual_seed(step_seed(run.config.seed, step, run.rank))
     sums = Sums()
     for i, micro in enumerate(micros, start=1):
         run.beat(f"step {step}, micro-batch {i} of {len(micros)}")
@@ -123,6 +122,15 @@ def train_step(run: Run, step: int) -> Metrics:
     for hook in training.hooks:
         metrics |= hook.after_step(info)
     return metrics
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of dropout and NEFTune noise, so that a resumed run draws what an uninterrupted one draws.
+
+    The draws depend on rank and micro-batch: with dropout, the curve is the same only for the same world size and
+    micro-batch size. torch's generators take 64 bits.
+    """
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64
 
 
 def assess(run: Run, step: int, *, counts: bool = True) -> None:

@@ -184,7 +184,7 @@ def show_abilities(
         console.print(f"lm-eval warning: {text}", markup=False)
     write_result(run_dir / "lm-eval.json", summary(found, how))
     for name, outcome in found.items():
-        write_lines(run_dir / f"predictions-lm-eval{'' if name == which else f'-{name}'}.jsonl", outcome.samples)
+        write_lines(run_dir / f"predictions-lm-eval{'-base' if name == 'base' else ''}.jsonl", outcome.samples)
     console.print(f"answers to all rows: {run_dir}/predictions-lm-eval*.jsonl", markup=False)
     return {
         name: {f"{task}/{score}": value for task, scores in outcome.scores.items() for score, value in scores.items()}

@@ -72,6 +72,8 @@ class Speaker:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.ends = sorted({token for token in (end_token_id, tokenizer.eos_token_id) if token is not None})
+        pads = (tokenizer.pad_token_id, *self.ends, 0)  # a single prompt is never padded
+        self.pad_id = next(token for token in pads if token is not None)
         self.options = options
 
     @torch.no_grad()
@@ -96,7 +98,7 @@ class Speaker:
             attention_mask=torch.ones_like(given),
             max_new_tokens=self.options.max_new_tokens,
             eos_token_id=self.ends or None,
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0],
+            pad_token_id=self.pad_id,
             use_cache=True,
             **({"do_sample": True, "temperature": heat} if heat else greedy),
         )

@@ -21,7 +21,7 @@ class TrainConfig(Strict):
         4, description="Rows per micro-batch; the number of gradient accumulation steps is derived from it."
     )
     per_device_eval_batch_size: Count = 8
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Scale of the noise added to embeddings in training (NEFTune); usually 5 to 15."
     )

@@ -18,8 +18,9 @@ def check_devices() -> Iterator[Finding]:
         yield problem("torch.distributed", "is not available in this build of torch", "install torch from pytorch.org")
     if not torch.cuda.is_available():
         yield _why_no_gpu()
-        yield ok("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-        fast = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")() in ("AVX512", "AMX")
+        capability = torch.backends.cpu.get_cpu_capability()
+        yield ok("cpu", f"{torch.get_num_threads()} threads, {capability}")
+        fast = capability in ("AVX512", "AMX")
         yield ok("bfloat16", "supported on the CPU" + ("" if fast else ", but slower than float32"))
         return
     yield ok("CUDA", f"{torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
@@ -53,18 +54,11 @@ def check_kernels() -> Iterator[Finding]:
     else:
         backends = {"flash (CPU)": True, "math": True}
     yield ok("torch SDPA", ", ".join(name for name, there in backends.items() if there))
-    for name, package, use in (
-        ("triton", "triton", "compiled kernels"),
-        ("bitsandbytes", "bitsandbytes", "8- and 4-bit weights"),
-        ("liger-kernel", "liger_kernel", "fused losses and norms"),
-    ):
-        version = installed(name)
-        if version is None or importlib.util.find_spec(package) is None:
-            yield note(name, f"is not installed ({use}); optional", f"pip install {name}")
-        elif not torch.cuda.is_available():
-            yield note(name, f"{version}, not used without a GPU ({use})")
-        else:
-            yield ok(name, f"{version} ({use})")
+    version = installed("bitsandbytes")
+    if version is None or importlib.util.find_spec("bitsandbytes") is None:
+        yield note("bitsandbytes", "is not installed; required by method=qlora", "pip install bitsandbytes")
+    else:
+        yield ok("bitsandbytes", f"{version}; for method=qlora, on GPUs and CPUs")
 
 
 def _why_no_gpu() -> Finding:

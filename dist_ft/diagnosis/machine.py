@@ -16,7 +16,7 @@ LEAST_ROOM = 1 << 30
 USUAL_ROOM = 20 << 30
 LEAST_SHARED_MEMORY = 64 << 20
 USUAL_SHARED_MEMORY = 1 << 30
-LEAST_FILES = 1024
+LEAST_FILES = 256
 USUAL_FILES = 4096
 
 
@@ -60,7 +60,7 @@ def check_limits() -> Iterator[Finding]:
     line = f"{_count(soft)} (hard {_count(hard)})"
     if soft != resource.RLIM_INFINITY and soft < USUAL_FILES:
         way_out = f"ulimit -n {min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536}"
-        make = problem if soft < LEAST_FILES // 4 else note
+        make = problem if soft < LEAST_FILES else note
         yield make("open files", line, way_out)
     else:
         yield ok("open files", line)

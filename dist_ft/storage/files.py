@@ -7,7 +7,6 @@ import importlib.util
 from pathlib import Path
 
 PACKAGE = "package:"
-PACKAGE = "package:"
 
 
 def digest_file(path: Path) -> str:

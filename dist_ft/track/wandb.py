@@ -121,15 +121,14 @@ def open_wandb(
 def find_mode(wanted: str) -> str:
     """Resolve `track.wandb` to online, offline or off.
 
-    `auto` follows WANDB_MODE if that is offline or disabled; otherwise, it is online if an API key is found, and else
-    offline.
+    `auto` follows WANDB_MODE; if that is not set, it is online if an API key is found, and offline otherwise.
 
     Raises:
-        MachineError: If `wanted` is `online` and no API key is found.
+        MachineError: If the mode is online and no API key is found.
     """
     if wanted == "auto":
-        asked = {"offline": "offline", "dryrun": "offline", "disabled": "off"}.get(environ("WANDB_MODE") or "")
-        return asked or ("online" if has_key() else "offline")
+        modes = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+        wanted = modes.get(environ("WANDB_MODE") or "", "online" if has_key() else "offline")
     if wanted == "online" and not has_key():
         raise MachineError.of(
             "track.wandb=online",

@@ -78,7 +78,7 @@ def watch_steps(run: Run, before: list[Tensor]) -> dict[str, Any]:
     """Train to the end; count between the last backward and its step, when moments are there and gradients still."""
     engine: Any = run.training.engine
     found: dict[str, Any] = {}
-    step, left = engine.step, iter(range(run.total_steps - 1, -1, -1))
+    step, left = engine.step, iter(range(run.training.total_steps - 1, -1, -1))
 
     def counted(rate: float) -> Any:
         if next(left) == 0:

@@ -126,7 +126,7 @@ def _fold(labels: list[str | None], folds: int, fold: int, seed: int, *, held_ou
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # labels with fewer rows than folds are allowed
-            parts = list(kind(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), names))
+            parts = list(kind(folds, shuffle=True, random_state=seed % 2**32).split(np.zeros(len(labels)), names))
     except ValueError as error:
         rule = f"{len(labels)} rows cannot be split into {folds} folds ({error})"
         raise RequestError.of("data.folds", rule, "set a smaller data.folds") from error

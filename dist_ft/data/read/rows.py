@@ -290,7 +290,7 @@ def _wrong(place: str, rule: str, way_out: str) -> RequestError:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    return names.get(type(value), "a number")
 
 
 def _first_line(error: BaseException) -> str:

@@ -151,7 +151,7 @@ def test_examples_stand_before_the_question(lora_run: Path, tiny_llama: Path, ta
         evaluate.main([str(lora_run / "run.yaml"), "lm_eval=desk_choose", *words, f"lm_eval_num_fewshot={shots}"])
         kept = json.loads((lora_run / "lm-eval.json").read_text())
         assert kept["tasks"]["desk_choose"]["num_fewshot"] == shots and list(kept["scores"]) == ["base"]
-        (row,) = samples_of(lora_run, "export", "desk_choose")
+        (row,) = samples_of(lora_run, "base", "desk_choose")
         found.append(row["filtered_resps"])
     assert found[0] != found[1]
 

@@ -119,6 +119,8 @@ def test_auto_is_online_only_with_a_key(no_key: Path, monkeypatch: pytest.Monkey
     assert tracker.find_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert tracker.find_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert tracker.find_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracker.find_mode("auto") == "off" and tracker.find_mode("offline") == "offline"
 
@@ -126,6 +128,12 @@ def test_auto_is_online_only_with_a_key(no_key: Path, monkeypatch: pytest.Monkey
 def test_online_without_a_key_is_refused(no_key: Path, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"track\.wandb=online: no W&B API key"):
         tracker.open_wandb(TrackConfig(wandb="online"), run_dir=tmp_path, run_name="n", settings={}, run_id=None)
+
+
+def test_online_by_the_environment_without_a_key_is_refused(no_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(MachineError, match="no W&B API key"):
+        tracker.find_mode("auto")
 
 
 def test_off_touches_nothing(tmp_path: Path) -> None:

@@ -88,6 +88,12 @@ def test_folds_hold_every_row_out_once_with_labels_alike(make: Any, folds: int) 
     assert sorted(held) == list(range(36))
 
 
+def test_folds_take_every_seed_of_the_configuration(make: Any) -> None:
+    """scikit-learn takes seeds of 32 bits only."""
+    config = make({"folds": 2, "fold": 0, "subset_seed": 2**63 + 5})
+    assert len(numbers(config, "train")) + len(numbers(config, "validation")) == 36
+
+
 def test_folds_of_a_task_without_labels_are_plain_ones(make: Any) -> None:
     rows = [{"text": f"text {n}"} for n in range(10)]
     config = make({"folds": 3}, rows, task={"name": "masked_lm"})

@@ -107,7 +107,7 @@ def test_a_file_of_a_package_is_found() -> None:
         ("a.json", b'[{"a": 1}', ":1", "invalid JSON in element 2"),
         ("a.json", b'{"a": 1}', "", "an object with 0 lists"),
         ("a.json", b'{"a":\n 1,,}', ":2", "invalid JSON"),
-        ("a.json", b'[{"a": 1}, 3]', ":2", "the row is a int"),
+        ("a.json", b'[{"a": 1}, 3]', ":2", "the row is a number"),
         ("a.csv", b"a,b\n1,2\n3\n", ":3", "has 1 fields, but the header has 2"),
         ("a.csv", b'a,b\n1,"2\n', ":2", "invalid CSV"),
         ("a.csv", b"a,a\n1,2\n", ":1", "duplicate column names: a"),
