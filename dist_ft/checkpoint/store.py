@@ -50,9 +50,12 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
     final = folder / f"step-{progress.step}"
     staging = folder / f".step-{progress.step}.partial"
     _check_room(folder, state)
-    if comm.from_main(final.exists()):  # the run was resumed at this step, so the existing checkpoint is identical
-        return final
-    if torch.distributed.get_rank() == 0:
+    is_main = torch.distributed.get_rank() == 0
+    if comm.from_main(is_main and final.exists() and verify(final) is None):
+        return final  # the run was resumed at this step, so the existing checkpoint is identical
+    if is_main:
+        if final.exists():  # damaged: a run that resumed from an older checkpoint has reached this step again
+            shutil.rmtree(final)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     comm.barrier()
@@ -68,7 +71,7 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
     rank = torch.distributed.get_rank()
     own = {path.name: _digest(path) for path in sorted(staging.glob(f"__{rank}_*"))}
     files = {name: entry for part in comm.gather(own) for name, entry in part.items()}
-    if rank == 0:
+    if is_main:
         _write(staging / STATE, {**asdict(progress), "updates": state.updates})
         files |= {path.name: _digest(path) for path in (staging / ".metadata", staging / STATE)}
         _write(staging / MANIFEST, {"version": 1, "files": files})

@@ -48,6 +48,20 @@ def test_round_trip_and_latest(tmp_path: Path) -> None:
     assert loaded.updates == 7 and checkpoint.read_progress(path) == progress(7)
 
 
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), progress(3))
+    (path / "__0_0.distcp").write_bytes(b"torn")
+    (path / "left-over").write_bytes(b"x")
+    assert checkpoint.save(tmp_path, state(2), progress(3)) == path
+    assert checkpoint.verify(path) is None and not (path / "left-over").exists()
+    loaded = state(0)
+    checkpoint.load(path, loaded)
+    assert torch.equal(loaded.tensors["model/a"], torch.full((3, 2), 2.0))
+    assert checkpoint.save(tmp_path, state(5), progress(3)) == path  # sound: kept as it is
+    checkpoint.load(path, loaded)
+    assert torch.equal(loaded.tensors["model/a"], torch.full((3, 2), 2.0))
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 def test_a_flipped_bit_is_found_and_the_older_one_used(tmp_path: Path, name: str) -> None:
     older = checkpoint.save(tmp_path, state(1), progress(1))
