@@ -50,7 +50,7 @@ class Records:
     export: Callable[[], None]
 
 
-@dataclass
+@dataclass(slots=True)
 class Run:
     """Everything that a run needs, built by build.py. `progress` is where it stands; a resumed run starts there."""
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(1234 + place.rank)  # ranks that start from their own random state must not matter
     run = build(plan, prepared, Worker(place, torch.device("cpu"), sys.stderr, lambda phase: None))
     if case.get("stop_after"):
-        run.total_steps = case["stop_after"]  # the schedule still aims at the configured end
+        # the schedule still aims at the configured end
+        run.training = replace(run.training, total_steps=case["stop_after"])
     with contextlib.closing(run.records.tracker):
         progress = fit(run)
+        assert progress.step == case.get("stop_after", progress.step), progress
         if case.get("export"):
             run.records.export()
     keep_weights(place, run.training.engine.weights(trainable=True), plan.run_dir / "weights.pt")

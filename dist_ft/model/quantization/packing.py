@@ -42,14 +42,24 @@ def pack(weight: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
 
 
 def unpack(bits: Tensor, scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The weight of this shape, in `dtype`, from the bits that `pack` made of it."""
-    data, start, found = bits.detach().view(torch.uint8), 0, []
-    for rows in _chunks(shape):
+    """Return the weight of this shape in `dtype` from the bits that `pack` made of it.
+
+    Peak memory is the weight and one chunk.
+    """
+    data, start, first = bits.detach().view(torch.uint8), 0, 0
+    unpack_rows = _unpack_nf4 if scheme == "nf4" else _unpack_int8
+    chunks = list(_chunks(shape))
+    weight = torch.empty((sum(chunks), shape[-1]), dtype=dtype, device=bits.device) if len(chunks) > 1 else None
+    for rows in chunks:
         sizes = _part_bytes(scheme, rows, shape[-1])
-        parts = data[start : start + sum(sizes)].split(sizes)
-        found.append((_unpack_nf4 if scheme == "nf4" else _unpack_int8)(parts, (rows, shape[-1]), dtype))
-        start += sum(sizes)
-    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
+        found = unpack_rows(data[start : start + sum(sizes)].split(sizes), (rows, shape[-1]), dtype)
+        if weight is None:
+            return found.view(shape)
+        weight[first : first + rows] = found
+        start, first = start + sum(sizes), first + rows
+        del found  # before the next chunk is unpacked
+    assert weight is not None, "a weight has rows"
+    return weight.view(shape)
 
 
 def import_bitsandbytes() -> Any:
