@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -39,14 +40,17 @@ from .model.flops import StepCost, count_step_cost
 from .model.meter import Meter
 from .model.moe.policy import check_keys
 from .model.moe.routing import Routing, RoutingHook, build_routing
+from .model.reach import name_idle
+from .model.ticking import ticking
 from .optim.schedule import learning_rate
 from .prepare import Prepared
+from .pretrained.folder import stored_scheme
 from .privacy.mechanism import Privacy, agree_on_privacy, settle_seed
 from .privacy.rules import MIXES_ROWS, takes_rows_together
 from .process import comm
 from .process.place import Place, Worker
 from .protocols import Engine, Task
-from .state import BuiltModel, Progress
+from .state import Anatomy, BuiltModel, Progress
 from .task.by_set import LossBySet, ScoreBySet
 from .task.routed import RoutedTask
 from .track.messages import describe
@@ -74,11 +78,11 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     validation = build_validation(plan, prepared, task, worker)
     for line in (
         *describe(plan, attention, worker.device, progress, steps),
-        *describe_parts(plan, prepared, routing, privacy, steps),
+        *describe_parts(plan, prepared, built.anatomy, routing, privacy, steps),
     ):
         worker.say(line)
     records, progress = build_records(plan, prepared, task, engine, recipe, progress, steps, worker)
-    return Run(config.train, worker.place.rank, training, validation, records, worker.beat, progress)
+    return Run(config.train, worker.place.rank, training, validation, records, worker.beat, progress, worker.tick)
 
 
 def build_order(plan: Plan, split: Split, place: Place) -> tuple[Order, int]:
@@ -128,7 +132,8 @@ def build_model(plan: Plan, recipe: ModelRecipe, worker: Worker, privacy: Privac
         RequestError: `moe.*` keys are set for a dense model, or a private run has a mixture of experts.
         MachineError: Ranks built different parameters.
     """
-    built = recipe.build(weights=worker.place.is_main)
+    with ticking(worker.tick):
+        built = recipe.build(weights=worker.place.is_main, tick=worker.tick)
     check_keys(plan.config.moe, plan.origins, built.anatomy)
     if built.anatomy.mixtures and privacy is not None:
         raise RequestError.of("privacy", MIXES_ROWS, "use a model without experts")
@@ -217,8 +222,8 @@ def build_records(
     tracker, tracker_id = build_tracker(plan, progress, steps, worker)
     records = Records(
         tracker=tracker,
-        save=partial(save_checkpoint, plan, engine, place),
-        restore=partial(restore, plan, engine),
+        save=partial(save_checkpoint, plan, engine, worker),
+        restore=partial(restore, plan, engine, worker),
         export=partial(export, plan, prepared, task, engine, recipe, worker),
     )
     engine_name = plan.config.engine.name
@@ -226,9 +231,19 @@ def build_records(
 
 
 def describe_parts(
-    plan: Plan, prepared: Prepared, routing: Routing | None, privacy: Privacy | None, steps: int
+    plan: Plan,
+    prepared: Prepared,
+    anatomy: Anatomy,
+    routing: Routing | None,
+    privacy: Privacy | None,
+    steps: int,
 ) -> Iterator[str]:
     """Describe what only some runs have, a line each."""
+    scheme = stored_scheme(Path(prepared.model_dir))
+    if scheme is not None and not plan.config.model.from_scratch:
+        yield f"the weights in {prepared.model_dir} are quantized ({scheme}): dequantized while they were read"
+    if anatomy.idle:
+        yield f"frozen, because no text reaches it: {name_idle(anatomy)}"
     if routing is not None:
         yield routing.describe()
     yield from describe_mixture(plan.config, prepared.train)
@@ -256,4 +271,5 @@ def export(plan: Plan, prepared: Prepared, task: Task, engine: Engine, recipe: M
         probe=probe,
         is_main=is_main,
         tell=worker.say,
+        tick=worker.tick,
     )

@@ -33,7 +33,7 @@ from .optim.adamw import build_adamw
 from .privacy.mechanism import Privacy
 from .process.place import Worker
 from .protocols import Engine, Method, OptimFactory, Task
-from .state import Anatomy, Architecture, BuiltModel, Facts
+from .state import Anatomy, Architecture, Beat, BuiltModel, Facts, unwatched
 from .task.table import TASKS
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -104,6 +104,7 @@ def build_engine(plan: Plan, worker: Worker, privacy: Privacy | None = None) -> 
         "place": worker.place,
         "dtype": getattr(torch, config.model.dtype),
         "max_grad_norm": config.optim.max_grad_norm,
+        "tick": worker.tick,
     }
     if privacy is not None and config.engine.name == "fsdp":
         from .privacy.fsdp import PrivateFsdp
@@ -148,7 +149,7 @@ class ModelRecipe:
     architecture: Architecture
     method: Method
 
-    def build(self, *, weights: bool) -> BuiltModel:
+    def build(self, *, weights: bool, tick: Beat = unwatched) -> BuiltModel:
         """Build the model on the CPU; without weights, the modules are the same and parameters are undefined."""
         config = self.config
         torch.manual_seed(config.train.seed)  # a new head is initialized alike in every run
@@ -156,12 +157,12 @@ class ModelRecipe:
         torch.manual_seed(config.train.seed)  # and so are the weights that the method adds
         model = self._routed_method(anatomy).apply(anatomy)
         if weights and isinstance(self.method, Lora):
-            self.method.begin(model, getattr(torch, config.model.dtype))
+            self.method.begin(model, getattr(torch, config.model.dtype), tick)
         if config.train.neftune_noise_alpha:
             assert anatomy.embeddings is not None, "transformers' models have input embeddings"
             add_embedding_noise(model, anatomy.part(anatomy.embeddings), config.train.neftune_noise_alpha)
         apply_policy(config.moe, config.method, anatomy)
-        keep_masters(model, weights=weights)
+        keep_masters(model, weights=weights, tick=tick)
         return BuiltModel(model, anatomy)
 
     def build_meta(self, dtype: torch.dtype | None = None) -> BuiltModel:
@@ -179,13 +180,14 @@ class ModelRecipe:
         return self.method if routed is self.config.method else METHODS[routed.name](routed)
 
 
-def keep_masters(model: nn.Module, *, weights: bool) -> None:
+def keep_masters(model: nn.Module, *, weights: bool, tick: Beat = unwatched) -> None:
     """Store trained parameters in float32; engines compute in `model.dtype`."""
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             # Without weights the memory is not even touched.
             master = parameter.data.float() if weights else torch.empty_like(parameter.data, dtype=torch.float32)
             parameter.data = master
+            tick(f"float32 copy of {name}")
 
 
 def optim_factory(config: RunConfig, device: torch.device) -> OptimFactory:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from .config.train import TrainConfig
 from .errors import TrainingError
 from .process import comm
 from .process.sums import Sums, losses_of_parts
 from .protocols import Engine, Hook, LossFn, Task, Tracker
-from .state import LOWER_IS_BETTER, Batch, Beat, LossSum, Metrics, Progress, Row, StepInfo
+from .state import LOWER_IS_BETTER, Batch, Beat, LossSum, Metrics, Progress, Row, StepInfo, unwatched
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Run:
     records: Records
     beat: Beat
     progress: Progress
+    tick: Beat = unwatched
 
 
 def fit(run: Run) -> Progress:
@@ -127,8 +129,9 @@ def train_step(run: Run, step: int) -> Metrics:
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Return the seed of dropout and NEFTune noise, so that a resumed run draws what an uninterrupted one draws.
 
-    The draws depend on rank and micro-batch: with dropout, the curve is the same only for the same world size and
-    micro-batch size. torch's generators take 64 bits.
+    The draws follow the shape of each micro-batch on each rank. With dropout or noise, the law of one global loss
+    therefore holds for the draws that were made, and the curve is the same only for the same engine, world size,
+    micro-batch size and packing. torch's generators take 64 bits.
     """
     return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64
 
@@ -138,7 +141,12 @@ def assess(run: Run, step: int, *, counts: bool = True) -> None:
     if run.validation is None:
         return
     run.beat(f"evaluation at step {step}")
-    totals = evaluate(run.training.engine, run.validation.batches(), run.validation.task.score, run.beat)
+    totals = evaluate(
+        run.training.engine,
+        run.validation.batches(),
+        tick_calls(run.validation.task.score, run.tick),
+        run.beat,
+    )
     found = run.validation.task.metrics(totals, run.validation.rows) if run.rank == 0 else {}
     metrics = {f"eval/{name}": value for name, value in comm.from_main(found).items()}
     run.records.tracker.log(metrics, step=step)
@@ -177,6 +185,24 @@ def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Beat
     everyone = [prediction for part in comm.gather(sums.predictions) for prediction in part]
     everyone.sort(key=lambda prediction: prediction["sample"])
     return replace(sums.total(), predictions=everyone)
+
+
+def tick_calls(score: LossFn, tick: Beat) -> LossFn:
+    """Let each call of the model tick while `score` runs: a generated text takes a call for each of its tokens."""
+
+    def ticking(model: nn.Module, batch: Batch) -> LossSum:
+        # generate() calls the transformers model itself, and not what an engine or a method has wrapped around it
+        called = [module for module in model.modules() if hasattr(module, "generate")]
+        hooks = [
+            module.register_forward_pre_hook(lambda *_: tick("evaluation, a call of the model")) for module in called
+        ]
+        try:
+            return score(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return ticking
 
 
 def due(step: int, every: int | None) -> bool:

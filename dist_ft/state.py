@@ -20,9 +20,13 @@ Prediction = Mapping[str, Any]  # JSON-serializable prediction for one sample; `
 Metrics = Mapping[str, float]
 Weights = Iterable[tuple[str, "Tensor"]]
 Say = Callable[[str], None]  # prints a line for the user
-Beat = Callable[[str], None]  # reports to the watchdog which phase this rank has reached
+Beat = Callable[[str], None]  # reports to the watchdog what this rank has reached, see process/watchdog.py
 REFERENCE = "reference"  # column of a sequence: its log-probability under the initial model
 LOWER_IS_BETTER = ("loss", "perplexity", "calibration_error")  # metrics that improve when they fall
+
+
+def unwatched(what: str) -> None:
+    """Do nothing: the `Beat` of a process without a watchdog, such as a command or a test."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class Anatomy:
     persistent_buffers: tuple[str, ...]  # buffers that checkpoint files hold, such as a router's correction bias
     task_head: tuple[str, ...] = ()  # randomly initialized modules of the task, trained under every method
     new_token_ids: tuple[int, ...] = ()  # ids of added tokens, whose embeddings are trained under every method
+    idle: tuple[str, ...] = ()  # modules and parameters that no text reaches, in none of the above; never trained
 
     def part(self, name: str) -> nn.Module:
         """Return the module that has this name now."""

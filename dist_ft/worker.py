@@ -77,19 +77,20 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     timeout_s = plan.config.train.timeout_s
     device = find_device(place)
     store = comm.open_store(place, timeout_s)
-    comm.join(place, store, device, 2 * timeout_s)  # longer than the watchdog, which reports more
-    watchdog = Watchdog(place, comm.connect_again(store), timeout_s, plan.run_dir, terminal)
+    comm.join(place, store, device)
+    watchdog = Watchdog(place, comm.connect_again(store, timeout_s), timeout_s, plan.run_dir, terminal)
     watchdog.start()
-    with contextlib.closing(watchdog):
-        worker = Worker(place, device, terminal, watchdog.beat)
+    with contextlib.ExitStack() as unwatched, contextlib.closing(watchdog):
+        worker = Worker(place, device, terminal, watchdog.beat, watchdog.tick)
         run = build(plan, prepared, worker)
-        with contextlib.closing(run.records.tracker):
-            fit(run)
-            watchdog.beat("export")
-            run.records.export()
-            for line in summarize(plan, run.progress.step):
-                worker.say(line)
+        unwatched.callback(run.records.tracker.close)  # an upload has a time limit of its own
+        fit(run)
+        watchdog.beat("export")
+        run.records.export()
+        for line in summarize(plan, run.progress.step):
+            worker.say(line)
         comm.barrier()
+    comm.barrier()  # some schedulers end a job soon after its first worker has ended
     comm.leave()
 
 

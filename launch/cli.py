@@ -282,7 +282,10 @@ def _launcher(config: RunConfig, site: Site) -> Launcher:
 def _write(made: Plan) -> None:
     from ..config.plan import write_plan
     from ..errors import MachineError
+    from .show import left_out_lines
 
+    for line in left_out_lines(made):
+        print(f"dist-ft: {line}")
     try:
         write_plan(made)
     except OSError as error:

@@ -30,6 +30,7 @@ from .paths import CONF_DIR, settle_paths
 COMMAND_LINE = "command line"
 ROOT = "train"
 MISSING = "???"
+LEFT_OUT = "left out"  # first words of the origin of a value that was dropped because of what the user set
 GLOBAL_GROUPS = {"experiment": "experiment@_global_"}  # files of this group set keys of every section
 RESOLVER = re.compile(r"\$\{[^}]*:")  # resolvers such as ${oc.env:X} read values from outside the configuration
 
@@ -45,7 +46,10 @@ class Words:
 
 @dataclass(frozen=True)
 class Composed:
-    """A valid configuration, and the origin of every key that the user set (key → command line or file)."""
+    """A valid configuration, and the origin of every key that the user set (key → command line or file).
+
+    Keys whose value was dropped for that reason have an origin too; it begins with `LEFT_OUT`.
+    """
 
     config: RunConfig
     origins: dict[str, str]
@@ -65,14 +69,16 @@ def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Compo
     groups = list_groups(user_dir)
     sorted_words = sort_words(words, groups)
     problems = sorted_words.problems
-    tree = _compose_files(sorted_words.choices, user_dir, problems)
-    if tree is None:
+    composed = _compose_files(sorted_words.choices, user_dir, problems)
+    if composed is None:
         raise RequestError(*problems)
+    tree, choices = composed
     origins = _file_origins(sorted_words.choices, user_dir)
     _put_values(tree, sorted_words.values, problems)
     origins.update({group: f"{COMMAND_LINE}: {group}={choice}" for group, choice in sorted_words.choices.items()})
     origins.update(dict.fromkeys(sorted_words.values, COMMAND_LINE))
     _settle_length(tree, origins)
+    _settle_splits(tree, origins, choices["data"])
     tree = _resolve(tree, origins, problems)
     missing = [key for key, value in keys.leaves(tree).items() if value == MISSING]
     for key in missing:
@@ -162,6 +168,29 @@ def _settle_length(tree: keys.Tree, origins: dict[str, str]) -> None:
         origins.pop(weaker, None)
 
 
+def _settle_splits(tree: keys.Tree, origins: dict[str, str], choice: str) -> None:
+    """Drop the validation and test data of a file whose `data.train` was replaced.
+
+    The splits of a file belong together: a model must not be selected by the rows of a data set that it is not trained
+    on. An experiment replaces `data.train` of the choice of `data`, and the command line that of both.
+
+    Args:
+        tree: The composed configuration, which is changed.
+        origins: Origins of the keys that the user set; the dropped keys are added.
+        choice: The choice of the group `data`.
+    """
+
+    def strength(key: str) -> int:
+        origin = origins.get(key, "")
+        return 2 if origin == COMMAND_LINE else int(Path(origin).parent.name == "experiment")
+
+    for key in ("data.validation", "data.test"):
+        if keys.get_value(tree, key) is not None and strength(key) < strength("data.train"):
+            keys.set_value(tree, key, None)
+            file = origins.get(key, f"conf/data/{choice}.yaml")
+            origins[key] = f"{LEFT_OUT}: that of {file} belongs to its own data.train"
+
+
 def _user_dir(config_dir: str | Path | None) -> Path | None:
     if config_dir is None:
         return None
@@ -173,21 +202,29 @@ def _user_dir(config_dir: str | Path | None) -> Path | None:
     return path
 
 
-def _compose_files(choices: dict[str, str], user_dir: Path | None, problems: list[Problem]) -> keys.Tree | None:
-    """Return the composed files as nested dictionaries with unresolved interpolations; None if Hydra fails."""
+def _compose_files(
+    choices: dict[str, str], user_dir: Path | None, problems: list[Problem]
+) -> tuple[keys.Tree, dict[str, str]] | None:
+    """Compose the files.
+
+    Returns:
+        Nested dictionaries with unresolved interpolations, and the choice of each group; None if Hydra fails.
+    """
     words = [f"{GLOBAL_GROUPS.get(group, group)}={choice}" for group, choice in choices.items()]
     if user_dir is not None:
         words.append(f"hydra.searchpath=['{user_dir.as_uri()}']")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-            config = hydra_compose(config_name=ROOT, overrides=words)
+            config = hydra_compose(config_name=ROOT, overrides=words, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         place = str(user_dir) if user_dir else "configuration files"
         problems.append(Problem(place, f"cannot be composed: {error}", "correct the file named in the message"))
         return None
+    chosen = config.hydra.runtime.choices
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    del tree["hydra"]
+    return {str(key): value for key, value in tree.items()}, {str(group): chosen[group] for group in chosen}
 
 
 def _put_values(tree: keys.Tree, values: dict[str, Any], problems: list[Problem]) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from .devices import find_devices
 
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?($|_)", re.IGNORECASE)
 PREFIXES = (
@@ -67,7 +67,7 @@ class Site:
     python: str
     cwd: str
     cores: int
-    devices: tuple[int, ...] = ()  # ids of the GPUs visible to workers on this machine
+    devices: tuple[int | str, ...] = ()  # GPUs visible to workers on this machine, as CUDA_VISIBLE_DEVICES names them
     environment: Mapping[str, str] = field(default_factory=dict)  # for workers on other machines, without secrets
 
     def threads(self, workers: int) -> int:
@@ -85,34 +85,6 @@ def find_site(environ: Mapping[str, str] | None = None) -> Site:
         devices=find_devices(environ),
         environment=shared_environment(environ),
     )
-
-
-def find_devices(environ: Mapping[str, str]) -> tuple[int, ...]:
-    """Return the ids of the visible GPUs: those in CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists.
-
-    A name (`GPU-…`, `MIG-…`) in CUDA_VISIBLE_DEVICES is replaced by its position, as CUDA numbers visible devices
-    from 0.
-    """
-    listed = _listed_devices()
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(range(listed))
-    words = [word.strip() for word in visible.split(",") if word.strip()]
-    if "-1" in words:  # CUDA ignores all entries after -1
-        words = words[: words.index("-1")]
-    if not listed:
-        return ()  # a CPU machine where CUDA_VISIBLE_DEVICES is set nevertheless
-    return tuple(int(word) if word.isdigit() else place for place, word in enumerate(words))
-
-
-def _listed_devices() -> int:
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    try:
-        run = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in run.stdout.splitlines()) if run.returncode == 0 else 0
 
 
 def is_secret(name: str) -> bool:

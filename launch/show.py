@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..config.plan import Plan
+from .compose import LEFT_OUT
 from .launcher import Rendered
 
 
@@ -63,6 +64,13 @@ def auto_lines(plan: Plan) -> Iterator[str]:
         yield "train.resume → " + (f"resumes after step {steps[-1]} if it is valid" if steps else "starts from step 0")
     if config.track.wandb == "auto":
         yield "track.wandb → online if rank 0 finds an API key, offline otherwise"
+
+
+def left_out_lines(plan: Plan) -> Iterator[str]:
+    """Yield the keys that were dropped because of what the user set."""
+    for key, origin in plan.origins.items():
+        if origin.startswith(LEFT_OUT):
+            yield f"{key}: {origin}"
 
 
 def origin_lines(plan: Plan) -> Iterator[str]:

@@ -246,7 +246,7 @@ def _multirun(search: Search, folder: Path, seed: int, run_trial: Callable[[], f
         "hydra.sweeper.max_failure_rate": 1.0,
     }
     if search.sampler != "grid":
-        settings["hydra.sweeper.sampler.seed"] = seed
+        settings["hydra.sweeper.sampler.seed"] = seed % 2**32  # Optuna takes no larger ones
     words = [f"{key}={value}" for key, value in settings.items()]
     swept = [f"+{override.input_line}" for override in search.swept.values()]
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # run_trial prints each trial already

@@ -87,24 +87,13 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """A folder with a Llama of 2 layers, width 32, random weights (seed 0) in safetensors, and `tiny_tokenizer`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
+    from dist_ft.testing import tiny
+
     folder = tmp_path_factory.mktemp("tiny_llama")
+    sizes = {"vocab_size": 512, "intermediate_size": 64, "max_position_embeddings": 512}
+    tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        tiny.save("llama", folder, **sizes, **tokens, tie_word_embeddings=True)
     shutil.copytree(tiny_tokenizer, folder, dirs_exist_ok=True)
     return folder

@@ -51,7 +51,7 @@ class GenerateOptions(Strict):
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="maximum number of tokens of an answer")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="sampling temperature; 0 decodes greedily")
     chat: bool | None = Field(None, description="use the chat template; defaults to whether the run used it")
-    seed: int = Field(0, description="seed of sampling")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="seed of sampling")
 
 
 class Speaker:

@@ -28,44 +28,51 @@ def resume(plan: Plan, engine: Engine, worker: Worker) -> Progress:
     place, wish, folder = worker.place, plan.config.train.resume, plan.run_dir / CHECKPOINTS
     path: Path | None = None
     if place.is_main and wish == "auto":
-        path, torn = checkpoint.newest_sound(folder)
+        path, torn = checkpoint.newest_sound(folder, worker.tick)
         for problem in torn:
             worker.say(str(problem))
     elif wish not in ("auto", "never"):
         path = Path(wish)
-        if reason := checkpoint.verify(path):
+        if reason := _verify_once(path, worker):
             raise RequestError.of("train.resume", f"{path}: {reason}", "set it to a valid checkpoint or to auto")
     path = comm.from_main(path)
     if path is None:
         return Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
-    _bring(engine, path)
+    _bring(engine, path, worker)
     return checkpoint.read_progress(path)
 
 
-def restore(plan: Plan, engine: Engine, name: str) -> None:
-    """Load one of the run's own checkpoints into the engine.
+def restore(plan: Plan, engine: Engine, worker: Worker, name: str) -> None:
+    """Load one of the run's own checkpoints into the engine. Collective.
 
     Args:
         plan: Plan of the run.
         engine: Engine whose weights and optimizer state are replaced.
+        worker: This worker.
         name: Folder name of the checkpoint, such as `step-100`.
 
     Raises:
         TrainingError: If the checkpoint is not valid.
     """
     path = plan.run_dir / CHECKPOINTS / name
-    if reason := checkpoint.verify(path):
+    if reason := _verify_once(path, worker):
         raise TrainingError.of(
             str(path),
             f"the checkpoint of the best step is not valid: {reason}",
             "export another checkpoint with `dist-ft export`",
         )
-    _bring(engine, path)
+    _bring(engine, path, worker)
 
 
-def _bring(engine: Engine, path: Path) -> None:
+def _verify_once(path: Path, worker: Worker) -> str | None:
+    """Return, on every rank, why a checkpoint is not valid; only rank 0 reads all of its files."""
+    reason: str | None = comm.from_main(checkpoint.verify(path, worker.tick) if worker.place.is_main else None)
+    return reason
+
+
+def _bring(engine: Engine, path: Path, worker: Worker) -> None:
     state = engine.state()
-    checkpoint.load(path, state)
+    checkpoint.load(path, state, worker.tick)
     engine.load(state)
 
 
@@ -101,11 +108,11 @@ def _settle(plan: Plan, name: str) -> Path | None:
     return None
 
 
-def save_checkpoint(plan: Plan, engine: Engine, place: Place, progress: Progress) -> None:
+def save_checkpoint(plan: Plan, engine: Engine, worker: Worker, progress: Progress) -> None:
     """Save a checkpoint, point `best` to it if it is the best, and delete those beyond `train.save_total_limit`."""
     folder = plan.run_dir / CHECKPOINTS
-    path = checkpoint.save(folder, engine.state(), progress)
-    if place.is_main:
+    path = checkpoint.save(folder, engine.state(), progress, worker.tick)
+    if worker.place.is_main:
         if progress.best_step == progress.step:
             checkpoint.point(folder / "best", path)
-        checkpoint.prune(folder, plan.config.train.save_total_limit, progress.best_step)
+        checkpoint.prune(folder, plan.config.train.save_total_limit, progress.best_step, worker.tick)

@@ -8,7 +8,6 @@ overwritten, because a crash while DCP files are overwritten in place silently m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,11 +19,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from ..errors import MachineError, Problem, RequestError, TrainingError
 from ..process import comm
-from ..state import NamedState, Progress
+from ..state import Beat, NamedState, Progress, unwatched
+from .files import TickingLoad, digest, open_writer
 from .reader import SafeReader
 
 MANIFEST = "manifest.json"
@@ -32,13 +31,14 @@ STATE = "state.json"
 ROOM_FACTOR = 1.1  # required free disk space, as a multiple of the checkpoint size
 
 
-def save(folder: Path, state: NamedState, progress: Progress) -> Path:
+def save(folder: Path, state: NamedState, progress: Progress, tick: Beat = unwatched) -> Path:
     """Save `folder/step-<n>` and update the `latest` link; a collective call for all ranks.
 
     Args:
         folder: Folder with the checkpoints of the run; created if it does not exist.
         state: Weights and optimizer state, as tensors or shards of this rank.
         progress: Progress of the run, written to `state.json`.
+        tick: Called for each tensor written and piece of a file hashed.
 
     Returns:
         The path of the checkpoint.
@@ -51,7 +51,7 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
     staging = folder / f".step-{progress.step}.partial"
     _check_room(folder, state)
     is_main = torch.distributed.get_rank() == 0
-    if comm.from_main(is_main and final.exists() and verify(final) is None):
+    if comm.from_main(is_main and final.exists() and verify(final, tick) is None):
         return final  # the run was resumed at this step, so the existing checkpoint is identical
     if is_main:
         if final.exists():  # damaged: a run that resumed from an older checkpoint has reached this step again
@@ -59,9 +59,8 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     comm.barrier()
-    writer = dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
-        dcp.save(state.tensors, storage_writer=writer)
+        dcp.save(state.tensors, storage_writer=open_writer(staging, tick))
     except CheckpointException as error:  # a BaseException, which `except Exception` does not catch
         raise TrainingError.of(
             str(staging),
@@ -69,11 +68,11 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
             "check the free disk space and the quota, then run the same command again to resume",
         ) from error
     rank = torch.distributed.get_rank()
-    own = {path.name: _digest(path) for path in sorted(staging.glob(f"__{rank}_*"))}
+    own = {path.name: digest(path, tick) for path in sorted(staging.glob(f"__{rank}_*"))}
     files = {name: entry for part in comm.gather(own) for name, entry in part.items()}
     if is_main:
         _write(staging / STATE, {**asdict(progress), "updates": state.updates})
-        files |= {path.name: _digest(path) for path in (staging / ".metadata", staging / STATE)}
+        files |= {path.name: digest(path, tick) for path in (staging / ".metadata", staging / STATE)}
         _write(staging / MANIFEST, {"version": 1, "files": files})
         _sync_folder(staging)
         staging.rename(final)
@@ -83,7 +82,7 @@ def save(folder: Path, state: NamedState, progress: Progress) -> Path:
     return final
 
 
-def load(path: Path, state: NamedState) -> None:
+def load(path: Path, state: NamedState, tick: Beat = unwatched) -> None:
     """Load the checkpoint at `path`, which must have been verified, into the tensors of `state` in place.
 
     Raises:
@@ -96,7 +95,7 @@ def load(path: Path, state: NamedState) -> None:
         rule = f"its tensors do not match those that this run trains (missing: {missing[:3]}, unexpected: {extra[:3]})"
         raise RequestError.of(str(path), rule, "resume with the same model, task and method as the run that saved it")
     try:
-        dcp.load(state.tensors, storage_reader=SafeReader(path))
+        dcp.load(state.tensors, storage_reader=SafeReader(path), planner=TickingLoad(tick))
     except CheckpointException as error:
         raise RequestError.of(
             str(path),
@@ -113,8 +112,12 @@ def read_progress(path: Path) -> Progress:
     return Progress(**values)
 
 
-def verify(path: Path) -> str | None:
+def verify(path: Path, tick: Beat = unwatched) -> str | None:
     """Check every file of a checkpoint against its manifest.
+
+    Args:
+        path: Folder of the checkpoint.
+        tick: Called for each piece of a file hashed.
 
     Returns:
         The reason why the checkpoint is not valid, or None if it is valid.
@@ -125,7 +128,7 @@ def verify(path: Path) -> str | None:
         return "manifest.json is missing or unreadable, so the checkpoint is incomplete"
     for name, entry in files.items():
         try:
-            if _digest(path / name) != entry:
+            if digest(path / name, tick) != entry:
                 return f"{name} does not match the size and SHA-256 in manifest.json"
         except OSError:
             return f"{name} is missing"
@@ -138,7 +141,7 @@ def steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[Problem]]:
+def newest_sound(folder: Path, tick: Beat = unwatched) -> tuple[Path | None, list[Problem]]:
     """Find the newest valid checkpoint.
 
     Returns:
@@ -146,26 +149,28 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[Problem]]:
     """
     torn: list[Problem] = []
     for path in steps(folder):
-        reason = verify(path)
+        reason = verify(path, tick)
         if reason is None:
             return path, torn
         torn.append(Problem(str(path), reason, "skipping it; the next older checkpoint is used if it is valid"))
     return None, torn
 
 
-def prune(folder: Path, keep: int | None, best_step: int | None) -> None:
+def prune(folder: Path, keep: int | None, best_step: int | None, tick: Beat = unwatched) -> None:
     """Delete all checkpoints except for the `keep` newest ones and the best one.
 
     Args:
         folder: Folder with the checkpoints of the run.
         keep: Number of newest checkpoints to keep; None keeps all.
         best_step: Step of the best checkpoint, which is always kept.
+        tick: Called for each checkpoint deleted.
     """
     if keep is None:
         return
     for path in steps(folder)[keep:]:
         if path.name != f"step-{best_step}":
             shutil.rmtree(path)
+            tick(f"{path} was deleted")
 
 
 def point(link: Path, target: Path) -> None:
@@ -178,7 +183,7 @@ def point(link: Path, target: Path) -> None:
 
 def _check_room(folder: Path, state: NamedState) -> None:
     own = sum(_local(t).numel() * t.element_size() for t in state.tensors.values())
-    sharded = any(isinstance(t, DTensor) for t in state.tensors.values())
+    sharded = any(hasattr(t, "to_local") for t in state.tensors.values())
     # Plain tensors are replicated on every rank and written once, whereas the shards of all ranks are written.
     needed = ROOM_FACTOR * (sum(comm.gather(own)) if sharded else own)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,15 +197,7 @@ def _check_room(folder: Path, state: NamedState) -> None:
 
 
 def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a shard of an engine
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

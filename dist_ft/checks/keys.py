@@ -179,7 +179,9 @@ def unread_problems(config: RunConfig, origins: Mapping[str, str]) -> Iterator[P
     """Yield a problem for each key that the user set although it has no effect in this configuration."""
     for rule in READ_WHEN:
         if rule.key in origins and not rule.reads(config) and value_of(config, rule.key) not in (None, []):
-            yield Problem(where_of(rule.key, origins), f"has no effect: {rule.otherwise}", rule.way_out)
+            why = origins.get("data.validation") if rule.otherwise == NO_VALIDATION else None
+            otherwise = f"{rule.otherwise} ({why})" if why else rule.otherwise
+            yield Problem(where_of(rule.key, origins), f"has no effect: {otherwise}", rule.way_out)
 
 
 def value_of(config: RunConfig, key: str) -> Any:

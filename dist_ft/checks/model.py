@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config.model import ModelConfig
 from ..errors import Problem
-from ..pretrained.folder import read_json
+from ..pretrained.folder import read_json, stored_problem, stored_quantization
 from ..pretrained.source import HUB_ID
 from ..storage.files import PACKAGE
 
@@ -63,6 +63,9 @@ def _folder_problems(folder: Path, model: ModelConfig) -> Iterator[Problem]:
         return
     if not model.from_scratch:
         yield from _weight_problems(folder)
+        stored = stored_quantization(config)
+        unreadable = stored_problem(stored) if stored else None
+        yield from [unreadable] if unreadable else []
     if "auto_map" in config and not model.trust_remote_code:
         rule = f"{folder} contains Python code (auto_map in config.json), which is not run by default"
         yield Problem(key, rule, "review the code, then set model.trust_remote_code=true")

@@ -23,6 +23,10 @@ class FsdpConfig(Strict):
         "none", description="`params`: keep shards and run the optimizer on the CPU."
     )
     reshard_after_forward: bool = Field(True, description="Free a block's full weights between forward and backward.")
+    gradient_reduction: Literal["micro_batch", "step"] = Field(
+        "micro_batch",
+        description="`step`: communicate gradients once per step; each rank holds whole gradients until then.",
+    )
 
 
 class Zero12Config(Strict):

@@ -40,7 +40,7 @@ class Plan(Strict):
     accumulation_steps: int  # gradient accumulation: micro-batches per step on each rank
     git_sha: str | None  # commit of the working directory in which the run was planned
     created: str  # UTC, ISO 8601
-    origins: dict[str, str]  # dotted key → origin of its value, for keys that the user set
+    origins: dict[str, str]  # dotted key → origin of its value, for keys that the user set or that were dropped then
 
     @property
     def run_dir(self) -> Path:

@@ -40,5 +40,5 @@ class TrainConfig(Strict):
     load_best_model_at_end: bool = Field(False, description="Export the best evaluated step instead of the last.")
     resume: str = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
     timeout_s: Annotated[float, Field(gt=0)] = Field(
-        600, description="End the run if a rank makes no progress for this many seconds."
+        600, description="End the run if no rank makes progress for this many seconds."
     )

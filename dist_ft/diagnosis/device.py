@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from .finding import Finding, note, ok, problem
 from .versions import installed
 
+AMD_DRIVER = Path("/dev/kfd")
+
 
 def check_devices() -> Iterator[Finding]:
-    """Check CUDA, the GPUs and their memory, NCCL and bfloat16."""
+    """Check CUDA or ROCm, the GPUs and their memory, NCCL and bfloat16."""
     if not torch.distributed.is_available():
         yield problem("torch.distributed", "is not available in this build of torch", "install torch from pytorch.org")
     if not torch.cuda.is_available():
@@ -23,12 +26,12 @@ def check_devices() -> Iterator[Finding]:
         fast = capability in ("AVX512", "AMX")
         yield ok("bfloat16", "supported on the CPU" + ("" if fast else ", but slower than float32"))
         return
-    yield ok("CUDA", f"{torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    yield ok("GPU library", f"{_toolkit()}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     for index in range(torch.cuda.device_count()):
         try:
             free, total = torch.cuda.mem_get_info(index)
         except RuntimeError as error:
-            way_out = "run nvidia-smi: the GPU may be in exclusive mode, or may need a reset by its owner"
+            way_out = "run nvidia-smi or rocm-smi: the GPU may be in exclusive mode, or may need a reset by its owner"
             yield problem(f"GPU {index}", str(error).splitlines()[0], way_out)
             continue
         name = torch.cuda.get_device_name(index)
@@ -61,17 +64,29 @@ def check_kernels() -> Iterator[Finding]:
         yield ok("bitsandbytes", f"{version}; for method=qlora, on GPUs and CPUs")
 
 
+def _toolkit() -> str | None:
+    """Return the library for GPUs with which torch is built; None for a build for CPUs."""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else None
+
+
 def _why_no_gpu() -> Finding:
-    driver = shutil.which("nvidia-smi") is not None
-    if torch.version.cuda is None and driver:
-        way_out = "install torch with CUDA from pytorch.org"
-        return problem("CUDA", f"torch {torch.__version__} is built without CUDA, but the machine has a GPU", way_out)
-    if torch.version.cuda is None:
-        return note("CUDA", f"torch {torch.__version__} is a CPU-only build; runs use the CPU")
-    if driver:
-        way_out = "check nvidia-smi and CUDA_VISIBLE_DEVICES: the driver may be too old, or the job may have no GPU"
-        return note("CUDA", f"torch is built with CUDA {torch.version.cuda}, but no GPU is visible", way_out)
-    return note("CUDA", "no GPU and no driver; runs use the CPU")
+    drivers = {"CUDA": shutil.which("nvidia-smi") is not None, "ROCm": AMD_DRIVER.exists()}
+    built = _toolkit()
+    if built is None:
+        for wanted, there in drivers.items():
+            if there:
+                rule = f"torch {torch.__version__} is built for CPUs, but the machine has a GPU"
+                return problem("GPU library", rule, f"install torch with {wanted} from pytorch.org")
+        return note("GPU library", f"torch {torch.__version__} is built for CPUs; runs use the CPU")
+    if drivers[built.split()[0]]:
+        way_out = (
+            "check nvidia-smi or rocm-smi, and CUDA_VISIBLE_DEVICES: the driver may be too old, or the job may have no"
+            " GPU"
+        )
+        return note("GPU library", f"torch is built with {built}, but no GPU is visible", way_out)
+    return note("GPU library", f"torch is built with {built}, but there is no driver; runs use the CPU")
 
 
 def _flash_attention() -> Finding:

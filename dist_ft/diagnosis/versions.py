@@ -15,7 +15,7 @@ from .finding import Finding, note, ok, problem
 SELF = "dist-ft"
 # NEEDED is imported by every run; USUAL is only required for some engines, formats or trackers.
 NEEDED = ("torch", "transformers", "peft", "pydantic", "hydra-core", "numpy", "safetensors", "rich")
-USUAL = ("deepspeed", "datasets", "wandb", "accelerate", "tokenizers", "pyarrow", "gguf")
+USUAL = ("deepspeed", "datasets", "wandb", "accelerate", "tokenizers", "pyarrow", "gguf", "nvidia-ml-py")
 
 
 def check_versions() -> Iterator[Finding]:

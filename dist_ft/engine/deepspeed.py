@@ -10,25 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402  # logs while it is imported
-from deepspeed.utils import (  # noqa: E402
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-    set_z3_leaf_module,
-)
+from deepspeed.accelerator import cuda_accelerator  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_module  # noqa: E402
 
 from ..config.engine import Zero3Config, Zero12Config  # noqa: E402
 from ..process.place import Place  # noqa: E402
 from ..protocols import LossFn, OptimFactory  # noqa: E402
-from ..state import Batch, BuiltModel, LossSum, NamedState, StepStats  # noqa: E402
+from ..state import Batch, Beat, BuiltModel, LossSum, NamedState, StepStats, unwatched  # noqa: E402
+from .flat_shard import FlatShard  # noqa: E402
+from .native import zero_moments  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_ELEMENTS = 100_000_000  # of gradients that are sent at once, at most
@@ -45,6 +38,7 @@ class Zero:
         max_grad_norm: clip the global gradient norm to this; 0 does not clip.
         micro_batch_size: rows of a micro-batch (DeepSpeed wants to know).
         accumulation_steps: micro-batches of a step on a rank.
+        tick: called for each tensor that is gathered.
     """
 
     def __init__(
@@ -57,8 +51,10 @@ class Zero:
         max_grad_norm: float,
         micro_batch_size: int,
         accumulation_steps: int,
+        tick: Beat = unwatched,
     ) -> None:
         self.config = config
+        self.tick = tick
         self.device = device
         self.place = place
         self.dtype = dtype
@@ -74,6 +70,7 @@ class Zero:
         # worker leaves lying: the next run then waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
+        ignore_nvml()
         for parameter in model.parameters():  # not buffers: position frequencies keep their precision
             parameter.data = parameter.data.to(self.dtype)
         # Ranks use different experts: ZeRO-3 must gather all of a mixture at once, or one rank waits for ever for a
@@ -90,7 +87,6 @@ class Zero:
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: nn.Module = self.engine.module
         self.engine.train()
-        self.mesh = init_device_mesh(self.device.type, (self.place.world_size,))
         self.trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.updates = 0
         self._make_moments()
@@ -118,39 +114,30 @@ class Zero:
         return loss(self.engine, micro.to(self.device))
 
     def state(self) -> NamedState:
-        """Trained weights and moments as shards by name: gathered one at a time, of which each rank keeps a slice."""
+        """Masters and moments by name, as views of what this rank holds where it lives; loading writes into them."""
         tensors: dict[str, Any] = {}
         for name, parameter in self.trained:
-            tensors[f"model/{name}"] = self._slice(safe_get_full_fp32_param(parameter))
-            for moment in MOMENTS:
-                tensors[f"{moment}/{name}"] = self._slice(safe_get_full_optimizer_state(parameter, moment))
+            for kind, moment in (("model", None), *((moment, moment) for moment in MOMENTS)):
+                tensors[f"{kind}/{name}"] = self._shard(parameter, moment)
         return NamedState(tensors, updates=self.updates)
 
+    @torch.no_grad()
     def load(self, state: NamedState) -> None:
-        """Take over a state whose slices a checkpoint has filled."""
-        for name, parameter in self.trained:
-            weights = _full(state.tensors[f"model/{name}"])
-            self._set_master(parameter, weights, None)
-            for moment in MOMENTS:
-                self._set_master(parameter, _full(state.tensors[f"{moment}/{name}"]), moment)
-            self._set_compute_copy(parameter, weights)
+        """Take over a state that `state()` gave and a checkpoint has filled."""
         for moments in self.optimizer.optimizer.state.values():
             moments["step"].fill_(float(state.updates))
         self.updates = state.updates
+        self._renew_copies()
 
     def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
         """Full tensors by name, one at a time; with `trainable`, only those that learn. Every rank must iterate."""
         for name, parameter in self.model.named_parameters():
+            self.tick(f"gathering {name}")
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter)
             elif not trainable:
                 with self._gathered(parameter):
                     yield name, parameter.data
-
-    def _slice(self, full: Tensor) -> DTensor:
-        """This rank's part of a tensor that every rank has."""
-        placement = Shard(0) if full.ndim else Replicate()
-        return distribute_tensor(full.detach().to(self.device), self.mesh, [placement], src_data_rank=None)
 
     def _make_moments(self) -> None:
         """Give AdamW the zero moments that it would make in its first step.
@@ -158,55 +145,62 @@ class Zero:
         ZeRO-1 and 2 link their views of the moments once, before AdamW's first step, and find nothing without this.
         """
         for flat in self._masters():
-            self.optimizer.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                "exp_avg": torch.zeros_like(flat.data),
-                "exp_avg_sq": torch.zeros_like(flat.data),
-            }
+            self.optimizer.optimizer.state[flat] = zero_moments(flat, self.optimizer.optimizer)
         if self.stage < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _masters(self) -> list[Tensor]:
         """The flat float32 partitions that AdamW updates."""
-        masters: list[Tensor] = (
-            self.optimizer.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else self.optimizer.single_partition_of_fp32_groups
-        )
-        return masters
+        if self.stage == 3:  # which gives AdamW one of them at a time
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
 
-    def _set_master(self, parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
-        """Write this rank's part of the optimizer's copy; `moment` None means the weights."""
-        if self.stage < 3:
-            if moment is None:
-                safe_set_full_fp32_param(parameter, full)
-            else:
-                safe_set_full_optimizer_state(parameter, full, moment)
-            return
-        # The full-tensor setters of stage 3 overrun where the world size does not divide the parameter.
-        part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = nn.functional.pad(full.flatten(), (0, part * self.place.world_size - full.numel()))
-        own = padded.narrow(0, part * self.place.rank, part)
-        if moment is None:
-            safe_set_local_fp32_param(parameter, own)
+    def _shard(self, parameter: nn.Parameter, moment: str | None) -> FlatShard:
+        """This rank's part of the optimizer's copy of a parameter, which `moment` None stands for, or of a moment."""
+        if self.stage == 3:
+            own, _ = self.optimizer._get_fp32_opt_state_partition(parameter, True, moment)
+            shape, part = parameter.ds_shape, len(own)  # type: ignore[attr-defined]
+            start = min(part * self.place.rank, shape.numel())
+            own = own[: min(part, shape.numel() - start)]  # without padding
+        elif (mapping := parameter._hp_mapping) is None:  # type: ignore[attr-defined]
+            shape, start, own = parameter.shape, 0, self._masters()[0][:0]
         else:
-            safe_set_local_optimizer_state(parameter, own, moment)
+            shape, start, own = parameter.shape, mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment)
+        return FlatShard(own.detach(), shape, start)
 
-    def _set_compute_copy(self, parameter: nn.Parameter, full: Tensor) -> None:
-        """Bring the weights that forward uses in line with the optimizer's."""
-        with self._gathered(parameter, modifier_rank=0):
-            parameter.data.copy_(full)
+    def _renew_copies(self) -> None:
+        """Bring the weights that the forward uses in line with the masters, shard by shard. Collective."""
+        optimizer = self.optimizer
+        if self.stage < 3:
+            optimizer.update_lp_params()
+            return
+        kept = optimizer.persistent_parameters  # small ones, which stay gathered
+        if kept:
+            kept[0].partition(kept)
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if kept:
+            kept[0].all_gather(kept)
 
-    def _gathered(self, parameter: nn.Parameter, **options: Any) -> contextlib.AbstractContextManager[Any]:
+    def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
         """Within, the parameter is whole; only ZeRO-3 ever takes it apart."""
         if self.stage < 3:
             return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], **options)
+        context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
         return context
 
     def _set_training(self, mode: bool) -> None:
         if self.engine.training != mode:
             self.engine.train(mode)
+
+
+def ignore_nvml() -> None:
+    """Let DeepSpeed ask torch for free memory.
+
+    It asks NVML, where nvidia-ml-py is installed, for the GPU of the number in CUDA_VISIBLE_DEVICES, which may be a
+    UUID, or a number of the job's own.
+    """
+    cuda_accelerator.pynvml = None
 
 
 def derive_json(
@@ -236,12 +230,12 @@ def derive_json(
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        # As under the other engines; by default, both are the dtype of the model. ZeRO-2 still divides by the number of
+        # ranks in that dtype, which is exact for powers of two.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too and needs no compiler
         "steps_per_print": 10**9,
     }
-
-
-def _full(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

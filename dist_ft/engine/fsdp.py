@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -18,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config.engine import FsdpConfig
 from ..process.comm import barrier
-from ..state import BuiltModel
+from ..state import BuiltModel, NamedState
 from .native import NativeEngine
 
 
@@ -41,17 +44,44 @@ class Fsdp(NativeEngine):
             "reshard_after_forward": self.config.reshard_after_forward,
         }
         source = {name: p.detach() for name, p in model.named_parameters()} if self.place.is_main else {}
-        for block in anatomy.parts(anatomy.blocks):
-            fully_shard(block, **options)
-        fully_shard(model, **options)
+        modules = dict(anatomy.model.named_modules())
+        # What no text reaches is a unit of its own, or it would be gathered with what stands outside the blocks.
+        for part in (*(modules[name] for name in anatomy.idle if name in modules), *anatomy.parts(anatomy.blocks)):
+            fully_shard(part, **options)
+        # What stands outside is needed from the first embedding of a forward to the end of its backward.
+        fully_shard(model, **options | {"reshard_after_forward": False})
         if hasattr(model, "generate"):  # it calls an encoder by itself, whose embeddings stand outside the blocks
             register_fsdp_forward_method(model, "generate")
         for name, parameter in model.named_parameters():
             _scatter(parameter, source.pop(name, None))
+            self.tick(f"sharding {name}")
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.device)
         barrier()
         return model
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Reduce gradients after each micro-batch, into shards, or only after the last one, as the user chose."""
+        reduces = last or self.config.gradient_reduction == "micro_batch"
+        self.model.set_requires_gradient_sync(reduces)  # type: ignore[operator]
+        yield
+
+    def load(self, state: NamedState) -> None:
+        """Take over a state that `state()` gave and a checkpoint has filled."""
+        super().load(state)
+        self._forget_gathered()
+
+    def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors by name, one at a time; with `trainable`, only those that learn. Every rank must iterate."""
+        self._forget_gathered()
+        yield from super().weights(trainable=trainable)
+
+    def _forget_gathered(self) -> None:
+        """Let go of weights that an evaluation gathered, in the dtype of the forward, and that no backward freed."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _offload(self) -> OffloadPolicy:
         if self.config.offload == "none" or self.device.type == "cpu":  # on a CPU shards are where they would go

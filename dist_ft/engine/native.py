@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..process.place import Place
 from ..protocols import LossFn, OptimFactory
-from ..state import Batch, BuiltModel, LossSum, NamedState, StepStats
+from ..state import Batch, Beat, BuiltModel, LossSum, NamedState, StepStats, unwatched
 
 
 class NativeEngine(ABC):
@@ -22,18 +22,30 @@ class NativeEngine(ABC):
     Args:
         device: where this rank computes.
         place: this rank.
-        dtype: forward and backward; trained weights and moments are float32.
+        dtype: forward and backward; masters, gradients and moments are float32.
         max_grad_norm: clip the global gradient norm to this; 0 does not clip.
+        tick: called for each tensor that is sent.
     """
 
     module: nn.Module  # what is called: forward runs the wrapper's hooks
     model: nn.Module  # what has the parameters' engine-neutral names
+    trained: list[tuple[str, nn.Parameter]]  # parameters of the model that learn
+    masters: list[tuple[str, nn.Parameter]]  # what the optimizer updates: the same ones, or float32 copies of them
 
-    def __init__(self, *, device: torch.device, place: Place, dtype: torch.dtype, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        place: Place,
+        dtype: torch.dtype,
+        max_grad_norm: float,
+        tick: Beat = unwatched,
+    ) -> None:
         self.device = device
         self.place = place
         self.dtype = dtype
         self.max_grad_norm = max_grad_norm
+        self.tick = tick
 
     def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None:
         """Distribute rank 0's weights over the ranks, and build the optimizer over the trained parameters."""
@@ -41,34 +53,39 @@ class NativeEngine(ABC):
         self.module = self.wrap(built)
         self.module.train()
         self.trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = build_optim(self.trained)
+        self.masters = self.make_masters()
+        self.optimizer = build_optim(self.masters)
+        self.updates = 0
 
     @abstractmethod
     def wrap(self, built: BuiltModel) -> nn.Module:
         """Distribute the model, whose weights are rank 0's afterwards, and return the module to call."""
 
+    def make_masters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return what the optimizer updates, in the order of `trained`; the trained parameters unless overridden."""
+        return self.trained
+
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a micro-batch; before the last one gradients need not be reduced."""
         return contextlib.nullcontext()
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Around a forward."""
-        return contextlib.nullcontext()
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of a micro-batch."""
+        loss.backward()
 
     def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum:
         """Add the gradient of `loss / denominator`; the wrapper averages over ranks, hence times world size."""
         self._set_training(True)
         with self.accumulating(last=last):
-            with self.precision():
-                result = loss(self.module, micro.to(self.device))
-            (result.loss * (self.place.world_size / denominator)).backward()
+            result = loss(self.module, micro.to(self.device))
+            self.backward(result.loss * (self.place.world_size / denominator), last=last)
         return LossSum(result.loss.detach(), result.weight, result.counts)
 
     def step(self, learning_rate: float) -> StepStats:
         """Clip by the global norm, update, clear."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        parameters = [p for _, p in self.trained]
+        parameters = [p for _, p in self.masters]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -76,47 +93,55 @@ class NativeEngine(ABC):
             nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
         return StepStats(grad_norm=float(norm))
 
     @torch.no_grad()
     def evaluate(self, micro: Batch, loss: LossFn) -> LossSum:
         """The loss without dropout and without gradients."""
         self._set_training(False)
-        with self.precision():
-            return loss(self.module, micro.to(self.device))
+        return loss(self.module, micro.to(self.device))
 
     def state(self) -> NamedState:
-        """Trained weights and AdamW's moments; loading writes into these very tensors."""
+        """Masters and AdamW's moments, where they live; loading writes into these very tensors."""
         tensors: dict[str, Any] = {}
-        for name, parameter in self.trained:
-            tensors[f"model/{name}"] = parameter.data
-            moments = self.optimizer.state[parameter]
-            if not moments:  # before the first step AdamW has none
-                moments["step"] = torch.tensor(0.0)
-                moments["exp_avg"] = torch.zeros_like(parameter.data)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter.data)
-            tensors[f"exp_avg/{name}"] = moments["exp_avg"]
-            tensors[f"exp_avg_sq/{name}"] = moments["exp_avg_sq"]
-        return NamedState(tensors, updates=self._updates())
+        for name, master in self.masters:
+            if not self.optimizer.state[master]:  # before its first update AdamW has none
+                self.optimizer.state[master] = zero_moments(master, self.optimizer)
+            tensors[f"model/{name}"] = master.data
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}/{name}"] = self.optimizer.state[master][moment]
+        return NamedState(tensors, updates=self.updates)
 
     def load(self, state: NamedState) -> None:
         """Take over a state that `state()` gave and a checkpoint has filled."""
-        for _, parameter in self.trained:
-            self.optimizer.state[parameter]["step"].fill_(float(state.updates))
+        for _, master in self.masters:
+            self.optimizer.state[master]["step"].fill_(float(state.updates))
+        self.updates = state.updates
 
     def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
         """Full tensors by name, one at a time; with `trainable`, only those that learn. Every rank must iterate."""
+        masters = dict(self.masters)
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad or not trainable:
-                yield name, _full(parameter.data)
-
-    def _updates(self) -> int:
-        moments = self.optimizer.state[self.trained[0][1]]
-        return int(moments["step"]) if moments else 0
+            if name in masters or not trainable:
+                yield name, _full(masters.get(name, parameter).data)
 
     def _set_training(self, mode: bool) -> None:
         if self.module.training != mode:
             self.module.train(mode)
+
+
+def zero_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state that AdamW gives a parameter before its first update.
+
+    A fused AdamW wants the count of updates where the parameter is, any other one on the CPU.
+    """
+    device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter.data),
+        "exp_avg_sq": torch.zeros_like(parameter.data),
+    }
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import Problem, TrainingError
-from ..state import Weights
+from ..state import Beat, Weights, unwatched
 
 WAY_OUT = "nothing was exported; the checkpoint is intact: keep it, and report this error with the tensor names above"
 SHOWN = 5
@@ -52,10 +52,14 @@ class Account:
 
     Args:
         dtype_of: returns the export dtype of the floating-point tensor with the given name; None keeps its dtype.
+        tick: called for each tensor recorded or compared.
     """
 
-    def __init__(self, dtype_of: Callable[[str], torch.dtype | None] = lambda name: None) -> None:
+    def __init__(
+        self, dtype_of: Callable[[str], torch.dtype | None] = lambda name: None, tick: Beat = unwatched
+    ) -> None:
         self.dtype_of = dtype_of
+        self.tick = tick
         self.entries: dict[str, Fingerprint] = {}
 
     def record(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -72,6 +76,7 @@ class Account:
             if not bool(torch.isfinite(given).all()):
                 raise TrainingError.of(name, f"contains NaN or inf in {dtype}", "resume from an earlier checkpoint")
             self.entries[name] = Fingerprint.of(given)
+            self.tick(f"exporting {name}")
             yield name, given
 
     def check_names(self, expected: Mapping[str, object]) -> None:
@@ -101,6 +106,7 @@ class Account:
             with safe_open(file, framework="pt") as reader:
                 for name in reader.keys():  # noqa: SIM118  # not a mapping
                     names[name] += 1
+                    self.tick(f"checking {name} of the exported files")
                     if exact:
                         digest = Fingerprint.of(reader.get_tensor(name)).digest
                         held[digest] += 1
@@ -120,7 +126,10 @@ class Account:
         """
         loaded = dict(model.named_parameters(remove_duplicate=False))
         _refuse("is missing after loading", sorted(set(self.entries) - set(loaded)))
-        distances = {name: entry.distance(Fingerprint.of(loaded[name])) for name, entry in self.entries.items()}
+        distances = {}
+        for name, entry in self.entries.items():
+            distances[name] = entry.distance(Fingerprint.of(loaded[name]))
+            self.tick(f"checking {name} of the exported model")
         wrong = sorted((name for name, far in distances.items() if far > 0), key=lambda n: -distances[n])
         _refuse("differs from the trained tensor after loading", wrong)
 

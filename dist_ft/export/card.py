@@ -20,6 +20,7 @@ from ..data.store.opened import Split
 from ..families import architecture_of
 from ..model.load import rename_base
 from ..prepare import Prepared
+from ..pretrained.folder import stored_scheme
 from ..pretrained.source import is_hub_id
 from ..privacy.mechanism import find_privacy
 from ..state import CAUSAL_LM, Architecture
@@ -108,7 +109,8 @@ def render_card(
             _load_quantised(config.model, base, architecture)
             if is_quantised
             else _python(load_lines(base, library, architecture))
-        ),
+        )
+        + (_stored_note(Path(prepared.model_dir)) if is_adapter else ""),
         "## Data\n\n"
         + _table(DATA_COLUMNS, _data_rows(plan, prepared))
         + "".join(f"\n\n{line}." for line in describe_mixture(config, prepared.train)),
@@ -203,6 +205,23 @@ def _load_quantised(model: ModelConfig, base: str, architecture: Architecture) -
         f"The base model was quantized to {bits} bits ({scheme}) in training. With bitsandbytes:\n\n"
         f"{_python(load_lines_bitsandbytes(base, scheme, dtype, architecture))}\n\n{' '.join(other)}\n"
         f"Exactly as in training, if dist_ft is installed:\n\n{_python(as_trained)}"
+    )
+
+
+def _stored_note(folder: Path) -> str:
+    """Return how to dequantize a base model whose files are quantized, as training did; empty for other models."""
+    scheme = stored_scheme(folder)
+    if scheme is None:
+        return ""
+    loads = {
+        "fp8": "with `quantization_config=transformers.FineGrainedFP8Config(dequantize=True)`",
+        "mxfp8": "with `quantization_config=transformers.FineGrainedFP8Config(dequantize=True)`",
+        "mxfp4": "with `quantization_config=transformers.Mxfp4Config(dequantize=True)`",
+    }
+    how = loads.get(scheme, "and call its `dequantize()`")
+    return (
+        f"\n\nThe files of the base model are quantized ({scheme}), and training used the dequantized weights: load "
+        f"the base model {how}, or merge the adapter with `dist-ft export merge=true`."
     )
 
 

@@ -15,7 +15,7 @@ from ..config.model import ModelConfig
 from ..config.plan import CHECKPOINTS, EXPORT, Plan
 from ..errors import RequestError, TrainingError
 from ..method.adapter import is_bottleneck, load_adapter
-from ..model.load import auto_class, open_pretrained
+from ..model.load import auto_class, load_settings, open_pretrained
 from ..model.quantize import quantize
 from ..model.vocabulary import grow
 from ..pretrained.source import is_hub_id
@@ -71,9 +71,10 @@ def open_base(
         config,
         model_dir,
         architecture,
+        load_settings(config, model_dir, architecture),
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
-        **{**architecture.overrides, **options},
+        **options,
     )
     grow(model, architecture)
     quantize(model, config.quantization or "none", getattr(torch, config.dtype), weights=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..protocols import Engine, Task
-from ..state import Batch, LossSum, Sample
+from ..state import Batch, Beat, LossSum, Sample, unwatched
 
 PROBE_TOKENS = 64
 # Largest relative deviation that rounding explains, by dtype of the forward. Training computes in bfloat16 from float32
@@ -54,11 +54,16 @@ def take_probe(engine: Engine, task: Task, sample: Sample) -> Probe:
 
 
 @torch.no_grad()
-def probe_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
-    """Run `inputs` through a model in this process."""
+def probe_model(model: nn.Module, inputs: Mapping[str, Tensor], tick: Beat = unwatched) -> Probe:
+    """Run `inputs` through a model in this process; each module that it calls ticks."""
     device = next(model.parameters()).device
     was_training = model.training
-    logits = logits_of(model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()}))
+    hooks = [module.register_forward_pre_hook(lambda *_: tick("probing the model")) for module in model.modules()]
+    try:
+        logits = logits_of(model.eval()(**{name: tensor.to(device) for name, tensor in inputs.items()}))
+    finally:
+        for hook in hooks:
+            hook.remove()
     model.train(was_training)
     return Probe(inputs, logits.float().cpu())
 

@@ -5,7 +5,6 @@ A run exports its model at the end with `export_run`; merge.py exports the model
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import shutil
@@ -21,8 +20,9 @@ from ..config.method import MethodChoice
 from ..config.model import ModelConfig
 from ..errors import MachineError, TrainingError
 from ..model.anatomy import unwrap
+from ..model.ticking import ticking
 from ..protocols import Method
-from ..state import CAUSAL_LM, Architecture, Weights
+from ..state import CAUSAL_LM, Architecture, Beat, Weights, unwatched
 from .account import Account
 from .opened import is_adapter, name_base, open_export, set_adapter_base
 from .probe import TOLERANCE, Deviation, Probe, compare, probe_model
@@ -45,6 +45,7 @@ def export_run(
     probe: Probe,
     is_main: bool = True,
     tell: Callable[[str], None] = print,
+    tick: Beat = unwatched,
 ) -> Deviation | None:
     """Write the trained model to `out` atomically and only if it passes verification. Collective; rank 0 writes.
 
@@ -62,6 +63,7 @@ def export_run(
         probe: logits of the trained model.
         is_main: whether this is rank 0; the other ranks only iterate over `weights`.
         tell: shows a line to the user.
+        tick: called for each tensor gathered, written, loaded and checked.
 
     Returns:
         The deviation of the reloaded model's logits from `probe` on rank 0, None on other ranks.
@@ -71,14 +73,15 @@ def export_run(
         MachineError: If there is not enough disk space.
     """
     if not is_main:
-        collections.deque(weights, maxlen=0)
+        for name, _ in weights:
+            tick(f"sending {name}")
         return None
     adapter = not method.config.whole
     bare.config.use_cache = True
     if not adapter:
         bare.to(getattr(torch, model_config.dtype))
     wanted = {name: p for name, p in bare.named_parameters() if p.requires_grad or not adapter}
-    account = Account(stored_dtypes(method.config, model_config))
+    account = Account(stored_dtypes(method.config, model_config), tick)
 
     def fill(folder: Path) -> None:
         method.export(bare, account.record(weights), folder)
@@ -89,10 +92,11 @@ def export_run(
 
     def check(folder: Path) -> Deviation:
         found = verify(folder, account, bare, model_config, model_dir, architecture, probe, exact=method.config.exact)
-        tell_both_bases(folder, model_config, model_dir, architecture, probe, found, tell)
+        tell_both_bases(folder, model_config, model_dir, architecture, probe, found, tell, tick)
         return found
 
-    return publish(out, fill, check, needed_bytes=size_of(wanted.values()))
+    with ticking(tick):
+        return publish(out, fill, check, needed_bytes=size_of(wanted.values()), tick=tick)
 
 
 def size_of(parameters: Iterable[Tensor]) -> int:
@@ -111,7 +115,12 @@ def stored_dtypes(method: MethodChoice, model: ModelConfig) -> Callable[[str], t
 
 
 def publish(
-    out: Path, fill: Callable[[Path], None], check: Callable[[Path], Deviation], *, needed_bytes: int
+    out: Path,
+    fill: Callable[[Path], None],
+    check: Callable[[Path], Deviation],
+    *,
+    needed_bytes: int,
+    tick: Beat = unwatched,
 ) -> Deviation:
     """Fill and check a staging folder next to `out`, then move it to `out`.
 
@@ -133,6 +142,7 @@ def publish(
         for file in staging.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+            tick(f"syncing {file}")
         if out.exists():
             out.rename(old)
         staging.rename(out)
@@ -175,16 +185,16 @@ def verify(
     if ties_embeddings(trained) and not ties_embeddings(loaded):
         rule = "input and output embeddings are tied in training but not after loading"
         raise TrainingError.of(str(folder), rule, "set tie_word_embeddings in config.json of the base model")
-    return check_logits(folder, probe, loaded, config.dtype)
+    return check_logits(folder, probe, loaded, config.dtype, account.tick)
 
 
-def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str) -> Deviation:
+def check_logits(folder: Path, probe: Probe, loaded: nn.Module, dtype: str, tick: Beat = unwatched) -> Deviation:
     """Return the deviation of the logits of `loaded` from the probe.
 
     Raises:
         TrainingError: If the deviation is larger than rounding in `dtype` explains.
     """
-    deviation = compare(probe, probe_model(loaded, probe.inputs))
+    deviation = compare(probe, probe_model(loaded, probe.inputs, tick))
     if not deviation.relative <= TOLERANCE[dtype]:
         rule = f"the logits after loading differ from training ({deviation}; relative tolerance {TOLERANCE[dtype]:.0e})"
         way_out = "the tensors are identical: check config.json and the library versions that `dist-ft doctor` shows"
@@ -200,6 +210,7 @@ def tell_both_bases(
     probe: Probe,
     quantised: Deviation,
     tell: Callable[[str], None] = print,
+    tick: Beat = unwatched,
 ) -> None:
     """Report the deviation of an adapter on the unquantized base model, and append it to the model card.
 
@@ -213,12 +224,13 @@ def tell_both_bases(
         probe: logits of the trained model.
         quantised: deviation from `probe` on the base model quantized as in training.
         tell: shows a line to the user.
+        tick: called for each module that the probe passes.
     """
     scheme = config.quantization or "none"
     if scheme == "none":
         return
     whole = open_export(folder, config.model_copy(update={"quantization": "none"}), model_dir, architecture)
-    deviation = compare(probe, probe_model(whole, probe.inputs))
+    deviation = compare(probe, probe_model(whole, probe.inputs, tick))
     tell(f"adapter on the {scheme} base model used in training: logits differ by {quantised}")
     tell(f"adapter on the unquantized base model in {config.dtype}: logits differ by {deviation}")
     text = (

@@ -7,7 +7,7 @@ from torch import nn
 from ..config.method import BitfitConfig
 from ..errors import RequestError
 from ..state import Anatomy
-from .full import Full, train_head
+from .full import Full, freeze_idle, train_head
 
 
 class Bitfit(Full):
@@ -33,4 +33,8 @@ class Bitfit(Full):
         for bias in biases:
             bias.requires_grad_(True)
         train_head(anatomy)
+        freeze_idle(anatomy)
+        if not any(bias.requires_grad for bias in biases):
+            rule = f"{type(model).__name__} has biases only in parts that text does not reach"
+            raise RequestError.of("method", rule, "set method=ln_tuning or method=lora")
         return model

@@ -8,8 +8,9 @@ from torch import nn
 
 from ..config.method import FreezeConfig
 from ..errors import Problem, RequestError
+from ..model.reach import lies_in
 from ..state import Anatomy
-from .full import Full, train_head
+from .full import Full, freeze_idle, train_head
 
 
 class Freeze(Full):
@@ -31,7 +32,7 @@ class Freeze(Full):
         blocks = anatomy.parts(anatomy.blocks)
         problems = [
             *_block_problems(config, len(blocks)),
-            *_pattern_problems(config, model),
+            *_pattern_problems(config, anatomy),
             *_tie_problems(config, anatomy),
         ]
         if problems:
@@ -47,6 +48,7 @@ class Freeze(Full):
             _require_part(anatomy, anatomy.embeddings).requires_grad_(True)
         if config.train_head:
             _require_part(anatomy, anatomy.head).requires_grad_(True)
+        freeze_idle(anatomy)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             way_out = "set method.num_layers=2, method.train_head=true, or patterns in method.trainable"
             raise RequestError.of(
@@ -62,14 +64,14 @@ def _block_problems(config: FreezeConfig, blocks: int) -> list[Problem]:
     return [Problem("method.num_layers", rule, f"set it to at most {blocks}, or method=full")]
 
 
-def _pattern_problems(config: FreezeConfig, model: nn.Module) -> list[Problem]:
-    names = [name for name, _ in model.named_parameters()]
+def _pattern_problems(config: FreezeConfig, anatomy: Anatomy) -> list[Problem]:
+    names = [name for name, _ in anatomy.model.named_parameters() if not lies_in(name, anatomy.idle)]
     problems = []
     for pattern in config.trainable:
         try:
             if any(re.search(pattern, name) for name in names):
                 continue
-            rule = f"{pattern!r} matches no parameter name"
+            rule = f"{pattern!r} matches no parameter" + (" that a text reaches" if anatomy.idle else "")
         except re.error as error:
             rule = f"{pattern!r} is not a regular expression: {error}"
         problems.append(Problem("method.trainable", rule, f"parameter names are like {', '.join(names[:4])}, …"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..config.method import MethodChoice
+from ..model.reach import lies_in
 from ..state import Anatomy, Weights
 from .shards import write_model
 
@@ -20,9 +21,11 @@ class Full:
         self.buffers: dict[str, Tensor] = {}  # as loaded: they are not trained, and engines stream parameters only
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Make all parameters trainable."""
+        """Make all parameters trainable that a text reaches."""
         self.keep_buffers(anatomy)
-        return anatomy.model.requires_grad_(True)
+        model = anatomy.model.requires_grad_(True)
+        freeze_idle(anatomy)
+        return model
 
     def keep_buffers(self, anatomy: Anatomy) -> None:
         """Keep the persistent buffers (such as a router's correction bias) for the export."""
@@ -33,6 +36,13 @@ class Full:
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
         """Write a model folder; `weights` are consumed one by one, `model` provides configuration and names."""
         write_model(model, itertools.chain(weights, self.buffers.items()), out)
+
+
+def freeze_idle(anatomy: Anatomy) -> None:
+    """Freeze the parts that no text reaches: they would get no gradient, for which DDP would wait."""
+    for name, parameter in anatomy.model.named_parameters():
+        if lies_in(name, anatomy.idle):
+            parameter.requires_grad_(False)
 
 
 def train_head(anatomy: Anatomy) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ..config.method import Ia3Config
 from ..errors import RequestError
 from ..state import Anatomy
-from .through_peft import ThroughPeft, check_names, task_type_of
+from .through_peft import ThroughPeft, check_names, keep_to_text, task_type_of
 
 
 class Ia3(ThroughPeft):
@@ -45,10 +45,13 @@ class Ia3(ThroughPeft):
         if strange := sorted(set(inner) - set(targets)):
             rule = f"{', '.join(strange)} is not in method.target_modules"
             raise RequestError.of("method.feedforward_modules", rule, "add them to method.target_modules")
+        kept = list(keep_to_text("method.target_modules", list(targets), anatomy))
         settings = peft.IA3Config(
             task_type=task_type_of(model),
-            target_modules=list(targets),
-            feedforward_modules=list(inner),
+            target_modules=kept,
+            feedforward_modules=[
+                name for name in kept if any(name == end or name.endswith(f".{end}") for end in inner)
+            ],
             modules_to_save=list(anatomy.task_head) or None,
         )
         return peft.get_peft_model(model, settings)

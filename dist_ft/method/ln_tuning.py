@@ -8,7 +8,7 @@ from torch import nn
 from ..config.method import LnTuningConfig
 from ..errors import RequestError
 from ..state import Anatomy
-from .through_peft import ThroughPeft, check_names, task_type_of
+from .through_peft import ThroughPeft, check_names, keep_to_text, task_type_of
 
 
 class LnTuning(ThroughPeft):
@@ -32,6 +32,8 @@ class LnTuning(ThroughPeft):
         targets = self.config.target_modules or endings
         check_names("method.target_modules", targets, model, endings)
         settings = peft.LNTuningConfig(
-            task_type=task_type_of(model), target_modules=targets, modules_to_save=list(anatomy.task_head) or None
+            task_type=task_type_of(model),
+            target_modules=keep_to_text("method.target_modules", targets, anatomy),
+            modules_to_save=list(anatomy.task_head) or None,
         )
         return peft.get_peft_model(model, settings)

@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.method import LoraKeys
 from ..errors import Problem, RequestError
+from ..model.moe.adapted import merge_on_demand
 from ..model.quantization.packed import find_packed
-from ..state import Anatomy, Weights
+from ..state import Anatomy, Beat, Weights, unwatched
 from .start import ADAPTER, Start, begin, double_rank, read_start, start_problems, subtract, write_start
-from .through_peft import ThroughPeft, check_names, task_type_of
+from .through_peft import ThroughPeft, check_names, keep_to_text, task_type_of
 
 
 class Lora(ThroughPeft):
@@ -50,28 +51,13 @@ class Lora(ThroughPeft):
         _check_packed_copies(config, model)
         if problems := [*_layer_problems(config, len(anatomy.blocks), targets), *_exclusion_problems(config, model)]:
             raise RequestError(*problems)
+        targets = keep_to_text("method.target_modules", targets, anatomy)
         if config.layers_to_transform is not None and isinstance(targets, list):
             targets = _within(config.layers_to_transform, targets)
         rows = anatomy.token_rows if anatomy.new_token_ids else ()
         if problems := list(_row_problems(config, rows)):
             raise RequestError(*problems)
-        settings = peft.LoraConfig(
-            task_type=task_type_of(model),
-            r=config.r,
-            lora_alpha=cast(int, config.lora_alpha),
-            lora_dropout=config.lora_dropout,
-            target_modules=targets,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            modules_to_save=[*config.modules_to_save, *anatomy.task_head] or None,
-            exclude_modules=config.exclude_modules,
-            layers_to_transform=config.layers_to_transform,
-            rank_pattern=dict(config.rank_pattern),
-            alpha_pattern=dict(config.alpha_pattern),
-            init_lora_weights=True if config.moves_base else config.init_lora_weights,
-            target_parameters=config.target_parameters or None,
-            trainable_token_indices={name: list(anatomy.new_token_ids) for name in rows} or None,
-        )
+        settings = _settings_of(config, anatomy, targets)
         _keep_from_experts(settings, model, all_linear=config.target_modules == "all-linear")
         try:
             adapted = peft.get_peft_model(model, settings)
@@ -84,9 +70,10 @@ class Lora(ThroughPeft):
             if problems := list(start_problems(config, adapted)):
                 raise RequestError(*problems)
             settings.init_lora_weights = config.init_lora_weights  # what `export` goes by
+        merge_on_demand(adapted)
         return adapted
 
-    def begin(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def begin(self, model: nn.Module, dtype: torch.dtype, tick: Beat = unwatched) -> None:
         """Where the model has its weights: have the adapters start with a part of them, if they are to.
 
         Ranks without weights are sent the result, as all weights. A run that goes on starts as it did.
@@ -95,7 +82,7 @@ class Lora(ThroughPeft):
             return
         assert isinstance(model, peft.PeftModel)
         known = read_start(self.start_file) if self.start_file and self.start_file.exists() else self.start
-        start = begin(model, str(self.config.init_lora_weights), dtype, known)
+        start = begin(model, str(self.config.init_lora_weights), dtype, known, tick)
         if self.start_file is None:
             self.start = start
         elif known is None:
@@ -118,6 +105,32 @@ class Lora(ThroughPeft):
             super().export(model, subtract(weights, start), out)
         finally:
             model.peft_config[ADAPTER] = settings
+
+
+def _settings_of(config: LoraKeys, anatomy: Anatomy, targets: str | list[str]) -> peft.LoraConfig:
+    """Return peft's settings; parts that no text reaches are neither adapted nor saved."""
+    model = anatomy.model
+    names = [name for name, _ in model.named_parameters()]
+    rows = anatomy.token_rows if anatomy.new_token_ids else ()
+    saved = keep_to_text("method.modules_to_save", config.modules_to_save, anatomy)
+    parameters = keep_to_text("method.target_parameters", config.target_parameters, anatomy, names)
+    return peft.LoraConfig(
+        task_type=task_type_of(model),
+        r=config.r,
+        lora_alpha=cast(int, config.lora_alpha),
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        modules_to_save=[*saved, *anatomy.task_head] or None,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        init_lora_weights=True if config.moves_base else config.init_lora_weights,
+        target_parameters=list(parameters) or None,
+        trainable_token_indices={name: list(anatomy.new_token_ids) for name in rows} or None,
+    )
 
 
 def _row_problems(config: LoraKeys, rows: Sequence[str]) -> Iterator[Problem]:

@@ -23,13 +23,19 @@ from ..config.method import LoraKeys
 from ..config.plan import START_FILE
 from ..errors import Problem, RequestError
 from ..model.quantization.packed import find_packed
-from ..state import Weights
+from ..state import Beat, Weights, unwatched
 
 ADAPTER = "default"
 Start = dict[str, Tensor]  # A and B, float32, by parameter name
 
 
-def begin(model: peft.PeftModel, kind: str, dtype: torch.dtype, start: Mapping[str, Tensor] | None = None) -> Start:
+def begin(
+    model: peft.PeftModel,
+    kind: str,
+    dtype: torch.dtype,
+    start: Mapping[str, Tensor] | None = None,
+    tick: Beat = unwatched,
+) -> Start:
     """Initialize the adapters and subtract their part from the base weights.
 
     Args:
@@ -38,6 +44,7 @@ def begin(model: peft.PeftModel, kind: str, dtype: torch.dtype, start: Mapping[s
             2406.01775).
         dtype: Of the forward; the factors are rounded to it, as some engines do with all weights.
         start: The factors of a resumed run; computed if None.
+        tick: Called for each layer: a factorization takes long.
 
     Returns:
         The initial factors.
@@ -65,6 +72,7 @@ def begin(model: peft.PeftModel, kind: str, dtype: torch.dtype, start: Mapping[s
         part = layer.scaling[ADAPTER] * b.data @ a.data
         weight.data = (whole.float() - (part.T if layer.fan_in_fan_out else part)).to(whole.dtype)
         begun |= {names_of["A"]: a.data.clone(), names_of["B"]: b.data.clone()}
+        tick(f"initial adapter of {name}")
     return begun
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import peft
@@ -10,7 +12,8 @@ from torch import nn
 
 from ..config.method import MethodChoice
 from ..errors import Problem, RequestError
-from ..state import Weights
+from ..model.reach import lies_in
+from ..state import Anatomy, Weights
 
 
 class ThroughPeft:
@@ -40,6 +43,8 @@ TASK_TYPES = {  # by the suffix of the model's class name; peft has a wrapper fo
 def task_type_of(model: nn.Module) -> peft.TaskType:
     """Return peft's task type for a model."""
     name = type(model).__name__
+    if name.endswith("ForConditionalGeneration") and not model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return peft.TaskType.CAUSAL_LM  # a decoder that is conditioned on images
     return next((kind for ending, kind in TASK_TYPES.items() if name.endswith(ending)), peft.TaskType.CAUSAL_LM)
 
 
@@ -64,3 +69,40 @@ def check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str])
             problems.append(Problem(key, f"{want!r} matches no module", f"the model has {', '.join(near[:12])}"))
     if problems:
         raise RequestError(*problems)
+
+
+def keep_to_text(key: str, wanted: str | list[str], anatomy: Anatomy, names: Iterable[str] = ()) -> str | list[str]:
+    """Return what peft is told so that it adapts only modules (or parameters) that a text reaches.
+
+    Args:
+        key: Of the configuration, for the error.
+        wanted: Ends of names after a dot, or a regular expression for full names, as for peft.
+        anatomy: Of the model.
+        names: What `wanted` is matched with; by default the names of all modules.
+
+    Returns:
+        `wanted`, or the full names of what it means in reach of text if it also means something else.
+
+    Raises:
+        RequestError: With a problem for each entry that means only what no text reaches.
+    """
+    if not anatomy.idle:
+        return wanted
+    candidates = list(names) or [name for name, _ in anatomy.model.named_modules()]
+    problems = []
+    for entry in [wanted] if isinstance(wanted, str) else [[ending] for ending in wanted]:
+        meant = [name for name in candidates if _is_meant(name, entry)]
+        if meant and all(lies_in(name, anatomy.idle) for name in meant):
+            rule = f"{''.join(entry)!r} means only parts that no text reaches, such as {meant[0]}"
+            problems.append(Problem(key, rule, "remove it, or name parts of the language model"))
+    if problems:
+        raise RequestError(*problems)
+    meant = [name for name in candidates if _is_meant(name, wanted)]
+    reached = [name for name in meant if not lies_in(name, anatomy.idle)]
+    return wanted if len(reached) == len(meant) else reached
+
+
+def _is_meant(name: str, wanted: str | list[str]) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == want or name.endswith(f".{want}") for want in wanted)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..process import comm
 from ..state import Anatomy, Mixture
 from .quantization.packed import shapes_of
+from .reach import find_idle, lies_in
 from .router_form import find_form
 
 
@@ -21,9 +22,11 @@ def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_i
     Raises:
         RequestError: A router does not return the logits that it chooses experts by.
     """
-    blocks = _find_blocks(model)
-    mixtures = _find_mixtures(model, blocks)
+    idle = find_idle(model)
+    blocks = [name for name in _find_blocks(model) if not lies_in(name, idle)]
+    mixtures = [mixture for mixture in _find_mixtures(model, blocks) if not lies_in(mixture.experts, idle)]
     names = {id(module): name for name, module in model.named_modules()}
+    reached = [(name, module) for name, module in model.named_modules() if not lies_in(name, idle)]
     inside = {id(module) for block in blocks for module in model.get_submodule(block).modules()}
     routers = {mixture.router for mixture in mixtures}
     embeddings, head = _embeddings_of(model)
@@ -32,10 +35,10 @@ def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_i
         blocks=tuple(blocks),
         linears=tuple(
             name
-            for name, module in model.named_modules()
+            for name, module in reached
             if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and name not in routers
         ),
-        norms=tuple(name for name, module in model.named_modules() if _is_norm(module)),
+        norms=tuple(name for name, module in reached if _is_norm(module)),
         mixtures=tuple(mixtures),
         embeddings=None if embeddings is None else names[id(embeddings)],
         head=None if head is None else names[id(head)],
@@ -43,6 +46,7 @@ def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_i
         persistent_buffers=tuple(find_buffers(model)),
         task_head=tuple(task_head),
         new_token_ids=tuple(new_token_ids),
+        idle=tuple(idle),
     )
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..state import Anatomy, BuiltModel
 from .quantization.packed import shapes_of
+from .reach import lies_in
 
 # Dense bfloat16 peak in FLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
@@ -48,7 +51,7 @@ def count_step_cost(built: BuiltModel) -> StepCost:
         for module in anatomy.part(mixture.experts).modules()
     }
     routers = {id(module) for mixture in anatomy.mixtures for module in anatomy.part(mixture.router).modules()}
-    idle = _replaced(model)
+    idle = _replaced(model) | {id(m) for name, m in anatomy.model.named_modules() if lies_in(name, anatomy.idle)}
     frozen = trained = 0.0
     for module in model.modules():
         if id(module) in idle:
@@ -80,7 +83,9 @@ def _replaced(model: nn.Module) -> set[int]:
 
 def _attention_features(anatomy: Anatomy) -> float:
     """Features of a layer's queries and of its values, over all heads."""
-    config = anatomy.model.config
+    config: Any = anatomy.model.config
+    if isinstance(config, PreTrainedConfig):
+        config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(heads, 1)
     values = getattr(config, "v_head_dim", None) or width

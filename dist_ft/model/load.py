@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.initialization import no_init_weights
 
 from ..config.model import ModelConfig
-from ..errors import Problem, RequestError
+from ..errors import MachineError, Problem, RequestError
 from ..state import Anatomy, Architecture
 from .anatomy import find_anatomy
 from .attention import AttentionChoice, choose_attention
 from .noise import set_dropout
+from .quantization.stored import forget_stored, read_dequantized, settle_dequantized
 from .quantize import quantize_parts
 from .vocabulary import grow, grow_settings
 
@@ -33,6 +35,14 @@ def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
         raise RequestError.of(
             "model.name_or_path", f"{folder}: {_first_line(error)}", "name a folder or hub id of a transformers model"
         ) from error
+
+
+def load_settings(config: ModelConfig, folder: str, architecture: Architecture) -> PreTrainedConfig:
+    """Return the configuration with what the task needs of it."""
+    settings = load_config(config, folder)
+    for key, value in architecture.overrides.items():
+        setattr(settings, key, value)
+    return settings
 
 
 def attention_of(config: ModelConfig, folder: str, device: torch.device, architecture: Architecture) -> AttentionChoice:
@@ -63,11 +73,11 @@ def load_model(
     Raises:
         RequestError: Weights are missing, have other shapes, or belong to another architecture.
     """
-    settings = load_config(config, folder)
+    settings = load_settings(config, folder, architecture)
     if config.dropout is not None:
         set_dropout(settings, config.dropout)
-    for key, value in architecture.overrides.items():
-        setattr(settings, key, value)
+    if not weights or config.from_scratch:
+        forget_stored(settings)
     options: dict[str, Any] = {
         "attn_implementation": attention.implementation,
         "trust_remote_code": config.trust_remote_code,
@@ -76,14 +86,13 @@ def load_model(
     if weights and config.from_scratch:
         grow_settings(settings, architecture)
         model = auto_class(architecture).from_config(settings, **options)  # which draws them from torch's generator
+        _keep_in_float32(model)
     elif weights:
-        model = _read(config, folder, architecture, {**options, "config": settings})
+        model = _read(config, folder, architecture, settings, options)
         grow(model, architecture)
     else:
         grow_settings(settings, architecture)
-        with no_init_weights():
-            model = auto_class(architecture).from_config(settings, **options)
-        model.tie_weights()
+        model = _build_empty(settings, architecture, options)
     if not weights or config.from_scratch:
         _settle_generation(model, config, folder)
     task_head = find_task_head(model) if architecture.new_head else ()
@@ -118,16 +127,54 @@ def auto_class(architecture: Architecture) -> Any:
     return getattr(transformers, architecture.auto_class)
 
 
-def open_pretrained(config: ModelConfig, folder: str, architecture: Architecture, /, **options: Any) -> Any:
+def open_pretrained(
+    config: ModelConfig, folder: str, architecture: Architecture, settings: PreTrainedConfig, /, **options: Any
+) -> Any:
     """What transformers' `from_pretrained` gives, also where its classes call a base by two names.
 
-    Weights are saved again under the names of the class that they were loaded into.
+    Weights are saved again under the names of the class that they were loaded into. Those that are quantized in the
+    folder are dequantized.
+
+    Raises:
+        RequestError: The weights are quantized in a format that cannot be dequantized.
+        MachineError: A package that reads them is not installed.
     """
-    renamed = rename_base(config, folder, architecture)
-    found = auto_class(architecture).from_pretrained(folder, **options, **({"key_mapping": renamed} if renamed else {}))
+    renamed, stored = rename_base(config, folder, architecture), read_dequantized(settings)
+    mapping = {"key_mapping": renamed} if renamed else {}
+    try:
+        found = auto_class(architecture).from_pretrained(folder, config=settings, **options, **mapping, **stored)
+    except ImportError as error:
+        way_out = "install it, or use the 16-bit model that it was made from"
+        raise MachineError.of("model.name_or_path", f"{folder}: {_first_line(error)}", way_out) from error
+    model = found[0] if isinstance(found, tuple) else found
+    if stored:
+        with torch.device("meta"):
+            plain = _build_empty(settings, architecture, {"dtype": options["dtype"]})
+        settle_dequantized(model, {name: tensor.dtype for name, tensor in plain.state_dict().items()})
     if renamed:
-        (found[0] if isinstance(found, tuple) else found)._weight_conversions = None  # else saving renames them back
+        model._weight_conversions = None  # else saving renames them back
     return found
+
+
+def _build_empty(settings: PreTrainedConfig, architecture: Architecture, options: dict[str, Any]) -> Any:
+    """The modules that `from_pretrained` gives for plain weights of this configuration, uninitialized."""
+    with no_init_weights():
+        model = auto_class(architecture).from_config(settings, **options)
+    _keep_in_float32(model)
+    model.tie_weights()
+    return model
+
+
+def _keep_in_float32(model: Any) -> None:
+    """Give what the class wants in float32 that dtype, as `from_pretrained` does and `from_config` does not (5.23).
+
+    Such as the correction bias of DeepSeek-V3's routers and the whole routers of ERNIE 4.5, which ranks without weights
+    would have in bfloat16.
+    """
+    wanted = [re.compile(name.replace("*", ".*")) for name in model._keep_in_fp32_modules_strict or ()]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and any(pattern.search(name) for pattern in wanted):
+            tensor.data = tensor.data.float()
 
 
 def rename_base(config: ModelConfig, folder: str, architecture: Architecture) -> dict[str, str]:
@@ -146,12 +193,15 @@ def rename_base(config: ModelConfig, folder: str, architecture: Architecture) ->
     return {rf"^{before}\.": f"{after}."}
 
 
-def _read(config: ModelConfig, folder: str, architecture: Architecture, options: dict[str, Any]) -> PreTrainedModel:
+def _read(
+    config: ModelConfig, folder: str, architecture: Architecture, settings: PreTrainedConfig, options: dict[str, Any]
+) -> PreTrainedModel:
     try:
         model, report = open_pretrained(
             config,
             folder,
             architecture,
+            settings,
             revision=config.revision,
             use_safetensors=True,
             output_loading_info=True,

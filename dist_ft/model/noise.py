@@ -1,4 +1,8 @@
-"""Random regularization of the model: dropout rates, and noise on embeddings (NEFTune)."""
+"""Random regularization of the model: dropout rates, and noise on embeddings (NEFTune).
+
+Both draw from torch's generator, one micro-batch after another. With either of them, two runs have the same loss curve
+only on the same engine, world size and micro-batch size.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,8 @@ def add_embedding_noise(model: nn.Module, embeddings: nn.Module, alpha: float) -
 
     A document of L tokens with d features gets noise of at most alpha / sqrt(L d), as with `neftune_noise_alpha` of
     transformers and TRL, but by its own length: padding and other documents of the batch do not change it. It is drawn
-    from torch's generator, as dropout is.
+    from torch's generator, as dropout is, and thus depends on rank and micro-batch: `loop.step_seed` makes it the same
+    in a resumed run, but not on another world size or with another micro-batch size.
 
     Args:
         model: Receives the inputs of the micro-batch, and with them the lengths of the documents.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.utils.logging import tqdm
 
 from ..errors import RequestError
 from ..state import Anatomy
@@ -48,9 +49,9 @@ def quantize_parts(anatomy: Anatomy, scheme: str, dtype: torch.dtype, *, weights
     linears = [name for name in anatomy.linears if isinstance(anatomy.part(name), nn.Linear)]
     fused = [anatomy.part(mixture.experts) for mixture in anatomy.mixtures if mixture.fused]
     _refuse_the_rest(anatomy, scheme, [*anatomy.parts(linears), *fused])
-    for experts in fused:
+    for experts in tqdm(fused, desc="Packing experts", disable=not (weights and fused)):
         quantize_experts(experts, scheme, dtype, weights=weights)
-    for name in linears:
+    for name in tqdm(linears, desc="Packing weights", disable=not weights):
         model.set_submodule(name, _pack_linear(anatomy.part(name), scheme, dtype, weights=weights))
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..errors import Problem
+
+BITSANDBYTES = "bitsandbytes"
+COMPRESSED_TENSORS = "compressed-tensors"
+# Formats of quantized weights that transformers turns back into 16 bits, and how many times smaller they are.
+DEQUANTIZABLE = {"fp8": 2, "mxfp8": 2, "mxfp4": 4, BITSANDBYTES: 4, COMPRESSED_TENSORS: 4}
 
 
 def is_known_dense(name_or_path: str) -> bool:
@@ -20,9 +29,37 @@ def is_known_dense(name_or_path: str) -> bool:
 
 
 def weight_bytes(name_or_path: str) -> int | None:
-    """Return the size in bytes of a local folder's safetensors files; None if there is no such folder."""
+    """Return the size in bytes of a local folder's weights, dequantized; None if there is no such folder."""
     folder = Path(name_or_path)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    growth = DEQUANTIZABLE.get(stored_scheme(folder) or "", 1)
+    return growth * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def stored_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return how config.json says that the weights are quantized; None if they are not."""
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return found if isinstance(found, Mapping) else None
+
+
+def stored_scheme(folder: Path) -> str | None:
+    """Return the format that a folder's weights are quantized in; None if they are not."""
+    stored = stored_quantization(read_json(folder / "config.json")[0])
+    return None if stored is None else str(stored.get("quant_method"))
+
+
+def stored_problem(stored: Mapping[str, Any]) -> Problem | None:
+    """Return why weights that are quantized in this way cannot be trained; None if they can be dequantized."""
+    key, method = "model.name_or_path", stored.get("quant_method") or "an unnamed format"
+    if method == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
+        rule = "the weights are stored in compressed-tensors, and the package that reads them is not installed"
+        return Problem(key, rule, "run pip install compressed-tensors, or use the 16-bit model that it was made from")
+    if method in DEQUANTIZABLE:
+        return None
+    rule = f"the weights are stored quantized ({method}), and transformers cannot turn them back into 16 bits"
+    way_out = "use the 16-bit model that they were made from; method=qlora quantizes it while it is read"
+    return Problem(key, rule, way_out)
 
 
 def read_json(file: Path) -> tuple[dict[str, Any], str | None]:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..engine.ddp import Ddp
@@ -42,6 +41,8 @@ class Private(Ddp):
     backward of each row alone gives. Else (relative positions, recomputed blocks) rows go one by one.
     """
 
+    averages_in_backward = False
+
     def __init__(self, privacy: Privacy, **options: Any) -> None:
         super().__init__(**{**options, "max_grad_norm": 0.0})  # rows are clipped, and their noisy sum is not
         self.privacy = privacy
@@ -66,8 +67,7 @@ class Private(Ddp):
         """Move to the device and take the weights of rank 0; gradients are summed in `step`, not in the backward."""
         model = built.model.to(self.device)
         if self.place.world_size > 1:
-            for tensor in model.parameters():
-                dist.broadcast(tensor.data, src=0)
+            self.send_weights(model)
         return model
 
     def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum:
@@ -84,10 +84,10 @@ class Private(Ddp):
 
     def step(self, learning_rate: float) -> StepStats:
         """Sum over ranks, add noise, divide by the expected number of rows, update."""
-        step = self._updates() + 1
+        step = self.updates + 1
         noise = self.privacy.stream_noise(step, (total.shape for total in self.sums), self.device)
         for (_, parameter), total, drawn in zip(self.trained, self.sums, noise, strict=True):
-            parameter.grad = (comm.total(total) + drawn).div_(self.privacy.expected_rows).to(parameter.dtype)
+            parameter.grad = (comm.total(total) + drawn).div_(self.privacy.expected_rows)
             total.zero_()
         self.proven = self.proven and not is_proven_again(step + 1)
         stats = super().step(learning_rate)
@@ -100,15 +100,14 @@ class Private(Ddp):
         if self.hooks is not None:
             self.hooks.disable_hooks()
         for row, weight in zip(split_rows(micro), row_weights(micro), strict=True):
-            with self.precision():
-                result = loss(self.module, row)
+            result = loss(self.module, row)
             result.loss.backward()
             gradients = [(i, p.grad) for i, p in enumerate(parameters) if p.grad is not None]
             norm = torch.stack([g.double().square().sum() for _, g in gradients]).sum().sqrt()
-            factor = clip_factors(norm[None], weight[None], self.privacy.max_grad_norm)
+            factor = clip_factors(norm[None], weight[None], self.privacy.max_grad_norm, self.dtype)
             for i, gradient in gradients:
                 self.sums[i].add_(gradient.float() * factor)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             parts.append(result.loss.detach())
         if self.hooks is not None:
             self.hooks.enable_hooks()
@@ -119,8 +118,7 @@ class Private(Ddp):
         state = get_chance(self.device)
         self.rows = len(micro.samples)
         try:
-            with self.precision():
-                result = loss(self.module, micro)
+            result = loss(self.module, micro)
             assert result.losses is not None and result.documents is None, (
                 "the task tells no loss of each row's targets"
             )
@@ -145,7 +143,7 @@ class Private(Ddp):
     def _add_clipped(self, weights: Tensor) -> None:
         taken = [(i, p.grad_sample) for i, (_, p) in enumerate(self.trained) if p.grad_sample is not None]  # type: ignore[attr-defined]
         squares = torch.stack([gradient.float().flatten(1).square().sum(dim=1) for _, gradient in taken])
-        factors = clip_factors(squares.double().sum(dim=0).sqrt(), weights, self.privacy.max_grad_norm)
+        factors = clip_factors(squares.double().sum(dim=0).sqrt(), weights, self.privacy.max_grad_norm, self.dtype)
         for i, gradient in taken:
             self.sums[i].add_(torch.tensordot(factors, gradient.float(), dims=1))
 
@@ -169,12 +167,12 @@ class Private(Ddp):
         """The same of one row, by a backward of its own."""
         parameters = [parameter for _, parameter in self.trained]
         true = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        total = math.sqrt(sum(float(g.square().sum()) for g in true if g is not None))
+        total = math.sqrt(sum(float(g.float().square().sum()) for g in true if g is not None))
         for (name, parameter), gradient in zip(self.trained, true, strict=True):
             found: Any = parameter.grad_sample  # type: ignore[attr-defined]
             if found is None:
                 continue
-            norm = 0.0 if gradient is None else float(gradient.norm())
+            norm = 0.0 if gradient is None else float(gradient.float().norm())
             miss = float((found[row] if gradient is None else found[row].float() - gradient.float()).norm())
             if not miss <= TOLERANCE[self.dtype] * (norm + 1e-3 * total):
                 return f"{name}'s gradient of a row is not what its own backward gives"
@@ -189,6 +187,6 @@ class Private(Ddp):
     def _forget(self) -> None:
         """Clear what a backward left, also one that failed half-way."""
         self.rows = 0
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         for _, parameter in self.trained:
             parameter.grad_sample = None  # type: ignore[attr-defined]

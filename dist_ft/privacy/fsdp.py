@@ -93,7 +93,7 @@ class PrivateFsdp(Fsdp):
 
     def step(self, learning_rate: float) -> StepStats:
         """Add this rank's shards of the noise, divide by the expected number of rows, update."""
-        step = self._updates() + 1
+        step = self.updates + 1
         drawn = self.privacy.stream_noise(step, (parameter.shape for _, parameter in self.trained), self.device)
         for (name, parameter), noise in zip(self.trained, drawn, strict=True):
             shards: Any = parameter.data
@@ -126,7 +126,7 @@ class PrivateFsdp(Fsdp):
             self._give_up_hooks(self.model, self.norms.fault or "they were not right for rows of another rank")
             return None
         self.proven = self.proven or (by_hooks and proofs > 0)
-        factors = clip_factors(total_norms(squares, rows, self.device), weights, self.privacy.max_grad_norm)
+        factors = clip_factors(total_norms(squares, rows, self.device), weights, self.privacy.max_grad_norm, self.dtype)
         # FSDP2 averages over ranks, hence times world size.
         (losses * factors[micro.documents]).sum().mul(self.place.world_size).backward()
         return LossSum(losses.detach().sum(), weights.sum())
@@ -142,8 +142,7 @@ class PrivateFsdp(Fsdp):
             self.rows = len(micro.samples)
             self.hooks.enable_hooks()
         try:
-            with self.precision():
-                result = loss(self.module, micro)
+            result = loss(self.module, micro)
         except RuntimeError as error:
             if not by_hooks or self.proven or isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -34,6 +34,9 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
     if config.engine.name not in ENGINES:
         rule = f"engine={config.engine.name} reduces gradients before the gradient of each row could be clipped"
         yield Problem("engine", rule, f"set engine={' or '.join(ENGINES)}")
+    if getattr(config.engine, "gradient_reduction", "micro_batch") != "micro_batch":
+        rule = "gradients of rows are clipped and reduced micro-batch by micro-batch"
+        yield Problem("engine.gradient_reduction", rule, "set engine.gradient_reduction=micro_batch")
     if config.method.name not in METHODS:
         rule = f"method={config.method.name} is not verified against per-row gradients"
         yield Problem("method", rule, f"set method={' or '.join(METHODS)}")

@@ -6,6 +6,7 @@ Without a process group, the collectives behave as with a single rank.
 from __future__ import annotations
 
 import datetime
+import json
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from torch.distributed import HashStore, Store
 
 from ..errors import MachineError
-from .place import Place, environ, publish_place
+from .place import Place, check_devices, environ, name_device, publish_place
 
-PREPARATION_LIMIT = datetime.timedelta(days=7)  # tokenization may take long, and no collective waits for it
+# How long ranks wait for another one that prepares data, loads, or exports: as long as it works. Not a time limit but
+# the watchdog finds a rank that hangs, because only it sees whether any rank makes progress.
+WAITING_LIMIT = datetime.timedelta(days=7)
 
 
 def open_store(place: Place, timeout_s: float) -> Store:
@@ -41,25 +44,44 @@ def open_store(place: Place, timeout_s: float) -> Store:
     return store
 
 
-def connect_again(store: Store) -> Store:
-    """Open another connection to the store, since a waiting call blocks all other calls on its connection."""
+def connect_again(store: Store, timeout_s: float) -> Store:
+    """Open another connection to the store, since a waiting call blocks all other calls on its connection.
+
+    Args:
+        store: The store of the workers.
+        timeout_s: Limit of each call on the new connection.
+    """
     clone: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+    clone.set_timeout(datetime.timedelta(seconds=timeout_s))
     return clone
 
 
-def join(place: Place, store: Store, device: torch.device, timeout_s: float) -> None:
+def join(place: Place, store: Store, device: torch.device, timeout_s: float | None = None) -> None:
     """Initialize the default process group (gloo; NCCL for CUDA tensors).
 
-    Waits up to `PREPARATION_LIMIT` for ranks that are still preparing data; `timeout_s` applies to later collectives.
+    Waits up to `WAITING_LIMIT` for ranks that are still preparing data.
+
+    Args:
+        place: Place of this rank.
+        store: The store of the workers.
+        device: Device of this rank.
+        timeout_s: Limit of a collective, for processes without a watchdog; `WAITING_LIMIT` if None.
+
+    Raises:
+        MachineError: If two ranks have the same GPU, or only some ranks have one.
     """
-    store.set(f"ready/{place.rank}", place.host)
-    store.wait([f"ready/{rank}" for rank in range(place.world_size)], PREPARATION_LIMIT)
+    limit = WAITING_LIMIT if timeout_s is None else datetime.timedelta(seconds=timeout_s)
+    ready = [f"ready/{rank}" for rank in range(place.world_size)]
+    store.set(ready[place.rank], json.dumps([place.host, name_device(device)]))
+    store.wait(ready, WAITING_LIMIT)
+    check_devices([tuple(json.loads(value)) for value in store.multi_get(ready)])
+    store.set_timeout(limit)  # ranks that set up a communicator wait for each other here
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=limit,
     )
 
 

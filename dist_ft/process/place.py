@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
 import torch
 
 from ..errors import MachineError
-from ..state import Beat
+from ..state import Beat, unwatched
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Worker:
     place: Place
     device: torch.device
     terminal: TextIO  # where rank 0 shows progress
-    beat: Beat
+    beat: Beat  # a phase, step or micro-batch that every rank reaches
+    tick: Beat = unwatched  # progress inside a phase, such as a tensor written, which other ranks may not make
 
     def say(self, line: str) -> None:
         """Print a line for the user, only on rank 0."""
@@ -84,22 +86,52 @@ def find_place() -> Place:
 def find_device(place: Place) -> torch.device:
     """Return the GPU of this local rank, or the CPU on a machine without GPUs.
 
-    Raises:
-        MachineError: If the machine has fewer GPUs than workers.
+    A launcher may show all GPUs of the machine to each worker, or only its own ones, which are numbered from 0 again;
+    the environment does not say which (with `srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES can be 0 in every task). So
+    local ranks are counted around the visible GPUs, and `check_devices` proves that no GPU was taken twice.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    # Some schedulers make only one GPU visible to each worker; the local rank is then not its index.
-    index = 0 if count == 1 and environ("CUDA_VISIBLE_DEVICES", "") not in (None, "0") else place.local_rank
-    if index >= count:
-        raise MachineError.of(
-            str(place),
-            f"no GPU is left for this rank, visible GPUs: {count}",
-            "set launch.workers_per_node to at most the number of GPUs",
-        )
+    index = place.local_rank % torch.cuda.device_count()
     torch.cuda.set_device(index)
+    if place.world_size > 1:
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes the GPU of this number
     return torch.device("cuda", index)
+
+
+def name_device(device: torch.device) -> str:
+    """Return the model, UUID and PCI address of a GPU, which no other GPU of the machine has; or `cpu`."""
+    if device.type != "cuda":
+        return device.type
+    of = torch.cuda.get_device_properties(device)
+    # MIG instances share the address of their GPU, and some AMD GPUs have no UUID of their own.
+    address = ":".join(f"{getattr(of, f'pci_{part}_id', 0):02x}" for part in ("domain", "bus", "device"))
+    return f"{of.name} ({of.uuid}, {address})"
+
+
+def check_devices(found: Sequence[tuple[str, str]]) -> None:
+    """Check that all ranks have a GPU of their own, or that all use the CPU.
+
+    Args:
+        found: Host of each rank and the name of its device, in rank order.
+
+    Raises:
+        MachineError: If two ranks have the same GPU, or only some ranks have one.
+    """
+    bare = [rank for rank, (_, name) in enumerate(found) if name == "cpu"]
+    if 0 < len(bare) < len(found):
+        where = f"rank {bare[0]} on {found[bare[0]][0]}"
+        rule = "finds no GPU, but other ranks do"
+        raise MachineError.of(where, rule, "run `dist-ft doctor` on that host, or hide the GPUs of all ranks")
+    taken: dict[tuple[str, str], int] = {}
+    for rank, (host, name) in enumerate(found):
+        if name != "cpu" and (first := taken.setdefault((host, name), rank)) != rank:
+            rule = f"both compute on the same GPU, {name}"
+            way_out = (
+                "set launch.workers_per_node to at most the number of GPUs; on SLURM, request as many GPUs as tasks on"
+                " each node (launch.gpus_per_node)"
+            )
+            raise MachineError.of(f"ranks {first} and {rank} on {host}", rule, way_out)
 
 
 def publish_place(place: Place) -> None:

@@ -1,10 +1,12 @@
 """Detection of a hanging rank, which is reported before the run is ended.
 
-Collectives wait for the slowest rank, so if one rank hangs, all ranks appear to hang. Each rank counts its progress (a
-micro-batch, a phase) and publishes the count with the stack of its main thread. Each rank also monitors the next rank,
-so that a stopped process is noticed by a running one. After `timeout_s` seconds without progress, the suspects are the
-ranks that no longer publish. If all ranks still publish, they are those with the smallest count that are not inside a
-collective.
+Collectives wait for the slowest rank, so if one rank hangs, all ranks appear to hang; and while rank 0 loads or exports
+a large model, the others wait and nothing is wrong. So a run hangs if no rank makes progress: all ranks add theirs (a
+micro-batch, a tensor written) to one counter of the store. Each rank also publishes a heartbeat with the stack of its
+main thread and monitors that of the next rank, so that a stopped process is noticed by a running one.
+
+After `timeout_s` seconds without progress, the suspects are the ranks that no longer publish. If all ranks still
+publish, they are those that have reached the fewest phases and are not inside a collective.
 """
 
 from __future__ import annotations
@@ -20,21 +22,22 @@ from typing import Any, TextIO
 
 from torch.distributed import Store
 
-from ..errors import TrainingError
+from ..errors import DistFtError, TrainingError
 from . import failure
 from .place import Place
 
 FRAMES = 6
 COLLECTIVES = "torch/distributed/"
+FILES = "torch/distributed/checkpoint/filesystem.py"
 
 
 class Watchdog:
-    """Daemon thread that watches the progress of this rank and the heartbeat of the next one.
+    """Daemon thread that watches the progress of all ranks and the heartbeat of the next one.
 
     Args:
         place: Place of this rank.
         store: Separate connection to the store of the workers; a waiting call would block a shared connection.
-        timeout_s: Seconds without progress after which the run is ended.
+        timeout_s: Seconds without progress of any rank after which the run is ended.
         run_dir: Run folder, to which the failure report is written.
         terminal: Stream to which the failure report is printed.
     """
@@ -48,9 +51,13 @@ class Watchdog:
         self.main = threading.main_thread().ident
         self.interval_s = min(5.0, timeout_s / 4)
         self.pulses = 0
-        self.count = 0
+        self.count = 0  # of phases, which every rank reaches
         self.phase = "start"
-        self.moved_at = time.monotonic()
+        self.progress = 0  # of this rank, also inside a phase
+        self._added = 0  # of it to the counter of all ranks
+        self._total = 0  # of all ranks
+        self._moved_at = self._heard_at = time.monotonic()
+        self._heard: int | None = None  # the next rank's last heartbeat
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -59,10 +66,14 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, phase: str) -> None:
-        """Record progress: the main thread has reached `phase`."""
+        """Record that the main thread has reached `phase`, as every rank does."""
         self.count += 1
-        self.phase = phase
-        self.moved_at = time.monotonic()
+        self.tick(phase)
+
+    def tick(self, what: str) -> None:
+        """Record progress inside a phase, such as a tensor written, which other ranks may not make."""
+        self.phase = what
+        self.progress += 1
 
     def close(self) -> None:
         """Stop watching, and publish that this rank is done."""
@@ -70,21 +81,42 @@ class Watchdog:
         self._thread.join(timeout=5)
 
     def _watch(self) -> None:
-        neighbour = (self.place.rank + 1) % self.place.world_size
-        seen: tuple[Any, float] = (None, time.monotonic())
         try:
             self._publish("runs")
             while not self._ended.wait(self.interval_s):
                 self._publish("runs")
-                pulse = self._read(neighbour)
-                if pulse is None or pulse["state"] == "done" or pulse["pulse"] != seen[0]:
-                    seen = (pulse and pulse["pulse"], time.monotonic())
-                now = time.monotonic()
-                if max(now - seen[1], now - self.moved_at) > self.timeout_s:
-                    self._give_up()
+                self._look()
             self._publish("done")
-        except RuntimeError:  # the host of the store has ended, which the collectives report
-            return
+        except RuntimeError:
+            self._watch_alone()
+
+    def _look(self) -> None:
+        """End the run if no rank has made progress, or the next one has not published, for too long."""
+        now = time.monotonic()
+        if self._any_progress():
+            self._moved_at = now
+        pulse = self._read((self.place.rank + 1) % self.place.world_size)
+        if pulse is None or pulse["state"] == "done" or pulse["pulse"] != self._heard:
+            self._heard, self._heard_at = pulse["pulse"] if pulse else None, now
+        if max(now - self._moved_at, now - self._heard_at) > self.timeout_s:
+            self._give_up()
+
+    def _any_progress(self) -> bool:
+        """Add this rank's progress to that of all ranks; return whether any has made some since the last call."""
+        own, before = self.progress, self._total
+        self._total = self.store.add("progress", own - self._added)
+        self._added = own
+        return self._total != before
+
+    def _watch_alone(self) -> None:
+        """Watch this rank only: the store's host, rank 0, is gone, and collectives may wait for it without an error."""
+        seen, moved_at = self.progress, time.monotonic()
+        while not self._ended.wait(self.interval_s):
+            if self.progress != seen:
+                seen, moved_at = self.progress, time.monotonic()
+            if time.monotonic() - moved_at > self.timeout_s:
+                rule = f"the store on the host of rank 0 does not answer, and {self.place} waits at {self.phase}"
+                self._end(TrainingError.of("no contact with rank 0", rule, "check that host and the network"))
 
     def _publish(self, state: str) -> None:
         self.pulses += 1
@@ -110,17 +142,21 @@ class Watchdog:
         return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)[-FRAMES:]]
 
     def _find_suspects(self) -> tuple[str, list[int]]:
-        """Return a description of the problem and the ranks that the others wait for."""
+        """Return a description of the problem and the ranks that the others wait for; none if there is progress."""
         before = self._read_running()
-        time.sleep(2 * self.interval_s)
-        self._publish("runs")
+        for _ in range(2):  # the others do the same at the same time, and must still be seen to publish
+            time.sleep(self.interval_s)
+            self._publish("runs")
         pulses = self._read_running()
         silent = [rank for rank, pulse in pulses.items() if rank in before and pulse["pulse"] == before[rank]["pulse"]]
         if silent:
             return "no heartbeat", silent
+        if self._any_progress():
+            self._moved_at = time.monotonic()
+            return "", []
         # A rank inside a collective waits for others; a rank with the same count outside of one is waited for.
         behind = [rank for rank, pulse in pulses.items() if pulse["count"] == min(p["count"] for p in pulses.values())]
-        busy = [rank for rank in behind if not any(COLLECTIVES in frame for frame in pulses[rank]["stack"])]
+        busy = [rank for rank in behind if not _is_waiting(pulses[rank]["stack"])]
         return "no progress", busy or behind
 
     def _read_running(self) -> dict[int, dict[str, Any]]:
@@ -129,6 +165,8 @@ class Watchdog:
 
     def _give_up(self) -> None:
         what, suspects = self._find_suspects()
+        if not suspects:
+            return
         lines = []
         for rank in suspects[:8]:
             pulse = self._read(rank) or {"host": "unknown host", "phase": "start", "stack": []}
@@ -139,5 +177,13 @@ class Watchdog:
             "the other ranks are waiting for\n    " + "\n    ".join(lines),
             "check the log of that rank; increase train.timeout_s if a step can take this long",
         )
+        self._end(error)
+
+    def _end(self, error: DistFtError) -> None:
         code = failure.report(error, self.place, self.run_dir, self.terminal)
         os._exit(code)  # the main thread is blocked in a collective and cannot be interrupted
+
+
+def _is_waiting(stack: list[str]) -> bool:
+    """Return whether a stack is inside a collective; the files of a checkpoint are written by torch.distributed too."""
+    return any(COLLECTIVES in frame for frame in stack) and not any(FILES in frame for frame in stack)

@@ -1,1 +1,1 @@
-"""Helpers for multi-process tests."""
+"""Tiny models and process groups for tests and benchmarks; nothing in the package imports it."""

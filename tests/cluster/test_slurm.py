@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 STUB = """
 import sys
 from dist_ft.launch import cli, slurm

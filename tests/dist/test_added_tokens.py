@@ -10,8 +10,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dist_ft.testing import tiny
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
 
@@ -29,14 +30,11 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[bool, str]:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     folders = {}
     for tied in (True, False):
         folder = tmp_path_factory.mktemp("tied" if tied else "untied")
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=tied)).save_pretrained(folder)
+        folders[tied] = tiny.save("llama", folder, vocab_size=512, tie_word_embeddings=tied)
         AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folder)
-        folders[tied] = str(folder)
     return folders
 
 

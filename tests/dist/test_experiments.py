@@ -8,37 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from dist_ft.checks.request import check
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.testing.spawn import spawn
+from dist_ft.testing.words import save_model
 from tests.dist.cases import metrics_of
-from tests.dist.heads import make_model
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 ROWS = 40
-SMALL = {"vocab_size": 96, "max_position_embeddings": 600}
-WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
-T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name → class, whose tokenizer, configuration
-    "bert": ("BertModel", "bert", {**SMALL, **WIDTH}),
-    "distilbert": (
-        "DistilBertModel",
-        "distilbert",
-        {**SMALL, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
-    ),
-    "roberta": ("RobertaForMaskedLM", "roberta", {**SMALL, **WIDTH}),
-    "gpt2": ("GPT2Model", "gpt2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 600}),
-    "opt": ("OPTForCausalLM", "gpt2", {**SMALL, **WIDTH, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "t5": (
-        "T5ForConditionalGeneration",
-        "bert",
-        T5,
-    ),
+LONG = {"max_position_embeddings": 600}  # some experiments read texts of 512 tokens
+MODELS: dict[str, tuple[str, dict[str, int]]] = {  # name → auto class, settings
+    "bert": ("AutoModel", LONG),
+    "distilbert": ("AutoModel", LONG),
+    "roberta": ("AutoModelForMaskedLM", LONG),
+    "gpt2": ("AutoModel", {"n_positions": 600}),
+    "opt": ("AutoModelForCausalLM", LONG),
+    "t5": ("AutoModelForSeq2SeqLM", {}),
 }
 TEXTS = [f"w{i} w{i + 1} w{2 * i} w{i % 7}" for i in range(ROWS)]
 LABELLED = [{"text": text, "label": ("neg", "pos")[i % 2]} for i, text in enumerate(TEXTS)]
@@ -82,12 +69,8 @@ def test_every_experiment_has_a_case() -> None:
 
 
 def build_models(folder: Path, llama: Path) -> dict[str, str]:
-    found = {"llama": str(llama)}
-    for name, (kind, tokenizer, settings) in MODELS.items():
-        found[name] = make_model(tokenizer, folder / name)
-        model = getattr(transformers, kind)
-        model(model.config_class(**settings)).save_pretrained(folder / name)
-    return found
+    made = {name: save_model(name, folder / name, auto, **changes) for name, (auto, changes) in MODELS.items()}
+    return {"llama": str(llama), **made}
 
 
 def words_of(experiment: str, folder: Path, models: dict[str, str]) -> list[str]:

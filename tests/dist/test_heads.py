@@ -12,11 +12,14 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
 from dist_ft.testing.spawn import spawn
+from dist_ft.testing.words import DECODERS, ENCODERS, save_model
 from tests.dist.cases import metrics_of
-from tests.dist.heads import LABELS, SHAPES, config_of, make_model, make_questions, make_rows
+from tests.runs import labelled_run
+from tests.samples import LABELS, write_labelled_rows, write_questions
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
+SHAPES = (*ENCODERS, *DECODERS)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
@@ -31,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_tuning": {"name": "p_tuning", "num_virtual_tokens": 4},
 }
 VIRTUAL = ("prompt", "prefix", "p_tuning")
-REFUSED = {("gpt2", "prompt"), ("gpt2", "p_tuning")}  # see tests/unit/method/test_virtual_heads.py
+REFUSED = {("gpt2", "prompt"), ("gpt2", "p_tuning")}  # see tests/unit/method/test_virtual_tokens.py
 BIASED = {"bert", "distilbert", "roberta", "gpt2", "opt", "bloom"}
 PARITY = {"rel": 1e-5}
 
@@ -61,14 +64,14 @@ GRID = [*grid(), *ASKED]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("labelled") / "rows.jsonl"
-    make_rows(path)
-    make_questions(path.with_name("questions.jsonl"))
+    write_labelled_rows(path)
+    write_questions(path.with_name("questions.jsonl"))
     return path
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {shape: make_model(shape, tmp_path_factory.mktemp(shape)) for shape in SHAPES}
+    return {shape: save_model(shape, tmp_path_factory.mktemp(shape)) for shape in SHAPES}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def runs(shapes: dict[str, str], data: Path, tmp_path_factory: pytest.TempPathFa
                 asked = shape == "questions"
                 rows, model = (data.with_name("questions.jsonl"), "bert") if asked else (data, shape)
                 changes = {"method": METHODS[method], **({"task": QUESTIONS} if asked else {})}
-                config = config_of(folders[key], shapes[model], rows, engine, world, **changes)
+                config = labelled_run(folders[key], shapes[model], rows, engine, world, **changes)
                 cases.append({"config": config, "export": engine in ("ddp", "zero3")})
         spawn(world, "tests.dist.cases:run_cases", cases, timeout_s=800)
     return folders
@@ -182,7 +185,7 @@ def test_the_best_step_is_exported_where_it_was_asked_for(shapes: dict[str, str]
     """A rate at which the score falls again; engines hold the best step's weights afterwards."""
     cases = []
     for engine in ("ddp", "fsdp", "zero3"):
-        config = config_of(tmp_path / engine, shapes["bert"], data, engine, 2)
+        config = labelled_run(tmp_path / engine, shapes["bert"], data, engine, 2)
         config["optim"] |= {"learning_rate": 0.3, "lr_scheduler_type": "constant"}
         config["train"] |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "f1"}
         cases.append({"config": config, "export": True})

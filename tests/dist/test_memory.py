@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from dist_ft.testing import tiny
 from dist_ft.testing.spawn import spawn
-from tests.dist.conftest import config_of
+from tests.runs import token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -29,21 +29,15 @@ STEPS = 2
 @pytest.fixture(scope="module")
 def broad(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose weights outweigh its adapters a thousand times."""
-    folder = tmp_path_factory.mktemp("broad")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=512, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=211, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": LAYERS, "num_key_value_heads": 4}
+    return tiny.save("llama", tmp_path_factory.mktemp("broad"), **sizes)
 
 
 def matrix(folder: Path, model: str, data: str, world: int, dtype: str) -> dict[tuple[str, str], dict[str, Any]]:
     cases = {}
     for engine in ENGINES:
         for method, settings in METHODS.items():
-            config = config_of(folder / f"{method}-{engine}", model, data, engine, world, 2, False, settings)
+            config = token_run(folder / f"{method}-{engine}", model, data, engine, world, 2, False, settings)
             config["model"]["dtype"] = dtype
             config["train"]["max_steps"] = STEPS
             cases[method, engine] = {"config": config}
@@ -81,11 +75,8 @@ def test_gradients_and_optimizer_state_are_of_what_learns_alone(
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
     """A model in 16 bits large enough to stand out from what a process has anyway, and its parameters."""
     folder = tmp_path_factory.mktemp("large")
-    config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
-        vocab_size=2048, max_position_embeddings=64, dtype="bfloat16",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).bfloat16()
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 2048}
+    model = tiny.build("llama", **sizes, num_attention_heads=8, num_key_value_heads=8, dtype="bfloat16")
     model.save_pretrained(folder)
     return str(folder), sum(p.numel() for p in model.parameters())
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_ft.testing.spawn import spawn
-from tests.dist.conftest import config_of
+from tests.runs import token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -27,7 +27,7 @@ def test_losses_of_sets_are_exact_over_ranks_and_restarts(
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
     def config(name: str, engine: str, world: int, packing: bool) -> dict[str, Any]:
-        made = config_of(tmp_path / name, model, "", engine, world, 2, packing, {"name": "full"})
+        made = token_run(tmp_path / name, model, "", engine, world, 2, packing, {"name": "full"})
         del made["data"]["train"], made["data"]["format"]
         sets = {
             "some": {"weight": 0.4, "validation": str(tmp_path / "held.jsonl")},

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from dist_ft.testing import tiny
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
-from tests.dist.conftest import BATCH, LEARNING_RATE, MAX_NORM, VOCAB, WEIGHT_DECAY, config_of
-from tests.unit.model.moe.test_moe import build
+from tests.runs import BATCH, LEARNING_RATE, MAX_NORM, WEIGHT_DECAY, token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -26,15 +26,7 @@ PARITY = {"rel": 1e-5}
 
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("mixture")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2, vocab_size=VOCAB, pad_token_id=0,
-        max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return tiny.save("qwen3_moe", tmp_path_factory.mktemp("mixture"), num_hidden_layers=2, initializer_range=0.3)
 
 
 def train_plainly(folder: str, rows: list[dict], aux: float, z: float) -> list[tuple[float, float, float]]:
@@ -70,7 +62,7 @@ def cases_of(folder: Path, world: int, mixture: str, data: str) -> dict[tuple, d
     made = {}
     for engine, accumulation, aux in itertools.product(ENGINES, (1, 4), (0.0, AUX)):
         case = (engine, accumulation, aux)
-        config = config_of(
+        config = token_run(
             folder / "-".join(map(str, case)), mixture, data, engine, world, accumulation, False, {"name": "full"}
         )
         config["train"]["max_steps"] = STEPS
@@ -112,15 +104,8 @@ def test_without_leaf_modules_zero3_fails() -> None:
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Fused experts of more than 100,000 elements: ZeRO-3 does not take smaller parameters apart."""
-    folder = tmp_path_factory.mktemp("wide")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=64, intermediate_size=64, moe_intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, num_experts=8, num_experts_per_tok=2, vocab_size=VOCAB, pad_token_id=0,
-        max_position_embeddings=64, initializer_range=0.1,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 128, "num_experts": 8, "num_hidden_layers": 2}
+    return tiny.save("qwen3_moe", tmp_path_factory.mktemp("wide"), **sizes, initializer_range=0.1)
 
 
 LORA = {"name": "lora", "r": 2, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -142,7 +127,7 @@ def test_methods_compose_with_experts_on_every_engine_with_recomputation(
         for engine, name in itertools.product(ENGINES if world > 1 else ENGINES[:1], METHODS):
             method, moe = METHODS[name]
             folder = tmp_path / f"{world}-{engine}-{name}"
-            config = config_of(folder, wide, rows[0], engine, world, 2, False, method)
+            config = token_run(folder, wide, rows[0], engine, world, 2, False, method)
             config["train"]["max_steps"] = STEPS
             config["moe"] = moe
             config["model"]["gradient_checkpointing"] = world > 1
@@ -161,7 +146,7 @@ def test_methods_compose_with_experts_on_every_engine_with_recomputation(
 
 def test_every_rank_has_the_routers_buffers(rows: tuple[str, list[dict]], tmp_path: Path) -> None:
     """DeepSeek-V3 chooses by a correction bias that is no parameter: one rank and two must route alike."""
-    model: Any = build("deepseek_v3", vocab_size=VOCAB)
+    model: Any = tiny.build("deepseek_v3")
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.tensor([0.3, 0.3, -0.3, -0.3]))
@@ -171,7 +156,7 @@ def test_every_rank_has_the_routers_buffers(rows: tuple[str, list[dict]], tmp_pa
         configs = {}
         for engine in ENGINES if world > 1 else ENGINES[:1]:
             folder = tmp_path / f"{world}-{engine}"
-            config = config_of(folder, str(tmp_path / "base"), rows[0], engine, world, 1, False, {"name": "full"})
+            config = token_run(folder, str(tmp_path / "base"), rows[0], engine, world, 1, False, {"name": "full"})
             config["train"]["max_steps"] = STEPS
             configs[world, engine] = config
         spawn(world, "tests.dist.cases:run_cases", [{"config": c} for c in configs.values()], timeout_s=120)

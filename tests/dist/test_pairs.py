@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import log_softmax, logsigmoid
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dist_ft.assess.evaluate import EvaluateOptions, evaluate_run
 from dist_ft.config.plan import read_plan
 from dist_ft.prepare import prepare
 from dist_ft.testing.spawn import spawn
+from dist_ft.testing.words import WORDS, save_model
 from tests.dist.cases import metrics_of
-from tests.dist.heads import WIDE, WORDS, config_of, make_model
+from tests.runs import labelled_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -48,10 +49,7 @@ GRID = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = make_model("llama", tmp_path_factory.mktemp("model"))
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**WIDE, initializer_range=0.2)).save_pretrained(folder)
-    return folder
+    return save_model("llama", tmp_path_factory.mktemp("model"), "AutoModelForCausalLM", initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def case(folder: Path, model: str, rows: Path, key: tuple[str, str, str, int], **more: Any) -> dict[str, Any]:
     task, method, engine, world = key
-    config = config_of(folder, model, rows, engine, world, method=METHODS[method], task=TASKS[task])
+    config = labelled_run(folder, model, rows, engine, world, method=METHODS[method], task=TASKS[task])
     config["optim"] = {"learning_rate": RATE, "weight_decay": 0.0, "lr_scheduler_type": "constant"}
     return {"config": config, **more}
 

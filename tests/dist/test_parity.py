@@ -11,8 +11,8 @@ import torch
 
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
-from tests.dist.conftest import BATCH, LEARNING_RATE, MAX_LENGTH, MAX_NORM, STEPS, WEIGHT_DECAY, config_of
 from tests.dist.oracle import steps_of, train_plainly
+from tests.runs import BATCH, LEARNING_RATE, MAX_LENGTH, MAX_NORM, STEPS, WEIGHT_DECAY, token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -49,7 +49,7 @@ def test_full_fine_tuning_follows_the_plain_loop(
         tmp_path,
         world,
         cases,
-        lambda out, engine, accumulation, packing: config_of(
+        lambda out, engine, accumulation, packing: token_run(
             out, model, rows[0], engine, world, accumulation, packing, {"name": "full"}
         ),
     )
@@ -73,7 +73,7 @@ def test_lora_is_the_same_on_every_engine(model: str, rows: tuple[str, list[dict
             tmp_path / str(world),
             world,
             [(engine, 2, True) for engine in ENGINES],
-            lambda out, engine, accumulation, packing, world=world: config_of(
+            lambda out, engine, accumulation, packing, world=world: token_run(
                 out, model, rows[0], engine, world, accumulation, packing, method
             ),
         )
@@ -90,7 +90,7 @@ def test_saving_memory_changes_no_number(model: str, rows: tuple[str, list[dict]
     cases = [("ddp", "none"), *offloaded, *((engine, "recompute") for engine in ENGINES)]
 
     def make(out: Path, engine: str, offload: str) -> dict[str, Any]:
-        config = config_of(out, model, rows[0], engine, 2, 2, False, {"name": "full"})
+        config = token_run(out, model, rows[0], engine, 2, 2, False, {"name": "full"})
         if offload == "recompute":
             config["model"]["gradient_checkpointing"] = True
         elif engine != "ddp":
@@ -108,7 +108,7 @@ def test_saving_memory_changes_no_number(model: str, rows: tuple[str, list[dict]
 
 def test_bfloat16_stays_near_float32(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
     def make(out: Path, engine: str, dtype: str) -> dict[str, Any]:
-        config = config_of(out, model, rows[0], engine, 2, 2, True, {"name": "full"})
+        config = token_run(out, model, rows[0], engine, 2, 2, True, {"name": "full"})
         config["model"]["dtype"] = dtype
         return config
 
@@ -125,7 +125,7 @@ def test_bfloat16_stays_near_float32(model: str, rows: tuple[str, list[dict]], t
 
 def test_position_frequencies_keep_their_precision(model: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
     def make(name: str, dtype: str) -> dict[str, Any]:
-        config = config_of(tmp_path / name, model, rows[0], name, 1, 1, False, {"name": "full"})
+        config = token_run(tmp_path / name, model, rows[0], name, 1, 1, False, {"name": "full"})
         config["model"]["dtype"] = dtype
         return config
 
@@ -142,7 +142,7 @@ def test_zero_compiles_nothing(model: str, rows: tuple[str, list[dict]], tmp_pat
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
 
     def make(folder: Path, engine: str) -> dict[str, Any]:
-        return config_of(folder, model, rows[0], engine, 2, 2, False, {"name": "full"})
+        return token_run(folder, model, rows[0], engine, 2, 2, False, {"name": "full"})
 
     run_matrix(tmp_path, 2, [("zero2",), ("zero3",)], make)
     assert [path for path in (tmp_path / "extensions").rglob("*") if path.is_file()] == [lock]

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from opacus.accountants import RDPAccountant
-from opacus.grad_sample import GradSampleHooks
-from torch import nn
 
-from dist_ft.process.place import Place
 from dist_ft.testing.spawn import spawn
-from tests.dist.cases import metrics_of, run_case
-from tests.dist.conftest import config_of
-from tests.dist.heads import config_of as heads_config_of
-from tests.dist.heads import make_model, make_rows
-from tests.unit.privacy.test_fsdp import turn_rows
+from dist_ft.testing.words import save_model
+from tests.dist.cases import metrics_of
+from tests.runs import labelled_run, token_run
+from tests.samples import write_labelled_rows
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -43,18 +38,18 @@ class Cases:
     def __init__(self, model: str, rows: str, folder: Path) -> None:
         self.model, self.rows, self.folder = model, rows, folder
         self.labelled = folder / "labelled.jsonl"
-        make_rows(self.labelled)
-        self.bert = make_model("bert", folder / "bert")
+        write_labelled_rows(self.labelled)
+        self.bert = save_model("bert", folder / "bert")
 
     def case(self, kind: str, engine: str, world: int, *, at: str = "", stop: int | None = None) -> dict[str, Any]:
         shape, method = kind.split("-")
         folder = self.folder / (at or f"{kind}-{engine}-{world}")
         if shape == "llama":
-            config = config_of(folder, self.model, self.rows, engine, world, 2, False, METHODS[method])
+            config = token_run(folder, self.model, self.rows, engine, world, 2, False, METHODS[method])
             del config["data"]["shuffle"], config["optim"]["max_grad_norm"]
             config["model"]["quantization"] = "nf4" if method == "qlora" else "none"
         else:
-            config = heads_config_of(folder, self.bert, self.labelled, engine, world, method=METHODS[method])
+            config = labelled_run(folder, self.bert, self.labelled, engine, world, method=METHODS[method])
             config["task"].pop("class_weights")
             config["data"].pop("validation")
         config["privacy"] = {**PRIVACY, "grad_sample_mode": "auto" if world == 2 else "loop"}
@@ -64,21 +59,8 @@ class Cases:
 
     def run(self, world: int, *cases: dict[str, Any]) -> list[bool]:
         """Train; whether rows went one by one on rank 0, by case."""
-        results = spawn(world, "tests.dist.test_privacy:run_and_look", list(cases), timeout_s=280)
+        results = spawn(world, "tests.dist.private_cases:run_and_look", list(cases), timeout_s=280)
         return [bool(looped) for looped in results[0]]
-
-
-def run_and_look(place: Place, cases: list[dict[str, Any]]) -> list[bool]:
-    """Each case in turn, with hooks that mistake one row for another on the rank that it names."""
-    found = []
-    for case in cases:
-        with warnings.catch_warnings(record=True) as seen, pytest.MonkeyPatch.context() as patch:
-            warnings.simplefilter("always")
-            if case.get("wrong_on") == place.rank:
-                patch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, turn_rows)
-            run_case(place, case)
-        found.append(any("one by one" in str(warning.message) for warning in seen))
-    return found
 
 
 def test_any_engine_world_and_micro_batch_and_a_stop_give_the_same_private_run(

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaForCausalLM
 
 from dist_ft.checkpoint.reader import SafeReader
 from dist_ft.export.merge import main as export_again
+from dist_ft.testing import tiny
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
-from tests.dist.conftest import config_of
+from tests.runs import token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -25,14 +26,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Llama whose rows are longer than a block of statistics."""
-    folder = tmp_path_factory.mktemp("wide")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=211, max_position_embeddings=64,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    return tiny.save("llama", tmp_path_factory.mktemp("wide"), hidden_size=64, intermediate_size=144)
 
 
 def frozen_bytes(folder: Path) -> dict[str, bytes]:
@@ -46,15 +40,8 @@ def frozen_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny mixture whose experts are fused, two of four to a token."""
-    folder = tmp_path_factory.mktemp("mixture")
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, vocab_size=211,
-        max_position_embeddings=64, initializer_range=0.1,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 48, "head_dim": 16, "num_hidden_layers": 2}
+    return tiny.save("qwen3_moe", tmp_path_factory.mktemp("mixture"), **sizes, initializer_range=0.1)
 
 
 def test_same_curve_on_every_engine(wide: str, mixture: str, rows: tuple[str, list[dict]], tmp_path: Path) -> None:
@@ -65,7 +52,7 @@ def test_same_curve_on_every_engine(wide: str, mixture: str, rows: tuple[str, li
         cases: list[dict[str, Any]] = []
         for (kind, model), engine in itertools.product(kinds.items(), ENGINES):
             folder = tmp_path / f"{kind}-{engine}-{world}"
-            config = config_of(folder, model, rows[0], engine, world, 2, model == wide, {"name": "qlora", "r": 4})
+            config = token_run(folder, model, rows[0], engine, world, 2, model == wide, {"name": "qlora", "r": 4})
             config["model"]["quantization"] = kind.split("-")[0]
             config["model"]["dtype"] = "bfloat16" if "bfloat16" in kind else "float32"
             config["model"]["gradient_checkpointing"] = model == mixture and world == 2
@@ -93,7 +80,7 @@ def test_same_curve_on_every_engine(wide: str, mixture: str, rows: tuple[str, li
 def test_merged_into_the_whole_base(
     wide: str, rows: tuple[str, list[dict]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_of(tmp_path / "run", wide, rows[0], "ddp", 1, 1, False, {"name": "qlora", "r": 4})
+    config = token_run(tmp_path / "run", wide, rows[0], "ddp", 1, 1, False, {"name": "qlora", "r": 4})
     config["train"]["max_steps"] = 3
     spawn(1, "tests.dist.cases:run_cases", [{"config": config, "export": True}])
     card = (tmp_path / "run" / "model" / "README.md").read_text()

@@ -12,7 +12,7 @@ import torch
 from dist_ft.checkpoint.reader import SafeReader
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
-from tests.dist.conftest import STEPS, config_of
+from tests.runs import STEPS, token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -22,9 +22,11 @@ METHODS = {"full": {"name": "full"}, "lora": {"name": "lora", "r": 4, "lora_drop
 
 
 def case(folder: Path, model: str, data: str, engine: str, world: int, method: str, **more: Any) -> dict[str, Any]:
-    config = config_of(folder, model, data, engine, world, 2, True, METHODS[method])
+    config = token_run(folder, model, data, engine, world, 2, True, METHODS[method])
     config["data"]["shuffle"] = True
     config["train"]["seed"] = 3
+    if method == "lora":  # with every kind of random draw inside the model
+        config["train"]["neftune_noise_alpha"] = 5.0
     return {"config": config, **more}
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from dist_ft.method.adapter import load_adapter
 from dist_ft.task.scores.texts import measure
 from dist_ft.testing.spawn import spawn
+from dist_ft.testing.words import WORDS, save_model
 from tests.dist.cases import metrics_of
-from tests.dist.heads import WORDS, make_model
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -46,7 +46,7 @@ Key = tuple[str, str, str, int]  # shape, method, engine, world size
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Models without dropout, with the words of other tests: T5, and BART with biased logits; both are tied."""
-    folders = {shape: make_model(shape, tmp_path_factory.mktemp(shape), AUTO_CLASS) for shape in ("t5", "bart")}
+    folders = {shape: save_model(shape, tmp_path_factory.mktemp(shape), AUTO_CLASS) for shape in ("t5", "bart")}
     bart: Any = AutoModelForSeq2SeqLM.from_pretrained(folders["bart"])
     AutoTokenizer.from_pretrained(folders["bart"]).save_pretrained(folders["bart"] + "-biased")
     folders["bart"] += "-biased"

@@ -20,8 +20,7 @@ from dist_ft.families import METHODS
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.state import Architecture
 from dist_ft.testing.spawn import spawn
-from tests.dist import conftest
-from tests.dist.heads import WORDS, make_model
+from dist_ft.testing.words import WORDS, save_model
 from tests.dist.outcomes import (
     INPUTS,
     assert_exports_agree,
@@ -32,6 +31,7 @@ from tests.dist.outcomes import (
     of_one,
     read_method,
 )
+from tests.runs import token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -56,8 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
 VIRTUAL = ("prompt", "prefix", "p_tuning")
 RATE = {"ln_tuning": 1e-2, "ia3": 1e-1, "bitfit": 1e-2, "prompt": 3e-1, "prefix": 3e-2, "p_tuning": 3e-2}
 REFUSED: dict[tuple[str, str], str] = {
-    ("qwen3", "bitfit"): "has no biases, so bitfit would train nothing",
-    ("t5", "bitfit"): "has no biases, so bitfit would train nothing",
+    ("qwen3", "bitfit"): "has no biases, so that bitfit would train nothing",
+    ("t5", "bitfit"): "has no biases, so that bitfit would train nothing",
 }
 ANEW = ("gpt2", "bert")  # as causal and as masked language models
 PAIRS = [
@@ -95,7 +95,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     wide = {"initializer_range": 0.2}  # what stands before a frozen model of small weights hardly moves its output
     changes = {"bloom": wide, "bert": wide}
     return {
-        shape: make_model(
+        shape: save_model(
             shape, tmp_path_factory.mktemp(shape), architecture_of(shape).auto_class, **changes.get(shape, {})
         )
         for shape in SHAPES
@@ -122,7 +122,7 @@ def config_of(folder: Path, key: Key, base: str, data: Path) -> dict[str, Any]:
     """Decoders learn texts, or (two methods of three) answers to prompts; packed where model and method can."""
     shape, method, engine, world = key
     packing = shape in PACKED and method not in VIRTUAL
-    config = conftest.config_of(folder, base, "", engine, world, 2, packing, CASES[method])
+    config = token_run(folder, base, "", engine, world, 2, packing, CASES[method])
     kind = "pairs" if shape == "t5" else "texts"
     if shape in DECODERS and list(CASES).index(method) % 3:
         kind = "answers"

@@ -17,8 +17,8 @@ from dist_ft.config.plan import START_FILE
 from dist_ft.export.merge import main as export_again
 from dist_ft.testing.spawn import spawn
 from tests.dist.cases import metrics_of
-from tests.dist.conftest import BATCH, LEARNING_RATE, MAX_NORM, WEIGHT_DECAY, config_of
 from tests.dist.oracle import steps_of
+from tests.runs import BATCH, LEARNING_RATE, MAX_NORM, WEIGHT_DECAY, token_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -31,7 +31,7 @@ IDS = torch.arange(3, 30)[None]
 
 def case(folder: Path, model: str, data: str, engine: str, world: int, kind: str, **more: Any) -> dict[str, Any]:
     method = {"name": "lora", "r": 4, "lora_alpha": 8, "init_lora_weights": kind}
-    config = config_of(folder, model, data, engine, world, 2, False, method)
+    config = token_run(folder, model, data, engine, world, 2, False, method)
     config["train"]["max_steps"] = STEPS
     return {"config": config, **more}
 

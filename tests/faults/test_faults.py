@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,15 +21,16 @@ LIMIT_S = 10  # from the fault until the last process has ended
 
 
 class Job:
-    """A `dist-ft train` process with an injected fault."""
+    """A `dist-ft train` process with an injected fault, or with slow functions (see inject/sitecustomize.py)."""
 
-    def __init__(self, folder: Path, fault: str, words: list[str]) -> None:
+    def __init__(self, folder: Path, fault: str, words: list[str], slow: str = "") -> None:
         self.folder, self.mark = folder, folder / "mark"
         self.run_dir = folder / "run"
         environment = {
             **os.environ,
             "PYTHONPATH": str(INJECT),
-            "DIST_FT_FAULT": fault,
+            "DIST_FT_SLOW": slow,
+            **({"DIST_FT_FAULT": fault} if fault else {}),
             "DIST_FT_FAULT_MARK": str(self.mark),
             "DIST_FT_TEST_JOB": str(folder),
         }
@@ -77,14 +79,14 @@ def start(tmp_path: Path, tiny_llama: Path) -> Iterator:
     rows.write_text((row + "\n") * 64)
     jobs: list[Job] = []
 
-    def begin(fault: str, engine: str = "ddp", *words: str) -> Job:
+    def begin(fault: str, engine: str = "ddp", *words: str, slow: str = "") -> Job:
         common = [
             f"model.name_or_path={tiny_llama}", f"data.train={rows}", "data.validation=null", "data.test=null",
             "data.format=tokens", f"data.cache_dir={tmp_path / 'cache'}", f"engine={engine}", "method=full",
             "track.wandb=off", "train.num_train_epochs=null", "train.max_steps=500", "train.global_batch_size=4",
             "train.per_device_train_batch_size=2", "launch.workers_per_node=2",
         ]  # fmt: skip
-        jobs.append(Job(tmp_path, fault, [*common, *words]))
+        jobs.append(Job(tmp_path, fault, [*common, *words], slow))
         return jobs[-1]
 
     yield begin
@@ -132,6 +134,39 @@ def test_a_rank_that_stops_answering_is_named(start, kind: str, what: str) -> No
     if kind == "hang":
         assert "sitecustomize.py" in output, "the output must contain the stack of the hanging rank"
     job.assert_gone(since + 8)
+
+
+SLOW_S = 0.5  # for each tensor, of which the model has 20 and a checkpoint 60: far longer than the watchdog waits
+LOAD = "transformers.core_model_loading:set_param_for_module"
+SAVE = "torch.distributed.checkpoint.filesystem:_write_item"
+READ = "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.resolve_tensor"
+SHARD = "dist_ft.engine.fsdp:_scatter"
+EXPORT = "dist_ft.export.account:Fingerprint.of"
+
+
+def test_slow_work_longer_than_the_timeout_is_no_hang(start) -> None:
+    """Loading, sharding, saving, resuming and exporting, each on one rank for longer than `train.timeout_s`."""
+    phases = {(LOAD, 0): 10, (SHARD, 0): 10, (SHARD, 1): 10, (SAVE, 0): 10, (SAVE, 1): 10, (EXPORT, 0): 20}
+    resumed = {(READ, 0): 20, (READ, 1): 20}
+    for words, slow in ((["train.max_steps=2"], phases), (["train.max_steps=3"], resumed)):
+        places = ",".join(f"{place}:{SLOW_S}" for place in dict.fromkeys(place for place, _ in slow))
+        job = start("", "fsdp", "train.timeout_s=4", *words, slow=places)
+        output, _ = job.process.communicate(timeout=200)
+        assert job.process.returncode == 0, output
+        assert (job.run_dir / "model" / "config.json").exists()
+        log = Path(f"{job.mark}.slow")
+        calls = Counter(log.read_text().splitlines())
+        log.unlink()
+        for (place, rank), least in slow.items():
+            assert calls[f"{place.split(':')[1]} {rank}"] >= least, (place, rank, calls)
+
+
+def test_a_hang_of_the_export_is_found_on_rank_0(start) -> None:
+    job = start("", "ddp", "train.timeout_s=4", "train.max_steps=1", slow=f"{EXPORT}:3600")
+    output, _ = job.process.communicate(timeout=100)
+    assert job.process.returncode == 4, output
+    assert "no progress" in output and "rank 0 on" in output and "rank 1 on" not in output, output
+    assert "sitecustomize.py" in output
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1"])

@@ -1,4 +1,4 @@
-"""Tests of project conventions that no linter checks: environment access, file length, names, packaging, YAML files."""
+"""Tests of project conventions that no linter checks: environment, file length, names, tests, packaging, YAML files."""
 
 from __future__ import annotations
 
@@ -85,6 +85,73 @@ def test_files_and_functions_fit_in_the_head() -> None:
     assert not long
 
 
+def files_of_tests() -> list[Path]:
+    return sorted((ROOT / "tests").rglob("*.py"))
+
+
+def test_files_of_tests_fit_in_the_head() -> None:
+    lines = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in files_of_tests()}
+    assert not {name: count for name, count in lines.items() if count > LONGEST_FILE}
+
+
+def lines_naming_test_modules(tree: ast.AST) -> Iterator[int]:
+    """Yield the line numbers that import a module of tests or a conftest.py, or name one for another process."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            names = [name for name in names if node.level or name.startswith("tests.")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = re.findall(r"\btests(?:\.\w+)+(?=:)", node.value)
+        parts = {part for name in names for part in name.split(".")}
+        if any(part == "conftest" or part.startswith("test_") for part in parts):
+            yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("from tests.unit.export.test_write import Case", [1]),
+        ("import os\nimport tests.unit.export.test_write", [2]),
+        ("from tests.unit.export import test_write", [1]),
+        ("from .test_write import Case", [1]),
+        ("from . import test_write", [1]),
+        ("from tests.dist.conftest import ROWS", [1]),
+        ("def f():\n    spawn(2, 'tests.dist.test_privacy:run', [])", [2]),
+        ("from tests.exports import Case\nimport pytest\nspawn(2, 'tests.dist.cases:run_cases', [])", []),
+        ("'as tests/unit/test_loop.py shows'", []),
+        ("from tests.samples import given\nfrom torch.testing import test_something", []),
+    ],
+)
+def test_names_of_test_modules_are_found(code: str, lines: list[int]) -> None:
+    assert list(lines_naming_test_modules(ast.parse(code))) == lines
+
+
+def test_no_test_imports_another() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in [*files_of_tests(), *(ROOT / "benchmarks").rglob("*.py")]
+        if path != Path(__file__).resolve()
+        for line in lines_naming_test_modules(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, f"move what tests share to dist_ft/testing or a module of tests that holds no test: {found}"
+
+
+def test_unit_tests_mirror_the_rooms() -> None:
+    """A test bears the name of the module that it tests, or that name and an aspect: test_write_moe of write.py."""
+    unit, strangers = ROOT / "tests" / "unit", []
+    for path in unit.rglob("test_*.py"):
+        room = path.parent.relative_to(unit)
+        modules = {entry.stem for entry in (ROOT / "dist_ft" / room).glob("*") if entry.suffix in ("", ".py")}
+        modules |= {"house"} if path.parent == unit else set()
+        name = path.stem.removeprefix("test_")
+        if not any(name == module or name.startswith(f"{module}_") for module in modules):
+            strangers.append(str(path.relative_to(ROOT)))
+    assert not strangers, f"no module of dist_ft has the name of {strangers}"
+
+
 def test_no_module_is_a_drawer() -> None:
     drawers = {"utils", "util", "helpers", "common", "misc", "manager", "managers", "handler", "handlers"}
     assert not [path for path in sources() if path.stem in drawers or path.parent.name in drawers]
@@ -100,9 +167,19 @@ def test_links_lead_to_the_top_level_folders() -> None:
 def test_every_marker_used_is_declared_and_every_extra_installs_something() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(project["project"]["optional-dependencies"]) == {
-        *("gpu", "flash", "sweep", "privacy", "lm-eval", "augment", "dev")
+        *("flash", "sweep", "privacy", "lm-eval", "augment", "dev")
     }
     assert all(project["project"]["optional-dependencies"].values())
+
+
+def test_what_methods_engines_and_launchers_need_is_installed_with_the_package() -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    on_linux = {"platform_system": "Linux"}
+    needed = [Requirement(line) for line in project["dependencies"]]
+    names = {r.name for r in needed if r.marker is None or r.marker.evaluate(on_linux)}
+    assert {"torch", "peft", "bitsandbytes", "deepspeed", "nvidia-ml-py"} <= names
 
 
 def test_constraints_pin_every_requirement_inside_its_range() -> None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the router policy, and the balance and z losses.
+"""Mixtures of experts: the router policy, the balance and z losses, and adapters of fused experts.
 
-Imports `model.anatomy`.
+Imports `model.anatomy` and `model.quantization`.
 """

@@ -8,15 +8,13 @@ backward: autograd, which would keep it from one to the other, is handed a note 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .lease import Lease
 from .packed import Packed
 from .packing import pack, packed_size, unpack
 
@@ -50,61 +48,14 @@ class QuantizedExperts:
         """The experts' own, over weights that live as long as it runs."""
         device = hidden_states.device.type
         half = torch.is_autocast_enabled(device)
-        lease = _Lease(self, torch.get_autocast_dtype(device) if half else hidden_states.dtype)
+        dtype = torch.get_autocast_dtype(device) if half else hidden_states.dtype
+        lease = Lease(lambda name: self.dequantize(name, dtype))
         self.__dict__["lease"] = lease
         try:
-            with torch.autograd.graph.saved_tensors_hooks(lease.note, lease.fetch):
+            with lease:
                 return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.__dict__["lease"]
-            lease.weights.clear()
-
-
-@dataclass(frozen=True)
-class _Note:
-    """A part of a parameter's weight, in place of the tensor itself."""
-
-    name: str
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-class _Lease:
-    """The weights of one forward, and the same ones again for its backward."""
-
-    def __init__(self, experts: QuantizedExperts, dtype: torch.dtype) -> None:
-        self.experts, self.dtype = experts, dtype
-        self.weights: dict[str, Tensor] = {}
-        self.notes: Counter[str] = Counter()  # not fetched yet
-        # Hooks replace those around them: what is not ours goes where activation checkpointing would have it.
-        self.outer: tuple[Callable[..., Any], Callable[..., Any]] | None = (
-            torch._C._autograd._top_saved_tensors_default_hooks(False)
-        )
-
-    def weight(self, name: str) -> Tensor:
-        if name not in self.weights:
-            self.weights[name] = self.experts.dequantize(name, self.dtype)
-        return self.weights[name]
-
-    def note(self, tensor: Tensor) -> Any:
-        """What autograd keeps of a tensor until the backward."""
-        for name, weight in self.weights.items():
-            if tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-                self.notes[name] += 1
-                return _Note(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
-        return self.outer[0](tensor) if self.outer else tensor
-
-    def fetch(self, kept: Any) -> Tensor:
-        """The tensor again; the weight behind it is dropped when its last part has been fetched."""
-        if not isinstance(kept, _Note):
-            tensor: Tensor = self.outer[1](kept) if self.outer else kept
-            return tensor
-        weight = self.weight(kept.name)
-        self.notes[kept.name] -= 1
-        if self.notes[kept.name] <= 0:
-            self.weights.pop(kept.name, None)
-        return weight.as_strided(kept.size, kept.stride, kept.offset)
 
 
 @lru_cache(maxsize=32)

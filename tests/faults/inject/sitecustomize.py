@@ -2,8 +2,11 @@
 
 DIST_FT_FAULT=KIND:RANK:STEP makes rank RANK fail before step STEP. KIND is `raise`, `kill` (SIGKILL), `stop`
 (SIGSTOP), `hang`, or `memory` (out of memory).
+
+DIST_FT_SLOW=MODULE:FUNCTION:SECONDS,... delays each call of these functions; FUNCTION may be CLASS.METHOD.
 """
 
+import functools
 import importlib.machinery
 import os
 import pathlib
@@ -34,21 +37,53 @@ def inject(loop):
     loop.train_step = faulty
 
 
+def delay(module, name, seconds):
+    holder = module
+    *outer, last = name.split(".")
+    for part in outer:
+        holder = getattr(holder, part)
+    call = vars(holder)[last]
+    plain = call.__func__ if isinstance(call, classmethod) else call
+
+    @functools.wraps(plain)
+    def slow(*arguments, **options):
+        with pathlib.Path(os.environ["DIST_FT_FAULT_MARK"] + ".slow").open("a") as file:
+            file.write(f"{name} {os.environ['RANK']}\n")
+        time.sleep(seconds)
+        return plain(*arguments, **options)
+
+    setattr(holder, last, classmethod(slow) if isinstance(call, classmethod) else slow)
+
+
+def faults():
+    """Return what to do with a module once it is imported, by its name."""
+    found = {}
+    if "DIST_FT_FAULT" in os.environ:
+        found["dist_ft.loop"] = [inject]
+    for entry in filter(None, os.environ.get("DIST_FT_SLOW", "").split(",")):
+        module, name, seconds = entry.split(":")
+        found.setdefault(module, []).append(functools.partial(delay, name=name, seconds=float(seconds)))
+    return found
+
+
 class Finder:
-    @staticmethod
-    def find_spec(name, path, target=None):
-        if name != "dist_ft.loop":
+    faults = faults()
+
+    @classmethod
+    def find_spec(cls, name, path, target=None):
+        if name not in cls.faults:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            inject(module)
+            for fault in cls.faults[name]:
+                fault(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-if "DIST_FT_FAULT" in os.environ:
+if Finder.faults:
     sys.meta_path.insert(0, Finder)

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import yaml
@@ -16,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dist_ft.assess import abilities, evaluate
 from dist_ft.config.plan import read_plan, write_plan
 from dist_ft.errors import MachineError, RequestError
-from tests.unit.assess.test_outcome import make_run
+from tests.runs import finish_run
+from tests.samples import load_adapted
 
 CHOICES = ["team: billing", "team: technical", "sales"]
 ROWS = [
@@ -58,19 +58,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def lora_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, cache: Path) -> Path:
-    return make_run(tmp_path_factory.mktemp("lora"), tiny_llama, {"name": "lora", "r": 4}, cache)
-
-
 def models_of(run: Path, base: Path) -> dict[str, Any]:
-    tuned = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "model").eval()
-    return {"base": AutoModelForCausalLM.from_pretrained(base).eval(), "export": tuned}
+    return {"base": AutoModelForCausalLM.from_pretrained(base).eval(), "export": load_adapted(run, base)}
 
 
 @torch.no_grad()
@@ -157,9 +146,9 @@ def test_examples_stand_before_the_question(lora_run: Path, tiny_llama: Path, ta
 
 
 def test_behind_virtual_tokens_log_probabilities_are_those_of_peft(
-    tiny_llama: Path, cache: Path, tasks: Path, tmp_path: Path
+    tiny_llama: Path, run_cache: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path / "run", tiny_llama, {"name": "prompt", "num_virtual_tokens": 3}, cache)
+    run = finish_run(tmp_path / "run", tiny_llama, {"name": "prompt", "num_virtual_tokens": 3}, run_cache)
     evaluate.main([str(run / "run.yaml"), "lm_eval=desk_choose", f"lm_eval_path={tasks}", "lm_eval_chat=false"])
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_llama), models_of(run, tiny_llama)["export"]
     for row in samples_of(run, "export", "desk_choose"):

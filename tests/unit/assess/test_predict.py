@@ -18,7 +18,8 @@ from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import architecture_of
 from dist_ft.prepare import prepare
-from tests.dist.heads import WORDS, make_model, make_rows
+from dist_ft.testing.words import WORDS, save_model
+from tests.samples import write_labelled_rows
 
 TEXT = "w1 w20 w30"
 TAGGED = [{"tokens": ["w1", "w2", "w3"], "tags": ["B-PER", "I-PER", "O"]}, {"tokens": ["w4"], "tags": ["B-LOC"]}]
@@ -35,7 +36,7 @@ def make_run(top: Path, base: str, task: dict[str, Any], rows: list[dict[str, An
     """Create the folder of a run whose trained model has random weights; also return the model."""
     data = top / "rows.jsonl"
     if isinstance(rows, str):
-        make_rows(data, 12)
+        write_labelled_rows(data, 12)
     else:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = RunConfig.model_validate(
@@ -71,7 +72,7 @@ def make_run(top: Path, base: str, task: dict[str, Any], rows: list[dict[str, An
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model("bert", tmp_path_factory.mktemp("bert"))
+    return save_model("bert", tmp_path_factory.mktemp("bert"))
 
 
 def said(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> str:
@@ -82,7 +83,7 @@ def said(capsys: pytest.CaptureFixture[str], run: Path, *words: str) -> str:
 
 @pytest.mark.parametrize("shape", ["bert", "gpt2"])
 def test_a_label_with_its_probabilities(shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = make_model(shape, tmp_path / "base")
+    base = save_model(shape, tmp_path / "base")
     run, _ = make_run(tmp_path, base, {"name": "sequence_classification"}, LABELLED)
     tokenizer = AutoTokenizer.from_pretrained(base)
     classify = pipeline("text-classification", str(run / "model"), tokenizer=tokenizer, top_k=None)
@@ -173,12 +174,7 @@ def test_hidden_words(
 
 
 def test_a_text_from_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = make_model("bert", tmp_path / "base")  # only its tokenizer is used
-    config = transformers.T5Config(
-        vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    transformers.T5ForConditionalGeneration(config).save_pretrained(base)
+    base = save_model("t5", tmp_path / "base", "AutoModelForSeq2SeqLM")
     task = {"name": "seq2seq", "max_target_length": 8, "source_prefix": "w7 "}
     run, model = make_run(tmp_path, base, task, SOURCES)
     tokenizer = AutoTokenizer.from_pretrained(base)

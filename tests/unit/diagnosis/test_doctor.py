@@ -8,6 +8,7 @@ import io
 import resource
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,9 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     files, locked = machine.check_limits()
     assert (files.level, files.remedy) == (Level.PROBLEM, "ulimit -n 4096")
     assert (locked.level, locked.detail) == (Level.NOTE, "64 KiB")
+    for soft, level in ((machine.LEAST_FILES - 1, Level.PROBLEM), (machine.LEAST_FILES, Level.NOTE), (4096, Level.OK)):
+        limits[resource.RLIMIT_NOFILE] = (soft, 4096)
+        assert next(machine.check_limits()).level is level
 
 
 def test_missing_programs_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +140,42 @@ def test_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
         pytest.skip("flash-attn is installed here")
     assert one(device.check_kernels(), "FlashAttention").level is Level.PROBLEM
+
+
+def test_quantized_bases_need_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert one(device.check_kernels(), "bitsandbytes").level is Level.OK
+    assert "liger-kernel" not in [finding.name for finding in device.check_kernels()]
+    monkeypatch.setattr(device, "installed", lambda name: None)
+    assert "method=qlora" in one(device.check_kernels(), "bitsandbytes").detail
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "nvidia", "amd", "level", "detail"),
+    [
+        (None, None, False, False, Level.NOTE, "runs use the CPU"),
+        (None, None, True, False, Level.PROBLEM, "but the machine has a GPU"),
+        (None, None, False, True, Level.PROBLEM, "but the machine has a GPU"),
+        ("12.8", None, True, False, Level.NOTE, "built with CUDA 12.8, but no GPU is visible"),
+        ("12.8", None, False, True, Level.NOTE, "built with CUDA 12.8, but there is no driver"),
+        (None, "6.4", False, True, Level.NOTE, "built with ROCm 6.4, but no GPU is visible"),
+    ],
+)
+def test_why_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cuda: str | None,
+    hip: str | None,
+    nvidia: bool,
+    amd: bool,
+    level: Level,
+    detail: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name if nvidia else None)
+    monkeypatch.setattr(device, "AMD_DRIVER", tmp_path if amd else tmp_path / "none")
+    finding = one(device.check_devices(), "GPU library")
+    assert finding.level is level
+    assert detail in finding.detail

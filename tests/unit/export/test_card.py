@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from opacus.accountants import RDPAccountant
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dist_ft.config.method import LoraConfig
 from dist_ft.config.plan import Plan
@@ -24,8 +24,9 @@ from dist_ft.method.lora import Lora
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.quantize import quantize
 from dist_ft.state import Facts
+from dist_ft.testing import tiny
+from tests.exports import TOKENS, train_a_little
 from tests.samples import given
-from tests.unit.export.test_write import TOKENS, train_a_little
 
 LEDGER = {"rows_read": 1200, "rows_kept": 1199, "tokens": 34567, "supervised_tokens": 8901}
 
@@ -52,9 +53,11 @@ def make_plan(method: dict[str, Any], quantization: str | None = None) -> Plan:
     )  # fmt: skip
 
 
-def make_card(method: dict[str, Any], quantization: str | None = None, **options: Any) -> str:
+def make_card(
+    method: dict[str, Any], quantization: str | None = None, model_dir: str = "/somewhere/m", **options: Any
+) -> str:
     split = Split("/somewhere/data/0123abcd", "/somewhere/data/0123abcd", LEDGER)
-    prepared: Any = SimpleNamespace(model_dir="/somewhere/m", train=split, validation=None, test=None, facts=Facts())
+    prepared: Any = SimpleNamespace(model_dir=model_dir, train=split, validation=None, test=None, facts=Facts())
     before, after = {"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.0}, {"step": 60, "eval/loss": 1.23456}
     return render_card(make_plan(method, quantization), prepared, before, after, **options)
 
@@ -130,6 +133,17 @@ def test_a_quantised_base_is_loaded_in_its_bits(scheme: str) -> None:
     assert "BitsAndBytesConfig" not in make_card(method, quantization=scheme, merged=True), "a full model"
 
 
+def test_a_base_whose_files_are_quantized_is_to_be_dequantized(tmp_path: Path) -> None:
+    def card(scheme: str, method: str = "lora", **options: Any) -> str:
+        (tmp_path / "config.json").write_text(f'{{"quantization_config": {{"quant_method": "{scheme}"}}}}')
+        return make_card({"name": method}, model_dir=str(tmp_path), **options)
+
+    assert "FineGrainedFP8Config(dequantize=True)" in card("fp8")
+    assert "Mxfp4Config(dequantize=True)" in card("mxfp4")
+    assert "`dequantize()`" in card("bitsandbytes")
+    assert "are quantized" not in card("fp8", "full") + card("fp8", merged=True) + make_card({"name": "lora"})
+
+
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_lines_for_a_quantised_base_give_the_trained_model(
@@ -140,9 +154,8 @@ def test_the_lines_for_a_quantised_base_give_the_trained_model(
     bitsandbytes has the same NF4 weights but rounds the inputs: to bfloat16 on a CPU, and always to 8 bits with int8
     (LLM.int8).
     """
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    whole = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=211, initializer_range=0.05)).to(getattr(torch, dtype))
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+    whole = tiny.build("llama", **sizes, initializer_range=0.05).to(getattr(torch, dtype))
     whole.save_pretrained(tmp_path / "base")
     whole = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=getattr(torch, dtype))  # float32 frequencies
     method = Lora(LoraConfig(name="lora", r=4))

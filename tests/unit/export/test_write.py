@@ -12,74 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_ft.config.method import FullConfig, LoraConfig
-from dist_ft.config.model import ModelConfig
 from dist_ft.errors import MachineError, TrainingError
-from dist_ft.export.account import Account, Fingerprint
-from dist_ft.export.merge import merge
-from dist_ft.export.probe import Deviation, compare, probe_model
-from dist_ft.export.write import export_run, publish
+from dist_ft.export.probe import Deviation, probe_model
+from dist_ft.export.write import publish
 from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
-from dist_ft.model.anatomy import find_anatomy
-from tests.samples import given, on_meta
-
-TOKENS = list(range(5, 45))
-
-
-def train_a_little(model: nn.Module) -> nn.Module:
-    """Add noise to all trainable weights, including LoRA's B, which starts at zero."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
-class Case:
-    """Trained tiny model with the arguments of its export."""
-
-    def __init__(self, folder: Path, out: Path, method: Any, dtype: str = "float32") -> None:
-        self.folder, self.out, self.method = folder, out, method
-        self.config = ModelConfig(name_or_path=str(folder), dtype=dtype)
-        self.model = train_a_little(self.build(True))
-        self.is_adapter = not isinstance(method, Full)
-
-    def build(self, weights: bool) -> nn.Module:
-        dtype = getattr(torch, self.config.dtype)
-        base = (
-            AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
-            if weights
-            else AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.folder), dtype=dtype)
-        )
-        base.config.use_cache = False
-        model = self.method.apply(find_anatomy(base))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        return model
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad or not self.is_adapter:
-                yield name, parameter.data
-
-    def export(self, **changes: Any) -> Deviation | None:
-        arguments = {
-            "method": self.method,
-            "model_config": self.config,
-            "model_dir": str(self.folder),
-            "bare": on_meta(self.build),
-            "tokenizer": AutoTokenizer.from_pretrained(self.folder),
-            "end_token_id": 2,
-            "weights": self.weights(),
-            "out": self.out,
-            "card": "# card\n",
-            "probe": changes.get("probe") or probe_model(self.model, given(TOKENS)),
-        }
-        return export_run(**{**arguments, **changes})
+from tests.exports import LORAS, TOKENS, Case
+from tests.samples import given
 
 
 def full(folder: Path, out: Path, dtype: str = "float32") -> Case:
@@ -117,16 +59,6 @@ def test_a_full_model_is_loaded_by_transformers_alone(tiny_llama: Path, out: Pat
     assert exported.chat_template == original.chat_template
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
     assert [file.name for file in out.parent.iterdir()] == ["model"]
-
-
-LORAS: list[dict[str, Any]] = [
-    {},
-    {"use_dora": True},
-    {"use_rslora": True},
-    {"modules_to_save": ["lm_head"]},
-    {"modules_to_save": ["embed_tokens"]},
-    {"target_modules": ["q_proj", "embed_tokens"]},
-]
 
 
 @pytest.mark.parametrize("options", LORAS, ids=str)
@@ -325,38 +257,18 @@ def test_publishing_replaces_an_older_export_whole(tmp_path: Path) -> None:
         publish(out, fill("four"), refuse, needed_bytes=10**18)
 
 
-@pytest.mark.parametrize("options", LORAS, ids=str)
-def test_merged_equals_unmerged(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Also covers tied embeddings of the base model that differ after training."""
-    case = lora(tiny_llama, tmp_path / "model", **options)
-    before = probe_model(case.model, given(TOKENS))
-    merged = merge(case.model)
-    assert compare(before, probe_model(merged, given(TOKENS))).relative < 1e-5
-    merged.save_pretrained(tmp_path / "merged")  # type: ignore[operator]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert compare(before, probe_model(loaded, given(TOKENS))).relative < 1e-5
-
-
-def test_fingerprints_tell_tensors_apart() -> None:
-    torch.manual_seed(0)
-    tensor = torch.randn(4, 4)
-    same = Fingerprint.of(tensor)
-    assert same.distance(Fingerprint.of(tensor.clone())) == 0
-    assert same == Fingerprint.of(tensor.T.contiguous().T), "the memory layout must not matter"
-    flipped = tensor.clone()
-    flipped.view(torch.int32)[0, 0] ^= 1
-    for other in (flipped, tensor.T, tensor.bfloat16(), tensor.flatten()):
-        assert same.distance(Fingerprint.of(other)) > 0
-    assert Fingerprint.of(torch.zeros(())).shape == ()
-
-
-def test_an_account_names_the_worst_first() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    account = Account()
-    list(account.record(model.named_parameters()))
-    account.check_loaded(model)
-    model[0].weight.data *= 1.01
-    model[1].weight.data *= 9
-    with pytest.raises(TrainingError) as caught:
-        account.check_loaded(model)
-    assert [problem.where for problem in caught.value.problems] == ["1.weight", "0.weight"]
+@pytest.mark.parametrize("build", [full, lora])
+def test_each_tensor_ticks_on_each_of_its_ways(build: Any, tiny_llama: Path, out: Path) -> None:
+    case, ticks = build(tiny_llama, out), []
+    case.export(tick=ticks.append)
+    names = [name for name, _ in case.weights()]
+    for name in names:
+        assert f"exporting {name}" in ticks and f"checking {name} of the exported model" in ticks
+    loaded = len(dict(AutoModelForCausalLM.from_pretrained(tiny_llama).named_parameters()))
+    assert sum(tick.startswith("Loading weights") for tick in ticks) >= loaded
+    assert sum(tick.endswith("of the exported files") for tick in ticks) == len(names)
+    assert sum(tick.startswith("syncing") for tick in ticks) == len(list(out.iterdir()))
+    assert sum(tick == "probing the model" for tick in ticks) > 10, "each module of the model"
+    ticks.clear()
+    case.export(is_main=False, tick=ticks.append)
+    assert ticks == [f"sending {name}" for name in names]

@@ -18,9 +18,9 @@ from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.moe.policy import route_method
+from dist_ft.testing import tiny
+from tests.exports import TOKENS, Case
 from tests.samples import given, on_meta
-from tests.unit.export.test_write import TOKENS, Case
-from tests.unit.model.moe.test_moe import CONFIGS, build
 
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 VARIANTS: dict[str, tuple[dict[str, Any] | None, Any]] = {
@@ -33,9 +33,9 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny.MIXTURES)
 def test_what_learned_is_there_after_loading(name: str, variant: str, tmp_path: Path) -> None:
-    base = build(name)
+    base = tiny.build(name)
     dice = torch.Generator().manual_seed(3)
     for buffer_name, buffer in base.named_buffers():
         if buffer_name.endswith("e_score_correction_bias"):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from dist_ft.config.engine import DdpConfig, FsdpConfig, Zero3Config, Zero12Config
 from dist_ft.config.method import LoraConfig
 from dist_ft.inspect import model as inspection
 from dist_ft.inspect.memory import Part, Sizes, estimate_memory
 from dist_ft.method.lora import Lora
+from dist_ft.testing import tiny
 from tests.samples import anatomized, apply_method
 
 SMALL = {
@@ -25,7 +27,7 @@ SMALL = {
 
 
 def test_components_of_a_dense_model() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, tie_word_embeddings=False), dtype=torch.bfloat16)
+    model = tiny.build("llama", **SMALL, tie_word_embeddings=False).bfloat16()
     shares = inspection.count_components(anatomized(model))
     attention = 3 * (16 * 16 * 2 + 16 * 8 * 2)
     wanted = {
@@ -41,7 +43,7 @@ def test_components_of_a_dense_model() -> None:
 
 
 def test_components_of_a_mixture_and_its_adapters() -> None:
-    base = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4, tie_word_embeddings=True))
+    base = tiny.build("mixtral", **SMALL, tie_word_embeddings=True)
     shares = inspection.count_components(anatomized(base))
     assert shares["router"].parameters == 3 * 4 * 16 and shares["experts"].parameters == 3 * 4 * 3 * 16 * 24
     assert "head" not in shares and shares["embeddings"].parameters == 64 * 16
@@ -104,3 +106,10 @@ def test_offloading_moves_to_the_host() -> None:
         "gradients": True,
         "float32 weights and AdamW moments": True,
     }
+
+
+def test_inspection_shows_model_method_memory_and_data(lora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspection.main([str(lora_run / "run.yaml")])
+    shown = capsys.readouterr().out
+    for words in ("embeddings", "adapters", "layers.*.self_attn.q_proj.lora_A", "AdamW moments", "supervised tokens"):
+        assert words in shown

@@ -61,6 +61,21 @@ def test_plan_shows_all_and_writes_nothing(words, started, capsys, tmp_path):
     assert not Path(called[1]).exists()
 
 
+def test_splits_that_are_left_out_are_told(words, started, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
+    line = "left out: that of conf/data/support_desk.yaml belongs to its own data.train"
+    words = [word for word in words if word != "data=jsonl"]
+    assert cli.main(["plan", *words, "--brief"]) == 0
+    assert f"  data.validation = None   ({line})\n  data.test = None   ({line})\n" in capsys.readouterr().out
+    assert cli.main(["train", *words]) == 0
+    assert f"dist-ft: data.validation: {line}\ndist-ft: data.test: {line}\n" in capsys.readouterr().out
+    plan = read_plan(tmp_path / "runs" / "first")
+    assert plan.config.data.validation is None
+    assert plan.origins["data.test"] == line
+    assert cli.main(["train", *words, "train.eval_steps=2"]) == 2
+    assert f"has no effect: there is no validation data ({line})" in capsys.readouterr().err
+
+
 def test_data_hands_its_own_words_on(words, started):
     assert cli.main(["data", *words, "rows=3"]) == 0
     [(called, plan)] = started

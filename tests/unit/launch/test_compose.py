@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from dist_ft.errors import RequestError
-from dist_ft.launch.compose import COMMAND_LINE, compose
+from dist_ft.launch.compose import COMMAND_LINE, LEFT_OUT, compose
 from dist_ft.launch.paths import CONF_DIR
 
 
@@ -103,6 +103,69 @@ def test_a_typed_length_replaces_a_default_or_an_experiments():
 def test_command_line_choices_win_over_an_experiments():
     config = compose(["experiment=dolly_lora", "engine=zero2", "data=jsonl", "data.train=x.jsonl"]).config
     assert (config.engine.name, config.data.train, config.model.name_or_path) == ("zero2", "x.jsonl", "Qwen/Qwen3-0.6B")
+
+
+SUPPORT_DESK = "left out: that of conf/data/support_desk.yaml belongs to its own data.train"
+SST2 = "left out: that of conf/experiment/sentiment_distilbert.yaml belongs to its own data.train"
+EXPERIMENT = "experiment=sentiment_distilbert"  # sets train, validation and test
+
+
+@pytest.mark.parametrize(
+    ("words", "splits", "why"),
+    [
+        (["data.train=a.jsonl"], {}, SUPPORT_DESK),
+        (["data.train=[a.jsonl, b.jsonl]"], {}, SUPPORT_DESK),
+        (["data=support_desk", "data.train=a.jsonl"], {}, SUPPORT_DESK),
+        (["data.train=a.jsonl", "data.validation=b.jsonl"], {"validation": "b.jsonl"}, SUPPORT_DESK),
+        (["data.train=a.jsonl", "data.validation=null", "data.test=c.jsonl"], {"test": "c.jsonl"}, None),
+        (["experiment=quickstart", "data.train=a.jsonl"], {}, SUPPORT_DESK),
+        ([EXPERIMENT, "data.train=a.jsonl"], {}, SST2),
+        ([EXPERIMENT, "data=jsonl", "data.train=a.jsonl"], {}, SST2),
+        ([EXPERIMENT, "data.train=a/b", "data.validation=a/b:/dev"], {"validation": "a/b:/dev"}, SST2),
+        (["data=jsonl", "data.train=a.jsonl", "data.validation=b.jsonl"], {"validation": "b.jsonl"}, None),
+    ],
+)
+def test_a_replaced_train_takes_the_other_splits_with_it(words, splits, why):
+    composed = compose(words)
+    assert {split: getattr(composed.config.data, split) for split in ("validation", "test")} == {
+        "validation": None,
+        "test": None,
+        **splits,
+    }
+    told = {key: origin for key, origin in composed.origins.items() if origin != COMMAND_LINE and "data." in key}
+    unset = [key for key in ("data.validation", "data.test") if not any(word.startswith(key) for word in words)]
+    assert told == (dict.fromkeys(unset, why) if why else {})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["data.validation=b.jsonl"],
+        ["data.format=messages"],
+        ["experiment=quickstart"],
+        [EXPERIMENT],
+        ["data=dolly"],
+    ],
+)
+def test_splits_stay_with_their_own_train(words):
+    composed = compose(words)
+    assert not any(origin.startswith(LEFT_OUT) for origin in composed.origins.values())
+    if words != ["data=dolly"]:
+        assert composed.config.data.validation and composed.config.data.test
+
+
+def test_an_own_choice_of_data_keeps_its_splits(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("train: a.jsonl\nvalidation: b.jsonl\n")
+    assert compose(["data=mine"], tmp_path).config.data.validation == "b.jsonl"
+    composed = compose(["data=mine", "data.train=c.jsonl"], tmp_path)
+    assert composed.config.data.validation is None
+    assert composed.origins["data.validation"].startswith(f"{LEFT_OUT}: that of {tmp_path}/data/mine.yaml")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "other.yaml").write_text("data:\n  train: d.jsonl\n")
+    composed = compose(["data=mine", "experiment=other"], tmp_path)
+    assert (composed.config.data.train, composed.config.data.validation) == ("d.jsonl", None)
 
 
 def test_own_groups_are_found_and_their_mistakes_named(tmp_path):

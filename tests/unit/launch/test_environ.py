@@ -1,6 +1,6 @@
 import os
 
-from dist_ft.launch.environ import Site, child_environment, find_devices, find_site, is_secret, shared_environment
+from dist_ft.launch.environ import Site, child_environment, find_site, is_secret, shared_environment
 
 
 def test_secrets_are_never_shared():
@@ -34,21 +34,6 @@ def test_what_counts_as_a_secret():
     )
     assert all(is_secret(name) for name in secrets)
     assert not any(is_secret(name) for name in ("TOKENIZERS_PARALLELISM", "HF_HOME", "NCCL_DEBUG", "KEYBOARD"))
-
-
-def test_devices_are_counted_without_torch(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_devices({}) == ()
-    assert find_devices({"CUDA_VISIBLE_DEVICES": "0,1"}) == ()  # listed, but without nvidia-smi
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: X (UUID: GPU-$i)"; done\n')
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert find_devices({}) == (0, 1, 2, 3)
-    assert find_devices({"CUDA_VISIBLE_DEVICES": "2,3"}) == (2, 3)
-    assert find_devices({"CUDA_VISIBLE_DEVICES": "2,-1,3"}) == (2,)
-    assert find_devices({"CUDA_VISIBLE_DEVICES": ""}) == ()
-    assert find_devices({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}) == (0, 1)
 
 
 def test_threads_are_the_cores_shared_out():

@@ -116,6 +116,13 @@ def test_a_metric_that_the_runs_do_not_have_ends_it_at_the_first(words: list[str
     assert len(train.runs) == 1
 
 
+@pytest.mark.parametrize("seed", [2026112401, 2**64 - 1])
+def test_a_search_takes_every_seed_of_the_configuration(words: list[str], tmp_path: Path, seed: int) -> None:
+    own = [*words, f"train.seed={seed}", "method.r=4,8", "trials=2", "sampler=random"]
+    assert sweep(read_words(own), check, Trained(lambda run: 1.0)) == 0
+    assert len(summary(tmp_path)) == 2
+
+
 def test_folds_are_validation_data_too(words: list[str], tmp_path: Path) -> None:
     own = [*words, "data.validation=null", "data.folds=2", "method.r=4,8", "sampler=grid"]
     assert sweep(read_words(own), check, Trained(lambda run: 1.0)) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dist_ft.export.account import Account
 from dist_ft.method.shards import write_model
-from tests.unit.model.moe.test_moe import CONFIGS, SIZES, build
+from dist_ft.testing import tiny
 
 LIMIT = 8_000  # bytes
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+def llama() -> Any:
+    return tiny.build("llama", **tiny.NARROW, tie_word_embeddings=True)  # its largest tensor is smaller than LIMIT
 
 
 def joined() -> Any:
     """In its files gate and up, and the attention's four projections, are one tensor each."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**SIZES | {"num_key_value_heads": 4}))
+    return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**tiny.NARROW | {"num_key_value_heads": 4}))
 
 
-BUILDERS = {"llama": llama, "joined": joined, **{name: (lambda name=name: build(name)) for name in CONFIGS}}
+BUILDERS = {"llama": llama, "joined": joined, **{name: partial(tiny.build, name) for name in tiny.MIXTURES}}
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

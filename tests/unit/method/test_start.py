@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from dist_ft.config.method import LoraConfig
@@ -22,18 +23,14 @@ from dist_ft.export.probe import compare, probe_model
 from dist_ft.method.lora import Lora
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.quantize import quantize
-from tests.samples import given
-from tests.unit.export.test_write import TOKENS, Case, train_a_little
-from tests.unit.method.test_methods import SIZES, llama, lora
+from dist_ft.testing import tiny
+from tests.exports import TOKENS, Case, train_a_little
+from tests.samples import given, lora
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(1, 9)[None]
 KINDS = ("pissa", "pissa_niter_8", "olora")
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64))
+llama, gpt2 = partial(tiny.build, "llama"), partial(tiny.build, "gpt2")
 
 
 def begun(base: nn.Module, method: Lora, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -93,7 +90,7 @@ def test_without_weights_nothing_is_factorised(monkeypatch: pytest.MonkeyPatch) 
         ({}, lambda: quantize(llama(), "nf4", torch.float32, weights=True), "is quantized"),
         (
             {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
-            lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
+            lambda: tiny.build("mixtral"),
             "factorizes linear layers",
         ),
     ],

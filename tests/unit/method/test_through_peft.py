@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +11,17 @@ import peft
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import (
-    AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dist_ft.config.method import MethodConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import METHODS
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.task.batches import tokens
+from dist_ft.testing import tiny
 from tests.samples import samples_of
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES))
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64))
-
-
-def bloom() -> BloomForCausalLM:
-    torch.manual_seed(0)
-    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97))
+llama, gpt2, bloom = (partial(tiny.build, name) for name in ("llama", "gpt2", "bloom"))
 
 
 def method(name: str, **settings: Any) -> Any:
@@ -104,7 +76,7 @@ def test_ia3_of_a_model_that_peft_does_not_know_asks_for_targets() -> None:
     with pytest.raises(RequestError, match="unheard_of") as caught:
         method("ia3").apply(find_anatomy(model))
     assert "k_proj" in str(caught.value)
-    with pytest.raises(RequestError, match="not in method.target_modules"):
+    with pytest.raises(RequestError, match=r"not in method\.target_modules"):
         method("ia3", target_modules=["k_proj"], feedforward_modules=["down_proj"]).apply(find_anatomy(model))
 
 

@@ -1,86 +1,113 @@
-"""Blocks, linear layers and routers are found from modules."""
+"""Blocks, linear layers, routers and experts are found from modules and shapes, in every architecture."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    LlamaConfig,
-    MixtralConfig,
-    Qwen3MoeConfig,
-    T5Config,
-)
+from torch import nn
 
+from dist_ft.errors import RequestError
 from dist_ft.model.anatomy import find_anatomy
-
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
+from dist_ft.testing import tiny
+from tests.samples import SeparateExperts
 
 
-def build(config: object, auto: type = AutoModelForCausalLM) -> torch.nn.Module:
+def build(name: str, auto_class: str | None = None) -> Any:
     with torch.device("meta"):
-        return auto.from_config(config)
+        return tiny.build(name, auto_class)
 
 
 def test_blocks_of_a_decoder_are_its_layers() -> None:
-    model = build(LlamaConfig(**SIZES))
+    model = build("llama")
     anatomy = find_anatomy(model)
     assert anatomy.parts(anatomy.blocks) == list(model.model.layers)
 
 
 def test_blocks_of_an_encoder_decoder_are_those_of_both() -> None:
-    model = build(T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=97), AutoModel)
+    model = build("t5", "AutoModel")
     anatomy = find_anatomy(model)
     assert anatomy.parts(anatomy.blocks) == [*model.encoder.block, *model.decoder.block]
 
 
 def test_linears_are_those_of_the_blocks_without_the_head() -> None:
-    names = find_anatomy(build(LlamaConfig(**SIZES))).linears
-    assert len(names) == 3 * 7 and not any("lm_head" in name for name in names)
+    names = find_anatomy(build("llama")).linears
+    assert len(names) == 2 * 7 and not any("lm_head" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(**SIZES, num_local_experts=4),
-        Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-        DeepseekV3Config(
-            **(SIZES | {"num_key_value_heads": 4}), n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
-            moe_intermediate_size=16, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
-            qk_nope_head_dim=4, v_head_dim=8,
-        ),
-    ],
-    ids=lambda config: config.model_type,
-)  # fmt: skip
-def test_no_router_is_a_target(config: object) -> None:
-    linears = find_anatomy(build(config)).linears
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+def test_no_router_is_a_target(name: str) -> None:
+    linears = find_anatomy(build(name)).linears
     assert linears and not any(name.rsplit(".", 1)[-1] in ("gate", "router") for name in linears)
 
 
 def test_a_router_that_is_a_linear_layer_is_found() -> None:
-    class Mixture(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = torch.nn.Linear(8, 4, bias=False)
-            self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
-
-    class Model(torch.nn.Module):
+    class Model(nn.Module):
         config = type("Config", (), {"num_experts": 4})()
 
         def __init__(self) -> None:
             super().__init__()
-            self.layers = torch.nn.ModuleList(Mixture() for _ in range(2))
+            self.layers = nn.ModuleList(SeparateExperts(8, 4) for _ in range(2))
 
     model = Model()
     anatomy = find_anatomy(model)
     assert anatomy.parts(m.router for m in anatomy.mixtures) == [layer.gate for layer in model.layers]
     assert len(anatomy.linears) == 8 and anatomy.parts(anatomy.blocks) == list(model.layers)
+
+
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+def test_routers_and_experts_are_found(name: str) -> None:
+    model = tiny.build(name)
+    anatomy = find_anatomy(model)
+    found = anatomy.mixtures
+    layers = [1, 2] if name == "deepseek_v3" else [0, 1, 2]
+    assert [m.layer for m in found] == layers
+    for mixture in found:
+        mlp = model.model.layers[mixture.layer].mlp
+        assert anatomy.part(mixture.name) is mlp and anatomy.part(mixture.experts) is mlp.experts
+        assert mixture.fused and mixture.num_experts == 4
+        assert anatomy.part(mixture.router) is (mlp.router if name == "gpt_oss" else mlp.gate)
+    endings = {linear.rsplit(".", 1)[-1] for linear in anatomy.linears}
+    assert not endings & {"gate", "router", "experts", "lm_head"}
+    if name == "deepseek_v3":
+        assert any("shared_experts" in linear for linear in anatomy.linears)
+
+
+def test_separate_experts_are_found() -> None:
+    model = nn.Sequential(nn.ModuleList(SeparateExperts(8, 4) for _ in range(2)))
+    assert [(m.layer, m.num_experts, m.fused) for m in find_anatomy(model).mixtures] == [(0, 4, False), (1, 4, False)]
+
+
+def test_a_dense_model_has_none_and_a_convolution_is_no_expert() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1d = nn.Conv1d(8, 8, 4, groups=1)
+            self.dt_proj = nn.Linear(4, 8)
+
+    assert find_anatomy(nn.Sequential(nn.ModuleList([Mixer()]))).mixtures == ()
+    assert find_anatomy(build("llama")).mixtures == ()
+
+
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+def test_raw_logits_are_found_among_a_routers_outputs(name: str) -> None:
+    for mixture in find_anatomy(tiny.build(name)).mixtures:
+        form = mixture.form
+        assert (form.logits_at, form.indices_at, form.top_k, form.sigmoid) == (0, 2, 2, name == "deepseek_v3")
+
+
+def test_probabilities_are_not_taken_for_logits() -> None:
+    model = tiny.build("qwen3_moe")
+    anatomy = find_anatomy(model)
+    router = anatomy.part(anatomy.mixtures[0].router)
+    forward = type(router).forward
+
+    class Softmaxed(type(router)):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            logits, scores, indices = forward(self, x)
+            return logits.softmax(dim=-1), scores, indices
+
+    router.__class__ = Softmaxed
+    with pytest.raises(RequestError, match="does not return the logits"):
+        find_anatomy(model)

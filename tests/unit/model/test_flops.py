@@ -9,27 +9,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.flops import StepCost, count_step_cost
 from dist_ft.model.quantize import quantize
 from dist_ft.state import Anatomy, BuiltModel
-from tests.unit.model.moe.test_moe import CONFIGS, SIZES, build
+from dist_ft.testing import tiny
 
 BATCH, LENGTH = 3, 11
-DENSE = {
-    "llama": LlamaConfig(**SIZES),
-    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=97, n_positions=32),
-}
+DENSE = ("llama", "tied", "gpt2")
 
 
 def make(name: str) -> Any:
-    if name in CONFIGS:
-        return build(name)
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(DENSE[name], attn_implementation="eager")
+    """With eager attention, as torch counts the fused one in another way."""
+    if name == "tied":
+        return tiny.build("llama", attn_implementation="eager", tie_word_embeddings=True)
+    return tiny.build(name, attn_implementation="eager")
 
 
 def run_and_count(model: Any) -> int:
@@ -40,7 +35,7 @@ def run_and_count(model: Any) -> int:
     model.config._experts_implementation = "eager"  # torch does not count the grouped product
     model.train().enable_input_require_grads()
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.randint(97, (BATCH, LENGTH)), use_cache=False).logits.sum().backward()
+        model(input_ids=torch.randint(tiny.VOCABULARY, (BATCH, LENGTH)), use_cache=False).logits.sum().backward()
     counts = counter.get_flop_counts()
     angles = [sum(count.values()) for name, count in counts.items() if name.endswith("rotary_emb")]
     return counter.get_total_flops() - sum(angles[:1])
@@ -61,7 +56,7 @@ def expected(model: Any) -> float:
     return cost.of(BATCH * LENGTH, 2 * BATCH * LENGTH**2)
 
 
-@pytest.mark.parametrize("name", [*DENSE, *CONFIGS])
+@pytest.mark.parametrize("name", [*DENSE, *tiny.MIXTURES])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_as_torch_counts(name: str, frozen: bool) -> None:
     model = make(name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dist_ft.config.method import LoraConfig
 from dist_ft.errors import MachineError, RequestError
@@ -17,23 +17,12 @@ from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.quantization.linear import QuantizedLinear
 from dist_ft.model.quantization.packing import packed_bytes
 from dist_ft.model.quantize import quantize
+from dist_ft.testing import tiny
 from tests.samples import anatomized
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-}
 SCHEMES = ("nf4", "int8")
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES))
+llama = partial(tiny.build, "llama", hidden_size=64, intermediate_size=160)  # rows of whole blocks of 64 and of others
 
 
 def layer_of(weight: torch.Tensor, scheme: str, dtype: torch.dtype = torch.float32) -> QuantizedLinear:
@@ -97,7 +86,7 @@ def test_only_linear_layers_of_blocks_change(scheme: str) -> None:
 def test_empty_modules_have_the_same_shapes(scheme: str) -> None:
     full = quantize(llama(), scheme, torch.bfloat16, weights=True)
     with torch.device("meta"):
-        empty = LlamaForCausalLM(LlamaConfig(**SIZES))
+        empty = llama()
     quantize(empty, scheme, torch.bfloat16, weights=False)
     shapes = [(n, p.shape, p.dtype) for n, p in full.named_parameters() if "proj" in n]
     assert shapes == [(n, p.shape, p.dtype) for n, p in empty.named_parameters() if "proj" in n]
@@ -127,9 +116,10 @@ def test_the_table_shows_parameters_and_bytes_of_what_is_packed() -> None:
 
 
 def test_nf4_takes_at_most_0_6_bytes_a_parameter_all_told() -> None:
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16}
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "vocab_size": 8192}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8192, tie_word_embeddings=True)).to(torch.bfloat16)
+        model = tiny.build("llama", **sizes, **heads, tie_word_embeddings=True).to(torch.bfloat16)
     shares = count_components(anatomized(quantize(model, "nf4", torch.bfloat16, weights=False))).values()
     parameters = sum(share.parameters for share in shares)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -137,7 +127,7 @@ def test_nf4_takes_at_most_0_6_bytes_a_parameter_all_told() -> None:
 
 
 def test_a_model_that_would_stay_as_it_is_is_refused_with_the_numbers() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97))
+    model = tiny.build("gpt2")
     with pytest.raises(RequestError, match=r"0\.09 of the blocks' 0\.09 MiB are neither .* \(Conv1D\)"):
         quantize(model, "nf4", torch.float32, weights=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from opacus.grad_sample import GradSampleHooks
-from opacus.grad_sample.linear import compute_linear_grad_sample
 from torch import nn
 
 from dist_ft.config.engine import DdpConfig, FsdpConfig
@@ -26,8 +24,21 @@ from dist_ft.privacy.mechanism import Privacy
 from dist_ft.privacy.norms import RowNorms
 from dist_ft.process.place import Place
 from dist_ft.state import BuiltModel
-from tests.unit.privacy.test_ddp import CPU, MODELS, batches, clipped_sum, make_model, make_privacy, make_task
-from tests.unit.privacy.test_ddp import make_engine as make_ddp
+from tests.private import (
+    CPU,
+    HOOKED,
+    MODELS,
+    TASK_OF,
+    added_norms,
+    batches,
+    clipped_sum,
+    feed,
+    make_ddp,
+    make_model,
+    make_privacy,
+    make_task,
+    turn_rows,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,21 +49,13 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_engine(model: nn.Module, privacy: Privacy, **changes: Any) -> PrivateFsdp:
+def make_engine(model: nn.Module, privacy: Privacy, dtype: torch.dtype = torch.float32, **changes: Any) -> PrivateFsdp:
     config = FsdpConfig(name="fsdp", **changes)
-    engine = PrivateFsdp(privacy, config, device=CPU, place=Place(), dtype=torch.float32, max_grad_norm=1.0)
+    engine = PrivateFsdp(privacy, config, device=CPU, place=Place(), dtype=dtype, max_grad_norm=1.0)
     engine.setup(
         BuiltModel(model, find_anatomy(model)), lambda named: torch.optim.AdamW([p for _, p in named], lr=1e-2)
     )
     return engine
-
-
-def feed(engine: PrivateFsdp, task: str, per_device: int) -> float:
-    loss = make_task(task)[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that rows go one by one
-        sums = [engine.forward_backward(b, loss, torch.tensor(1.0), last=False).loss for b in batches(task, per_device)]
-    return float(sum(sums))
 
 
 def sums_of(engine: Any) -> list[torch.Tensor]:
@@ -66,7 +69,7 @@ def sums_of(engine: Any) -> list[torch.Tensor]:
     ("name", "method"), [*((name, "full") for name in MODELS), ("llama-tied", "lora"), ("bert", "lora")]
 )
 def test_clipped_sums_are_those_of_a_plain_loop_over_single_rows(name: str, method: str, mode: str) -> None:
-    model, task = make_model(name, method), MODELS[name][2]
+    model, task = make_model(name, method), TASK_OF[name]
     clip = float(np.median(clipped_sum(model, task)[1]))
     expected, norms = clipped_sum(model, task, clip)
     assert min(norms) < clip < max(norms)
@@ -78,7 +81,15 @@ def test_clipped_sums_are_those_of_a_plain_loop_over_single_rows(name: str, meth
         assert {parameter.grad for parameter in engine.norms.names} == {None}, "no whole gradient is kept"
         assert set(engine.norms.names.values()) == {name for name, _ in engine.trained}
         engine.optimizer.zero_grad(set_to_none=True)
-    assert engine.proven == (mode == "hooks" and (method == "lora" or MODELS[name][3]))
+    assert engine.proven == (mode == "hooks" and (method == "lora" or name in HOOKED))
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2-tied"])
+def test_no_row_adds_more_than_the_clip_in_bfloat16(name: str, hooks: bool) -> None:
+    for clip in (1e-3, 1.3e-3, 1.7e-3, 0.011, 0.05):  # the bits of their factors differ
+        norms = added_norms(make_engine, sums_of, name, clip, hooks=hooks)
+        assert max(norms) <= clip and min(norms) > 0.95 * clip, (clip, norms)
 
 
 def test_rows_see_the_same_dropout_in_both_backwards() -> None:
@@ -141,12 +152,6 @@ def test_a_step_is_that_of_the_noisy_mean_over_the_expected_rows() -> None:
         assert stats.metrics == {"train/epsilon": privacy.epsilon(step)}
     for (_, got), want in zip(engine.weights(trainable=True), plain.parameters(), strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=2e-6)
-
-
-def turn_rows(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> dict[Any, torch.Tensor]:
-    """A sampler whose sum over rows is right and whose rows are not."""
-    found = compute_linear_grad_sample(layer, activations, backprops)
-    return {parameter: samples.roll(1, dims=0) for parameter, samples in found.items()}
 
 
 def raise_always(layer: nn.Module, activations: list[torch.Tensor], backprops: torch.Tensor) -> dict[Any, torch.Tensor]:

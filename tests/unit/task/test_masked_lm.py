@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
+from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
 from dist_ft.checks.request import check
 from dist_ft.config.run import RunConfig
@@ -23,14 +23,15 @@ from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Facts, Sample
 from dist_ft.task.batches.masks import draw_masks, share_of
 from dist_ft.task.masked_lm import WORDS, MaskedLM
-from tests.conftest import CORPUS
+from dist_ft.testing import tiny
+from tests.samples import SUPPORT_DESK
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PAD, UNK, CLS, SEP, MASK = range(5)
 FACTS = Facts(
     pad_id=PAD, mask_id=MASK, special_ids=tuple(range(5)), prefix_ids=(CLS,), suffix_ids=(SEP,), vocabulary=400
 )
-TEXTS = [m["content"] for line in CORPUS.open(encoding="utf-8") for m in json.loads(line)["messages"]]
+TEXTS = [m["content"] for line in SUPPORT_DESK.open(encoding="utf-8") for m in json.loads(line)["messages"]]
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +47,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
     folder = tmp_path_factory.mktemp("bert")
     PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    BertForMaskedLM(settings()).save_pretrained(folder)
+    tiny.save("bert", folder, vocab_size=400)
     return folder
-
-
-def settings() -> BertConfig:
-    return BertConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
 
 
 def task(packing: bool = True, seed: int = 0, **keys: Any) -> MaskedLM:
@@ -238,7 +231,7 @@ def test_a_folder_without_a_head_needs_a_new_one(bert: Path, tmp_path: Path) -> 
     encoder = tmp_path / "encoder"
     shutil.copytree(bert, encoder)
     torch.manual_seed(1)
-    BertModel(settings()).save_pretrained(encoder)
+    tiny.save("bert", encoder, "AutoModel", vocab_size=400)
     config = make_config(encoder, tmp_path, TEXTS[:5])
     prepared = prepare(config)
     with pytest.raises(RequestError, match="made up at random"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dist_ft.config.task import PreferenceConfig
 from dist_ft.data.read.faults import RowFault
@@ -19,7 +19,8 @@ from dist_ft.data.render.template import ChatTokenizer
 from dist_ft.protocols import Refers
 from dist_ft.state import REFERENCE, Batch, Sample
 from dist_ft.task.preference import Preference
-from tests.dist.heads import make_model
+from dist_ft.testing import tiny
+from dist_ft.testing.words import save_model
 
 PROMPT = [{"role": "user", "content": "w1 w2"}]
 CHATML = (
@@ -34,7 +35,7 @@ def make(*, padding_free: bool = True, **keys: Any) -> Preference:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder = make_model("llama", tmp_path_factory.mktemp("words"))
+    folder = save_model("llama", tmp_path_factory.mktemp("words"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.chat_template = CHATML
     return ChatTokenizer(tokenizer)
@@ -98,9 +99,7 @@ def make_samples(count: int = 5) -> list[Sample]:
 
 
 def make_causal() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes, initializer_range=0.3))
+    return tiny.build("llama", initializer_range=0.3)
 
 
 def plain(model: LlamaForCausalLM, samples: list[Sample]) -> torch.Tensor:
@@ -155,7 +154,7 @@ def test_loss_is_that_of_trl(keys: dict[str, Any], beta: float, tmp_path: Path) 
         ref_model=make_causal(),  # not used: the batch has the reference log-probabilities
         args=trl.DPOConfig(tmp_path, beta=beta, report_to="none", use_cpu=True, bf16=False, **keys),
         train_dataset=trl_rows(samples),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(make_model("llama", tmp_path / "words")),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(save_model("llama", tmp_path / "words")),
     )
     batch = trl_batch(samples)
     trainer.precompute_ref_logps = True

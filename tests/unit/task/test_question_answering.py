@@ -20,6 +20,7 @@ from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Facts, Sample
 from dist_ft.task.question_answering import QuestionAnswering
 from dist_ft.task.table import TASKS
+from dist_ft.testing import tiny
 from tests.samples import question_row as row
 
 LONG = "Ada wrote notes. " * 12 + "She met Åsa från Örebro in 東京 😀 yesterday"
@@ -51,12 +52,8 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def bert(wordpiece: Any) -> Any:
-    from transformers import BertConfig, BertForQuestionAnswering
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(wordpiece), initializer_range=0.5, **shape)
-    return BertForQuestionAnswering(config).eval()
+    head = "AutoModelForQuestionAnswering"
+    return tiny.build("bert", head, vocab_size=len(wordpiece), initializer_range=0.5).eval()
 
 
 def build(has_token_types: bool = True, **keys: Any) -> QuestionAnswering:

@@ -16,7 +16,7 @@ from dist_ft.data.read.faults import RowFault
 from dist_ft.data.render.template import ChatTokenizer
 from dist_ft.state import Facts, Sample
 from dist_ft.task.reward import Reward
-from tests.dist.heads import make_model
+from dist_ft.testing.words import save_model
 
 ROWS = [
     {"prompt": "w1 w2 ", "chosen": "w3 w4 w5", "rejected": "w6"},
@@ -26,7 +26,7 @@ ROWS = [
 
 
 def make(shape: str, folder: Any, **keys: Any) -> tuple[Reward, ChatTokenizer, Any]:
-    path = make_model(shape, folder)
+    path = save_model(shape, folder)
     tokenizer = AutoTokenizer.from_pretrained(path)
     facts = Facts(pad_id=0, has_token_types="token_type_ids" in tokenizer.model_input_names)
     config = RewardConfig(name="reward", **keys)

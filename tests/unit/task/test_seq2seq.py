@@ -11,11 +11,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from dist_ft.config.task import Seq2SeqConfig
@@ -23,6 +19,7 @@ from dist_ft.data.read.faults import RowFault
 from dist_ft.state import Facts, Sample
 from dist_ft.task.scores.texts import measure
 from dist_ft.task.seq2seq import Seq2Seq
+from dist_ft.testing import tiny
 
 SOURCES = ([5, 6, 7, 1], [8, 1])
 TARGETS = ([9, 1], [10, 11, 12, 1])
@@ -34,15 +31,9 @@ def make(**keys: Any) -> Seq2Seq:
 
 
 def make_model(kind: str) -> Any:
-    torch.manual_seed(0)
-    if kind == "t5":
-        sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2}
-        return T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes, decoder_start_token_id=3)).eval()
-    sides = {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
-    sides |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 3}
-    config = BartConfig(vocab_size=20, d_model=16, max_position_embeddings=32, **sides, **ends)
-    return BartForConditionalGeneration(config).eval()
+    ends = {"eos_token_id": 1, "decoder_start_token_id": 3}
+    ends |= {"bos_token_id": 2, "forced_eos_token_id": 1} if kind == "bart" else {}
+    return tiny.build(kind, vocab_size=20, **ends).eval()
 
 
 def make_batch(task: Seq2Seq) -> Any:

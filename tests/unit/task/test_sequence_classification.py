@@ -21,8 +21,9 @@ from dist_ft.prepare import find_facts, prepare
 from dist_ft.state import Facts, LossSum
 from dist_ft.task.scores.classes import calibration_error
 from dist_ft.task.sequence_classification import SequenceClassification
-from tests.dist.heads import config_of, make_model, make_rows
-from tests.samples import samples_of
+from dist_ft.testing.words import save_model
+from tests.runs import labelled_run
+from tests.samples import samples_of, write_labelled_rows
 
 FACTS = Facts(labels=("calm", "glad", "cross"), label_counts=(6, 3, 1), rows=10, pad_id=0)
 
@@ -40,7 +41,7 @@ ROWS = [[segment([1, 9, 8, 2], 0)], [segment([1, 7, 2], 2)], [segment([1, 11, 12
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model("bert", tmp_path_factory.mktemp("bert"))
+    return save_model("bert", tmp_path_factory.mktemp("bert"))
 
 
 def load(folder: str, **overrides: Any) -> Any:
@@ -136,10 +137,10 @@ def test_pairs_and_truncation_keep_what_tells_texts_apart(bert: str) -> None:
 def test_labels_have_one_number_in_every_split(bert: str, tmp_path: Path) -> None:
     """The validation split has no row with one of the labels, and has others as text."""
     train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
-    make_rows(train)
+    write_labelled_rows(train)
     rows = [{"text": "w1 w2", "label_text": "glad"}, {"text": "w3", "label": 2}, {"text": "مرحبا čaj", "label": 0}]
     validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = config_of(tmp_path / "run", bert, train, "ddp", 1)
+    given = labelled_run(tmp_path / "run", bert, train, "ddp", 1)
     given["data"] |= {"validation": str(validation)}
     prepared = prepare(RunConfig.model_validate(given))
     assert prepared.facts.labels == ("calm", "glad", "cross") and sum(prepared.facts.label_counts) == 37
@@ -150,9 +151,9 @@ def test_labels_have_one_number_in_every_split(bert: str, tmp_path: Path) -> Non
 
 
 def test_a_decoder_without_a_padding_token_pads_with_its_end(tmp_path: Path) -> None:
-    folder = make_model("gpt2", tmp_path / "gpt2")
-    make_rows(tmp_path / "rows.jsonl")
-    config = RunConfig.model_validate(config_of(tmp_path / "run", folder, tmp_path / "rows.jsonl", "ddp", 1))
+    folder = save_model("gpt2", tmp_path / "gpt2")
+    write_labelled_rows(tmp_path / "rows.jsonl")
+    config = RunConfig.model_validate(labelled_run(tmp_path / "run", folder, tmp_path / "rows.jsonl", "ddp", 1))
     facts = find_facts(config, lambda: ChatTokenizer(AutoTokenizer.from_pretrained(folder)))
     assert facts.pad_id == 5  # <eos>
     model = load(folder, pad_token_id=5)

@@ -23,6 +23,7 @@ from dist_ft.prepare import prepare
 from dist_ft.state import Batch, Facts, Sample
 from dist_ft.task.scores.entities import describe, measure
 from dist_ft.task.token_classification import TokenClassification
+from dist_ft.testing import tiny
 
 NAMES = ("O", "B-loc", "B-per", "I-loc", "I-per")
 ROWS: list[dict[str, Any]] = [
@@ -49,11 +50,8 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def bert(wordpiece: Any) -> Any:
-    from transformers import BertConfig, BertForTokenClassification
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return BertForTokenClassification(BertConfig(vocab_size=len(wordpiece), num_labels=len(NAMES), **shape)).eval()
+    head = "AutoModelForTokenClassification"
+    return tiny.build("bert", head, vocab_size=len(wordpiece), num_labels=len(NAMES)).eval()
 
 
 def build(labels: Sequence[str] = NAMES, **keys: Any) -> TokenClassification:

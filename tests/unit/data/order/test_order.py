@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_ft.data.order.deal import deal
-from dist_ft.data.order.order import Order, permutation, total_steps
+from dist_ft.data.order.order import Order, PoissonOrder, permutation, total_steps
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,30 @@ def test_dealing_balances_tokens() -> None:
 def test_a_rank_with_few_rows_gets_them_before_a_second_micro_batch_elsewhere() -> None:
     dealt = deal(np.arange(2), np.array([3, 3]), 2, 2)
     assert [len(rank[0]) for rank in dealt] == [1, 1]
+
+
+def test_rows_are_sampled_by_throws_of_their_own() -> None:
+    order = PoissonOrder(400, 11, 32, 10_000)
+    steps = [order.step(step) for step in range(1, 1001)]
+    sizes = np.array([len(chosen) for chosen in steps])
+    assert sizes.mean() == pytest.approx(32, rel=0.02)
+    assert sizes.var() == pytest.approx(400 * 0.08 * 0.92, rel=0.15)  # binomial
+    counts = np.bincount(np.concatenate(steps), minlength=400)
+    assert counts.mean() == pytest.approx(80, rel=0.02) and counts.var() == pytest.approx(1000 * 0.08 * 0.92, rel=0.2)
+    assert np.array_equal(order.step(7), PoissonOrder(400, 11, 32, 10_000).step(7))
+    assert not np.array_equal(order.step(7), PoissonOrder(400, 12, 32, 10_000).step(7))
+    assert len(order.draws(7)) == len(order.step(7))
+    assert len(PoissonOrder(5, 0, 5, 10).step(1)) == 5
+
+
+def test_ranks_share_a_step_of_any_size() -> None:
+    order, lengths = PoissonOrder(40, 2, 2, 100), np.arange(1, 41)
+    sizes = set()
+    for step in range(1, 40):
+        chosen = order.step(step)
+        sizes.add(len(chosen))
+        for world in (1, 2, 3):
+            dealt = deal(chosen, lengths, world, 2)
+            assert len({len(micros) for micros in dealt}) == 1
+            assert sorted(row for micros in dealt for micro in micros for row in micro) == chosen.tolist()
+    assert {0, 1, 2, 3} <= sizes

@@ -13,10 +13,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from dist_ft.checks.request import check
@@ -33,6 +29,7 @@ from dist_ft.export.write import export_run
 from dist_ft.families import ModelRecipe, architecture_of, build_method
 from dist_ft.model.load import attention_of
 from dist_ft.prepare import prepare
+from dist_ft.testing import tiny
 
 TOKENS = ["<|tool|>", "<|call|>"]
 IDS = [512, 513]
@@ -44,18 +41,16 @@ CARD = re.compile(r"## Load\n\n```python\n(.*?)```", re.S)
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[str, Path]:
     """Base models with 512 embeddings, the vocabulary size of the tokenizer; `padded` has 520."""
-    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    made: dict[str, Any] = {
-        "tied": lambda: LlamaForCausalLM(LlamaConfig(**llama, vocab_size=512, tie_word_embeddings=True)),
-        "untied": lambda: LlamaForCausalLM(LlamaConfig(**llama, vocab_size=512, tie_word_embeddings=False)),
-        "padded": lambda: LlamaForCausalLM(LlamaConfig(**llama, vocab_size=520, tie_word_embeddings=False)),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=128)),
+    made: dict[str, tuple[str, dict[str, Any]]] = {
+        "tied": ("llama", {"vocab_size": 512, "tie_word_embeddings": True}),
+        "untied": ("llama", {"vocab_size": 512, "tie_word_embeddings": False}),
+        "padded": ("llama", {"vocab_size": 520, "tie_word_embeddings": False}),
+        "gpt2": ("gpt2", {"vocab_size": 512}),
     }
     folders = {}
-    for name, build in made.items():
+    for name, (architecture, changes) in made.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        torch.manual_seed(0)
-        build().save_pretrained(folders[name])
+        tiny.save(architecture, folders[name], **changes)
         AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(folders[name])
     return folders
 

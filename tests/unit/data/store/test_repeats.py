@@ -16,7 +16,7 @@ from dist_ft.data.store.table import TokenTable
 from dist_ft.inspect.ledger import ledger_table
 from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Layout
-from tests.dist.heads import make_model
+from dist_ft.testing.words import save_model
 
 
 def test_rows_are_equal_by_all_their_sequences() -> None:
@@ -35,7 +35,7 @@ def test_rows_are_equal_by_all_their_sequences() -> None:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model("bert", tmp_path_factory.mktemp("bert"))
+    return save_model("bert", tmp_path_factory.mktemp("bert"))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

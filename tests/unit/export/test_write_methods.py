@@ -17,8 +17,8 @@ from dist_ft.export.merge import merge
 from dist_ft.export.opened import open_export
 from dist_ft.export.probe import compare, probe_model
 from dist_ft.families import METHODS
+from tests.exports import TOKENS, Case
 from tests.samples import given
-from tests.unit.export.test_write import TOKENS, Case
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-import transformers
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
@@ -22,7 +21,7 @@ from dist_ft.model.load import find_task_head
 from dist_ft.state import Anatomy, Facts
 from dist_ft.task.sequence_classification import SequenceClassification
 from dist_ft.task.token_classification import TokenClassification
-from tests.dist.heads import SHAPES
+from dist_ft.testing import tiny
 from tests.samples import samples_of
 
 VIRTUAL = 4
@@ -43,12 +42,9 @@ CASES = [
 
 
 def build(shape: str, kind: str) -> Any:
-    name, settings = SHAPES[shape]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**settings, num_labels=3, pad_token_id=0)
-    model = getattr(transformers, f"{name}For{kind}Classification")(config)
+    model = tiny.build(shape, f"AutoModelFor{kind}Classification", num_labels=3, pad_token_id=0)
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.Dropout):  # of heads whose rate is no setting
             module.p = 0.0
     return model
 
@@ -111,12 +107,8 @@ def test_a_class_read_from_the_last_token_is_refused(shape: str, name: str) -> N
 
 
 def test_a_model_that_takes_no_keys_and_values_is_refused() -> None:
-    config = transformers.ModernBertConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
-    )
-    model = transformers.ModernBertForMaskedLM(config)
     with pytest.raises(RequestError, match="does not accept past_key_values"):
-        method_of("prefix").apply(anatomy_of(model))
+        method_of("prefix").apply(anatomy_of(tiny.build("modernbert")))
 
 
 def test_a_model_whose_width_peft_does_not_find_is_refused() -> None:
@@ -127,10 +119,7 @@ def test_a_model_whose_width_peft_does_not_find_is_refused() -> None:
 @pytest.mark.parametrize("name", ["prompt", "p_tuning"])
 def test_all_rows_before_an_encoder_decoder_are_read(name: str) -> None:
     """peft's default is as many again for the decoder, which it never puts there."""
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
-    config = transformers.T5Config(vocab_size=20, **sizes)
-    model = method_of(name).apply(find_anatomy(transformers.T5ForConditionalGeneration(config)))
+    model = method_of(name).apply(find_anatomy(tiny.build("t5")))
     ids = torch.arange(3, 9)[None]
     prompts: list[torch.Tensor] = []
     model.prompt_encoder["default"].register_forward_hook(lambda module, given, found: prompts.append(found))

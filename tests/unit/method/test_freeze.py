@@ -1,32 +1,27 @@
-"""Parts of a model that learn: the last blocks, patterns, embeddings, head, biases."""
+"""Parts of a model that learn: the last blocks, patterns, embeddings, head."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dist_ft.config.method import BitfitConfig, FreezeConfig
+from dist_ft.config.method import FreezeConfig
 from dist_ft.errors import RequestError
-from dist_ft.method.bitfit import Bitfit
 from dist_ft.method.freeze import Freeze
 from dist_ft.model.anatomy import find_anatomy
+from dist_ft.testing import tiny
+from tests.samples import trainable_names
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
-
-
-def llama(**changes: Any) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **changes))
+LAYERS = 3
 
 
-def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=97, n_positions=64))
+def llama(**changes: Any) -> Any:
+    return tiny.build("llama", num_hidden_layers=LAYERS, **changes)
 
 
-def trained(model: torch.nn.Module) -> set[str]:
-    return {name for name, p in model.named_parameters() if p.requires_grad}
+def gpt2() -> Any:
+    return tiny.build("gpt2", n_layer=LAYERS)
 
 
 def freeze(**settings: Any) -> Freeze:
@@ -42,15 +37,15 @@ def test_the_last_blocks_learn_whole(build: Any, blocks: str, layers: int) -> No
         for name, _ in model.named_parameters()
         if any(name.startswith(f"{blocks}{i}.") for i in range(3 - layers, 3))
     }
-    assert trained(freeze(num_layers=layers).apply(find_anatomy(model))) == expected
+    assert trainable_names(freeze(num_layers=layers).apply(find_anatomy(model))) == expected
 
 
 def test_no_layers_and_the_head_is_feature_extraction() -> None:
-    assert trained(freeze(num_layers=0, train_head=True).apply(find_anatomy(llama()))) == {"lm_head.weight"}
+    assert trainable_names(freeze(num_layers=0, train_head=True).apply(find_anatomy(llama()))) == {"lm_head.weight"}
 
 
 def test_embeddings_and_patterns_add_up() -> None:
-    names = trained(
+    names = trainable_names(
         freeze(num_layers=0, train_embeddings=True, trainable=[r"layers\.0\..*norm", "q_proj"]).apply(
             find_anatomy(llama())
         )
@@ -68,7 +63,7 @@ def test_embeddings_and_patterns_add_up() -> None:
     [
         ({"num_layers": 0}, "nothing would be trained"),
         ({"num_layers": 4}, "the model has 3"),
-        ({"trainable": ["q_prjo"]}, "matches no parameter name"),
+        ({"trainable": ["q_prjo"]}, "'q_prjo' matches no parameter"),
         ({"trainable": ["q_(proj"]}, "not a regular expression"),
     ],
 )
@@ -84,18 +79,4 @@ def test_tied_embeddings_learn_together_or_not_at_all(settings: dict[str, Any]) 
     both = freeze(num_layers=0, train_head=True, train_embeddings=True).apply(
         find_anatomy(llama(tie_word_embeddings=True))
     )
-    assert trained(both) == {"model.embed_tokens.weight"}
-
-
-def test_bitfit_trains_every_bias_and_nothing_else() -> None:
-    model = gpt2()
-    names = trained(Bitfit(BitfitConfig(name="bitfit")).apply(find_anatomy(model)))
-    # c_attn, attn.c_proj, c_fc, mlp.c_proj, ln_1, ln_2 of each block, and ln_f
-    assert len(names) == 3 * 6 + 1 and all(name.endswith(".bias") for name in names)
-    assert {name for name, _ in model.named_parameters() if name.endswith("bias")} == names
-
-
-def test_bitfit_of_a_model_without_biases_is_an_error() -> None:
-    with pytest.raises(RequestError, match="LlamaForCausalLM has no biases") as caught:
-        Bitfit(BitfitConfig(name="bitfit")).apply(find_anatomy(llama()))
-    assert "ln_tuning" in str(caught.value)
+    assert trainable_names(both) == {"model.embed_tokens.weight"}

@@ -1,31 +1,16 @@
+"""A folder of a model is looked into before anything is loaded."""
+
+from __future__ import annotations
+
 import json
 import struct
-from pathlib import Path
 
-import pytest
-
-from dist_ft.checks.request import check
-from dist_ft.config.plan import make_plan, write_plan
-from dist_ft.launch.compose import compose
-
-ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "rows.jsonl").write_text(ROW * 3)
-    monkeypatch.chdir(tmp_path)
-
-
-def found(*words):
-    composed = compose(["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b", *words])
-    return {
-        problem.where: f"{problem.rule} → {problem.way_out}" for problem in check(composed.config, composed.origins)
-    }
+from dist_ft.pretrained.folder import weight_bytes
+from tests.unit.checks.found import found
 
 
 def write_model(folder, *, config=None, tensors=True, tokenizer=True):
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8, **(config or {})}))
     if tensors:
         header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
@@ -62,6 +47,27 @@ def test_model_folders_that_are_not(tmp_path):
     assert "the model has only 7 embeddings" in problem(other)
 
 
+def test_quantized_folders_are_dequantized_or_refused(tmp_path):
+    def ask(name, *words, **config):
+        folder = write_model(tmp_path / name, config=config)
+        return found(f"model.name_or_path={folder}", *words).get("model.name_or_path", "")
+
+    assert ask("fp8", quantization_config={"quant_method": "fp8"}) == ""
+    assert ask("bnb", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}) == ""
+    gptq = {"quant_method": "gptq", "bits": 4}
+    assert "stored quantized (gptq)" in ask("gptq", quantization_config=gptq)
+    assert "stored quantized (awq)" in ask("awq", text_config={"quantization_config": {"quant_method": "awq"}})
+    assert "pip install compressed-tensors" in ask("ct", quantization_config={"quant_method": "compressed-tensors"})
+    assert ask("scratch", "model.from_scratch=true", quantization_config=gptq) == ""
+
+
+def test_the_disk_is_measured_for_dequantized_weights(tmp_path):
+    plain, packed = write_model(tmp_path / "a"), write_model(tmp_path / "b")
+    assert weight_bytes(str(plain)) == weight_bytes(str(packed)) > 0
+    write_model(packed, config={"quantization_config": {"quant_method": "fp8"}})
+    assert weight_bytes(str(packed)) == 2 * weight_bytes(str(plain))
+
+
 def test_torn_weights_are_named(tmp_path):
     folder = write_model(tmp_path / "m")
     file = folder / "model.safetensors"
@@ -86,58 +92,6 @@ def test_packages_and_hub_ids(tmp_path):
     assert "contains neither" in found("model.name_or_path=package:json")["model.name_or_path"]
     assert "nor a valid Hub ID" in found("model.name_or_path=a/b/c")["model.name_or_path"]
     assert "neither an existing folder" in found("model.tokenizer=./none")["model.tokenizer"]
-
-
-def existing_run(*words):
-    composed = compose(["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b", *words])
-    plan = make_plan(composed.config, nodes=1, workers_per_node=1, origins={})
-    write_plan(plan)
-    (plan.run_dir / "checkpoints" / "step-5").mkdir(parents=True)
-    return plan.run_dir
-
-
-def test_a_run_goes_on_with_what_may_change():
-    existing_run()
-    assert found("train.max_steps=9", "train.logging_steps=3", "model.gradient_checkpointing=true") == {}
-
-
-def test_a_run_of_another_config_is_refused_key_by_key():
-    folder = existing_run(f"output_dir={Path.cwd()}/runs/first")
-    problems = found(f"output_dir={folder}", "method.r=4", "train.seed=3", "engine=fsdp", "train.save_steps=2")
-    assert set(problems) == {"method.r", "train.seed"}
-    rule = f"the run in {folder} was started with 16, but the value is now 4"
-    assert problems["method.r"].startswith(f"{rule} → set run_name=first-2")
-
-
-def test_a_run_goes_on_with_the_mixture_it_had():
-    sets = ["data=mixture", "data.train=null", "data.mixture.b.train=rows.jsonl", "data.mixture.a.train=rows.jsonl"]
-    folder = existing_run(*sets, f"output_dir={Path.cwd()}/runs/first")
-    again = [*sets, f"output_dir={folder}"]
-    assert found(*again, "data.mixture.a.validation=rows.jsonl") == {}
-    assert found(*again[:2], again[3], again[2], again[4]) == {}  # sets are ordered by name
-    for words in (
-        ["data.mixture.a.weight=2", "data.mixture.b.weight=1"],
-        ["data.mixture.a.template={prompt: '{text}', completion: '{text}'}"],
-        ["data.mixture.c.train=rows.jsonl"],
-    ):
-        assert list(found(*again, *words)) == ["data.mixture"], words
-    assert list(found(*again, "data.mixture_temperature=3")) == ["data.mixture_temperature"]
-
-
-def test_a_failed_start_without_a_checkpoint_may_be_mended():
-    folder = existing_run()
-    (folder / "checkpoints" / "step-5").rmdir()
-    assert found("train.seed=3") == {}
-
-
-def test_starting_anew_over_checkpoints_is_refused():
-    existing_run()
-    assert "would overwrite" in found("train.resume=never")["train.resume"]
-    assert "none/step-3 does not exist" in found("train.resume=none/step-3")["train.resume"]
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    assert "is not a run folder" in found(f"output_dir={tmp_path}")["output_dir"]
 
 
 def test_keys_for_experts_need_experts(tmp_path):

@@ -1,0 +1,15 @@
+"""A folder with rows to run in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text(ROW * 3)
+    monkeypatch.chdir(tmp_path)
