@@ -104,7 +104,7 @@ def test_ia3_of_a_model_that_peft_does_not_know_asks_for_targets() -> None:
     with pytest.raises(RequestError, match="unheard_of") as caught:
         method("ia3").apply(find_anatomy(model))
     assert "k_proj" in str(caught.value)
-    with pytest.raises(RequestError, match="not in method.target_modules"):
+    with pytest.raises(RequestError, match=r"not in method.target_modules"):
         method("ia3", target_modules=["k_proj"], feedforward_modules=["down_proj"]).apply(find_anatomy(model))
 
 
