@@ -56,8 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
 VIRTUAL = ("prompt", "prefix", "p_tuning")
 RATE = {"ln_tuning": 1e-2, "ia3": 1e-1, "bitfit": 1e-2, "prompt": 3e-1, "prefix": 3e-2, "p_tuning": 3e-2}
 REFUSED: dict[tuple[str, str], str] = {
-    ("qwen3", "bitfit"): "has no biases, so bitfit would train nothing",
-    ("t5", "bitfit"): "has no biases, so bitfit would train nothing",
+    ("qwen3", "bitfit"): "has no biases, so that bitfit would train nothing",
+    ("t5", "bitfit"): "has no biases, so that bitfit would train nothing",
 }
 ANEW = ("gpt2", "bert")  # as causal and as masked language models
 PAIRS = [
