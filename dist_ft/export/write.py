@@ -77,10 +77,7 @@ def export_run(
             tick(f"sending {name}")
         return None
     adapter = not method.config.whole
-    bare.config.use_cache = True
-    if not adapter:
-        bare.to(getattr(torch, model_config.dtype))
-    wanted = {name: p for name, p in bare.named_parameters() if p.requires_grad or not adapter}
+    wanted = exported_parameters(bare, model_config, adapter=adapter)
     account = Account(stored_dtypes(method.config, model_config), tick)
 
     def fill(folder: Path) -> None:
@@ -97,6 +94,14 @@ def export_run(
 
     with ticking(tick):
         return publish(out, fill, check, needed_bytes=size_of(wanted.values()), tick=tick)
+
+
+def exported_parameters(bare: Any, model_config: ModelConfig, *, adapter: bool) -> dict[str, Tensor]:
+    """Set dtype and cache use of the modules as they are exported; return the parameters that the export has."""
+    bare.config.use_cache = True
+    if not adapter:
+        bare.to(getattr(torch, model_config.dtype))
+    return {name: p for name, p in bare.named_parameters() if p.requires_grad or not adapter}
 
 
 def size_of(parameters: Iterable[Tensor]) -> int:

@@ -12,9 +12,7 @@ from .progress import open_progress
 from .wandb import open_wandb
 
 
-def build_tracker(
-    plan: Plan, progress: Progress, steps: int, worker: Worker
-) -> tuple[Tracker, str | None]:
+def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) -> tuple[Tracker, str | None]:
     """Build the tracker of a rank.
 
     Args:

@@ -55,7 +55,9 @@ def count_all(place: Place, cases: list[dict[str, Any]]) -> list[dict[str, Any]]
     for case in cases:
         dtype = getattr(torch, case["dtype"])
         engine, model = make_engine("fsdp", place, dtype, 4, **case["keys"]), make_model()
-        parts = estimate_memory(engine.config, place.world_size, measure_sizes(BuiltModel(model, find_anatomy(model)), dtype))
+        parts = estimate_memory(
+            engine.config, place.world_size, measure_sizes(BuiltModel(model, find_anatomy(model)), dtype)
+        )
         set_up(engine, model)
         with Counter() as first:
             feed(engine, place, 0, 4)
@@ -79,7 +81,9 @@ def load_after_evaluation(place: Place, cases: list[dict[str, Any]]) -> list[dic
     """Of each case: the loss of a state, before another one was trained and after it was loaded again."""
     found = []
     for case in cases:
-        engine = set_up(make_engine(case["engine"], place, getattr(torch, case["dtype"]), 1, **case["keys"]), make_model())
+        engine = set_up(
+            make_engine(case["engine"], place, getattr(torch, case["dtype"]), 1, **case["keys"]), make_model()
+        )
         probe = batch_of(5, 0, 0)
         before = float(engine.evaluate(probe, loss).loss)
         kept = {name: local(tensor).clone() for name, tensor in engine.state().tensors.items()}
