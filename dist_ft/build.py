@@ -254,22 +254,26 @@ def describe_parts(
 
 def export(plan: Plan, prepared: Prepared, task: Task, engine: Engine, recipe: ModelRecipe, worker: Worker) -> None:
     """Write the trained model into the run's folder and check that it loads to the same logits. Collective."""
-    config, is_main = plan.config, worker.place.is_main
+    config = plan.config
     probe = take_probe(engine, task, prepared.train.first_sample())
-    tokenizer = open_tokenizer(config, prepared.tokenizer_dir) if is_main else None
+    weights = engine.weights(trainable=not config.method.whole)
+    if not worker.place.is_main:
+        for name, _ in weights:
+            worker.tick(f"sending {name}")
+        return
+    tokenizer = open_tokenizer(config, prepared.tokenizer_dir)
     export_run(
         method=recipe.method,
         model_config=config.model,
         model_dir=recipe.folder,
         architecture=recipe.architecture,
-        bare=recipe.build_meta().model if is_main else None,
+        bare=recipe.build_meta().model,
         tokenizer=tokenizer,
         end_token_id=find_end_token(tokenizer, config.task),
-        weights=engine.weights(trainable=not config.method.whole),
+        weights=weights,
         out=plan.run_dir / EXPORT,
-        card=card_of_run(plan, prepared, plan.run_dir) if is_main else "",
+        card=card_of_run(plan, prepared, plan.run_dir),
         probe=probe,
-        is_main=is_main,
         tell=worker.say,
         tick=worker.tick,
     )

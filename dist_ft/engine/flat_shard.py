@@ -32,18 +32,16 @@ class FlatShard(Tensor):
 
     @staticmethod
     def __new__(cls, own: Tensor, shape: Sequence[int], start: int) -> FlatShard:
-        made: FlatShard = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, torch.Size(shape), dtype=own.dtype, device=own.device
-        )
+        made: FlatShard = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=own.dtype, device=own.device)
         made.own, made.start = own, start
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse to compute: only the elements of this rank are there."""
         raise NotImplementedError(f"{func} on a shard; use `own`")
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"FlatShard({tuple(self.shape)}, [{self.start}, {self.start + len(self.own)}), {self.own.device})"
 
     def to_local(self) -> Tensor:

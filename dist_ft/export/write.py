@@ -43,39 +43,33 @@ def export_run(
     out: Path,
     card: str,
     probe: Probe,
-    is_main: bool = True,
     tell: Callable[[str], None] = print,
     tick: Beat = unwatched,
-) -> Deviation | None:
-    """Write the trained model to `out` atomically and only if it passes verification. Collective; rank 0 writes.
+) -> Deviation:
+    """Write the trained model to `out` atomically and only if it passes verification; on rank 0.
 
     Args:
         method: method of the run, which writes the weights.
         model_config: model configuration of the run.
         model_dir: folder of the base model.
         architecture: architecture that the task requires.
-        bare: the run's modules on the meta device, for names and configuration; on rank 0.
+        bare: the run's modules on the meta device, for names and configuration.
         tokenizer: with the chat template used in training, or None.
         end_token_id: id of the token that ends an answer; None keeps the setting of the base model.
         weights: names and tensors of the trainable parameters if the method trains an adapter, else of all parameters.
         out: output folder; an existing one is replaced.
         card: text of README.md.
         probe: logits of the trained model.
-        is_main: whether this is rank 0; the other ranks only iterate over `weights`.
         tell: shows a line to the user.
         tick: called for each tensor gathered, written, loaded and checked.
 
     Returns:
-        The deviation of the reloaded model's logits from `probe` on rank 0, None on other ranks.
+        The deviation of the reloaded model's logits from `probe`.
 
     Raises:
         TrainingError: If the exported folder does not reproduce the trained model.
         MachineError: If there is not enough disk space.
     """
-    if not is_main:
-        for name, _ in weights:
-            tick(f"sending {name}")
-        return None
     adapter = not method.config.whole
     wanted = exported_parameters(bare, model_config, adapter=adapter)
     account = Account(stored_dtypes(method.config, model_config), tick)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config.engine import EngineConfig
+from ..config.engine import EngineConfig, FsdpConfig
 
 MASTER_BYTES = 4  # trainable weights and both AdamW moments are float32
 MOMENTS_BYTES = 8
@@ -22,6 +22,8 @@ class Sizes:
     trained: int  # number of trainable parameters
     compute_bytes: int  # bytes of one parameter in forward and backward
     largest_block: int  # number of parameters of the largest block
+    blocks: int  # number of parameters of all blocks
+    outside: int  # number of parameters that text reaches outside the blocks: embeddings, final norm, head
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,9 @@ class Part:
 def estimate_memory(engine: EngineConfig, world_size: int, sizes: Sizes) -> list[Part]:
     """Estimate the parts of one rank's memory."""
     if engine.name == "ddp":
-        return [
-            Part("frozen weights", sizes.frozen_bytes, why="replicated"),
-            Part("trainable weights", MASTER_BYTES * sizes.trained, why="float32, replicated"),
-            Part("gradients", MASTER_BYTES * sizes.trained, why="float32, replicated"),
-            Part("AdamW moments", MOMENTS_BYTES * sizes.trained, why="float32, replicated"),
-        ]
+        return _ddp(sizes)
     if engine.name == "fsdp":
-        return _fsdp(engine.offload == "params", world_size, sizes)
+        return _fsdp(engine, world_size, sizes)
     return _zero(int(engine.name[-1]), engine.offload, world_size, sizes)
 
 
@@ -64,7 +61,20 @@ def estimate_rows(engine: EngineConfig, rows: int, trained: int, largest: int) -
     return Part("per-sample gradients", MASTER_BYTES * largest * rows, why="float32, of one parameter at a time")
 
 
-def _fsdp(offloads: bool, world_size: int, sizes: Sizes) -> list[Part]:
+def _ddp(sizes: Sizes) -> list[Part]:
+    parts = [
+        Part("frozen weights", sizes.frozen_bytes, why="replicated"),
+        Part("trainable weights", MASTER_BYTES * sizes.trained, why="float32, replicated"),
+        Part("gradients", MASTER_BYTES * sizes.trained, why="float32, replicated"),
+        Part("AdamW moments", MOMENTS_BYTES * sizes.trained, why="float32, replicated"),
+    ]
+    if sizes.compute_bytes == MASTER_BYTES:
+        return parts
+    return [*parts, Part("copies of trainable weights", sizes.compute_bytes * sizes.trained, why="of the forward")]
+
+
+def _fsdp(engine: FsdpConfig, world_size: int, sizes: Sizes) -> list[Part]:
+    offloads = engine.offload == "params"
     shard = f"1/{world_size} per rank" if world_size > 1 else "unsharded"
 
     def part(name: str, count: int, why: str) -> Part:
@@ -76,21 +86,36 @@ def _fsdp(offloads: bool, world_size: int, sizes: Sizes) -> list[Part]:
         part("trainable weights", MASTER_BYTES * sizes.trained, f"float32, {shard}"),
         part("gradients", MASTER_BYTES * sizes.trained, f"float32, {shard}"),
         part("AdamW moments", MOMENTS_BYTES * sizes.trained, f"float32, {shard}"),
-        _gathered(world_size, sizes),
+        *_gathered_by_fsdp(engine, world_size, sizes),
     ]
+
+
+def _gathered_by_fsdp(engine: FsdpConfig, world_size: int, sizes: Sizes) -> list[Part]:
+    """Return the memory of whole weights in forward and backward, and of whole gradients."""
+    if world_size == 1:
+        return []
+    blocks = min(2 * sizes.largest_block, sizes.blocks) if engine.reshard_after_forward else sizes.blocks
+    which = "the current and the prefetched block" if engine.reshard_after_forward else "all blocks"
+    parts = [
+        Part("gathered blocks", sizes.compute_bytes * blocks, why=which),
+        Part("gathered outside blocks", sizes.compute_bytes * sizes.outside, why="embeddings, final norm, head"),
+    ]
+    if engine.gradient_reduction == "step":
+        parts.append(Part("whole gradients", MASTER_BYTES * sizes.trained, why="float32, until the end of the step"))
+    return parts
 
 
 def _zero(stage: int, offload: str, world_size: int, sizes: Sizes) -> list[Part]:
     shard = f"1/{world_size} per rank" if world_size > 1 else "unsharded"
     copies = {"weights": world_size if stage == 3 else 1, "gradients": world_size if stage >= 2 else 1}
     weights = math.ceil((sizes.frozen_bytes + sizes.compute_bytes * sizes.trained) / copies["weights"])
-    gradients = math.ceil(sizes.compute_bytes * sizes.trained / copies["gradients"])
+    gradients = math.ceil(MASTER_BYTES * sizes.trained / copies["gradients"])
     optimizer = math.ceil((MASTER_BYTES + MOMENTS_BYTES) * sizes.trained / world_size)
     whole = "replicated"
     to_host = offload in ("optimizer", "params")
     parts = [
         Part("weights", *_placed(weights, offload == "params"), shard if stage == 3 else whole),
-        Part("gradients", *_placed(gradients, to_host and stage >= 2), shard if stage >= 2 else whole),
+        Part("gradients", *_placed(gradients, to_host and stage >= 2), f"float32, {shard if stage >= 2 else whole}"),
         Part("float32 weights and AdamW moments", *_placed(optimizer, to_host), shard),
     ]
     return [*parts, _gathered(world_size, sizes)] if stage == 3 else parts
@@ -101,6 +126,6 @@ def _placed(count: int, on_host: bool) -> tuple[int, int]:
 
 
 def _gathered(world_size: int, sizes: Sizes) -> Part:
-    """Return the memory of the all-gathered parameters of the current and the prefetched block."""
+    """Return the memory of the parameters that ZeRO-3 gathers: of the current and the prefetched block."""
     gathered = 2 * sizes.compute_bytes * sizes.largest_block if world_size > 1 else 0
     return Part("gathered blocks", gathered, 0, "the current and the prefetched block")

@@ -90,17 +90,21 @@ def count_trainable(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], i
     return found
 
 
-def measure_sizes(built: BuiltModel, config: RunConfig) -> Sizes:
-    """Measure the sizes that determine the memory of the model."""
-    compute_bytes = getattr(torch, config.model.dtype).itemsize
+def measure_sizes(built: BuiltModel, dtype: torch.dtype) -> Sizes:
+    """Measure the sizes that determine the memory of a model whose forward runs in `dtype`."""
     model, anatomy = built
     blocks = [sum(p.numel() for p in block.parameters()) for block in anatomy.parts(anatomy.blocks)]
+    modules = dict(anatomy.model.named_modules())
+    idle = sum(p.numel() for name in anatomy.idle if name in modules for p in modules[name].parameters())
     parameters = list(model.parameters())
+    count = sum(p.numel() for p in parameters)
     return Sizes(
         frozen_bytes=sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        compute_bytes=compute_bytes,
-        largest_block=max(blocks, default=sum(p.numel() for p in parameters)),
+        compute_bytes=dtype.itemsize,
+        largest_block=max(blocks, default=count),
+        blocks=sum(blocks),
+        outside=count - sum(blocks) - idle,
     )
 
 
@@ -139,7 +143,7 @@ def trainable_table(model: nn.Module, total: int) -> Table:
 def memory_table(plan: Plan, built: BuiltModel) -> Table:
     """Build the table of the estimated memory of one rank."""
     engine = plan.config.engine
-    parts = estimate_memory(engine, plan.world_size, measure_sizes(built, plan.config))
+    parts = estimate_memory(engine, plan.world_size, measure_sizes(built, getattr(torch, plan.config.model.dtype)))
     if plan.config.privacy.is_on:
         learn = [p.numel() for p in built.model.parameters() if p.requires_grad]
         rows = plan.config.train.per_device_train_batch_size if takes_rows_together(plan.config) else 0

@@ -16,6 +16,11 @@ from dist_ft.process.place import Place
 from dist_ft.state import BuiltModel
 from tests.dist.precision import batch_of, feed, loss, make_engine, make_model, set_up
 
+MICRO_BATCHES = 4  # of a step
+IS_RENAMED = hasattr(dist, "all_gather_single")  # torch 2.13
+GATHER = "all_gather_single" if IS_RENAMED else "all_gather_into_tensor"
+REDUCE = "reduce_scatter_single" if IS_RENAMED else "reduce_scatter_tensor"
+
 
 class Counter:
     """The sizes in bytes of what is gathered and of what is reduced, in order."""
@@ -23,22 +28,21 @@ class Counter:
     def __init__(self) -> None:
         self.gathered: list[int] = []
         self.reduced: list[int] = []
-        self.whole: list[int] = []  # whole gradients, held beside them until they are reduced
 
     def __enter__(self) -> Counter:
-        gather, reduce = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+        gather, reduce = getattr(dist, GATHER), getattr(dist, REDUCE)
 
         def all_gather(output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
             self.gathered.append(output_tensor.nbytes)
             return gather(output_tensor, *args, **kwargs)
 
-        def reduce_scatter(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+        def reduce_scatter(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
             self.reduced.append(input.nbytes)
             return reduce(output, input, *args, **kwargs)
 
         self.patches = [
-            mock.patch.object(dist, "all_gather_into_tensor", all_gather),
-            mock.patch.object(dist, "reduce_scatter_tensor", reduce_scatter),
+            mock.patch.object(dist, GATHER, all_gather),
+            mock.patch.object(dist, REDUCE, reduce_scatter),
         ]
         for patch in self.patches:
             patch.start()
@@ -54,13 +58,12 @@ def count_all(place: Place, cases: list[dict[str, Any]]) -> list[dict[str, Any]]
     found = []
     for case in cases:
         dtype = getattr(torch, case["dtype"])
-        engine, model = make_engine("fsdp", place, dtype, 4, **case["keys"]), make_model()
-        parts = estimate_memory(
-            engine.config, place.world_size, measure_sizes(BuiltModel(model, find_anatomy(model)), dtype)
-        )
+        engine, model = make_engine("fsdp", place, dtype, MICRO_BATCHES, **case["keys"]), make_model()
+        sizes = measure_sizes(BuiltModel(model, find_anatomy(model)), dtype)
+        parts = estimate_memory(engine.config, place.world_size, sizes)
         set_up(engine, model)
         with Counter() as first:
-            feed(engine, place, 0, 4)
+            feed(engine, place, 0, MICRO_BATCHES)
         engine.step(1e-3)
         with Counter() as evaluation:
             losses = [float(engine.evaluate(batch_of(1, 0, 0), loss).loss) for _ in range(2)]

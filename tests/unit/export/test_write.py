@@ -228,14 +228,6 @@ def test_lost_tie_is_caught(tiny_llama: Path, out: Path) -> None:
         case.export(method=Faulty(case.method.config))
 
 
-def test_other_ranks_only_take_part_in_the_stream(tiny_llama: Path, out: Path) -> None:
-    case = full(tiny_llama, out)
-    seen: list[str] = []
-    weights = ((seen.append(name) or name, tensor) for name, tensor in case.weights())
-    assert case.export(weights=weights, is_main=False) is None
-    assert len(seen) == len(list(case.weights())) and not out.exists()
-
-
 def test_publishing_replaces_an_older_export_whole(tmp_path: Path) -> None:
     out = tmp_path / "model"
     fine = Deviation(0.0, 0.0)
@@ -269,6 +261,3 @@ def test_each_tensor_ticks_on_each_of_its_ways(build: Any, tiny_llama: Path, out
     assert sum(tick.endswith("of the exported files") for tick in ticks) == len(names)
     assert sum(tick.startswith("syncing") for tick in ticks) == len(list(out.iterdir()))
     assert sum(tick == "probing the model" for tick in ticks) > 10, "each module of the model"
-    ticks.clear()
-    case.export(is_main=False, tick=ticks.append)
-    assert ticks == [f"sending {name}" for name in names]

@@ -73,7 +73,7 @@ def test_memory_of_one_process_is_what_torch_holds() -> None:
     optimizer = torch.optim.AdamW(model[1].parameters())
     model[1](torch.ones(8)).sum().backward()
     optimizer.step()
-    sizes = Sizes(frozen_bytes=2 * 64, trained=64, compute_bytes=2, largest_block=64)
+    sizes = Sizes(frozen_bytes=2 * 64, trained=64, compute_bytes=4, largest_block=64, blocks=128, outside=0)
     assert total(estimate_memory(DdpConfig(name="ddp"), 4, sizes)) == held_bytes(model, optimizer)
     assert total(estimate_memory(FsdpConfig(name="fsdp"), 1, sizes)) == held_bytes(model, optimizer)
 
@@ -84,22 +84,24 @@ def total(parts: list[Part]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "per_parameter"),
-    # Rajbhandari et al. 2020, section 5: 2 + 2 + 12 bytes per parameter, of which stages 1, 2 and 3 shard more and more
-    [("zero1", 2 + 2 + 12 / 64), ("zero2", 2 + (2 + 12) / 64), ("zero3", 16 / 64)],
+    # Rajbhandari et al. 2020, section 5, but with gradients of 4 bytes: 2 + 4 + 12 bytes per parameter, of which stages
+    # 1, 2 and 3 shard more and more
+    [("zero1", 2 + 4 + 12 / 64), ("zero2", 2 + (4 + 12) / 64), ("zero3", 18 / 64)],
 )
 def test_zero_shards_as_the_paper_says(name: str, per_parameter: float) -> None:
     trained = 7_500_000_000
     config = Zero3Config(name="zero3") if name == "zero3" else Zero12Config(name=name)  # type: ignore[arg-type]
-    parts = estimate_memory(config, 64, Sizes(0, trained, 2, 0))
+    parts = estimate_memory(config, 64, Sizes(0, trained, 2, 0, 0, 0))
     assert total(parts) == pytest.approx(per_parameter * trained)
     assert sum(part.host for part in parts) == 0
 
 
 def test_offloading_moves_to_the_host() -> None:
-    sizes = Sizes(100, 1000, 2, 10)
+    sizes = Sizes(100, 1000, 2, 10, 80, 20)
     kept = total(estimate_memory(FsdpConfig(name="fsdp"), 2, sizes))
     parts = estimate_memory(FsdpConfig(name="fsdp", offload="params"), 2, sizes)
-    assert total(parts) == kept and [part.name for part in parts if part.device] == ["gathered blocks"]
+    gathered = ["gathered blocks", "gathered outside blocks"]
+    assert total(parts) == kept and [part.name for part in parts if part.device] == gathered
     optimizer = estimate_memory(Zero12Config(name="zero2", offload="optimizer"), 2, sizes)
     assert {part.name: bool(part.host) for part in optimizer} == {
         "weights": False,

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from dist_ft.config.method import LoraConfig
@@ -22,8 +21,8 @@ from dist_ft.model.quantization import packing
 from dist_ft.model.quantization.packed import find_packed
 from dist_ft.model.quantization.packing import pack, packed_bytes, unpack
 from dist_ft.model.quantize import quantize
-from tests.samples import anatomized
-from tests.unit.model.moe.test_moe import CONFIGS, Separate, build
+from dist_ft.testing.tiny import MIXTURES, build
+from tests.samples import SeparateExperts, anatomized
 
 SCHEMES = ("nf4", "int8")
 IDS = torch.arange(1, 41).view(2, 20)
@@ -40,18 +39,9 @@ def adapted(model: Any) -> Any:
     return model
 
 
-def working(name: str) -> Any:
-    """A model that can also compute: OLMoE wants its heads to fill its width."""
-    if name != "olmoe":
-        return build(name)
-    torch.manual_seed(0)
-    config = CONFIGS[name].__class__.from_dict(CONFIGS[name].to_dict() | {"head_dim": 4})
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-
-
 def pair(name: str, scheme: str) -> tuple[Any, Any]:
     """A quantised model, and one with the weights that it should compute with."""
-    quantised, dense = quantize(working(name), scheme, torch.float32, weights=True), working(name)
+    quantised, dense = quantize(build(name), scheme, torch.float32, weights=True), build(name)
     bits, parameters = dict(quantised.named_parameters()), dict(dense.named_parameters())
     with torch.no_grad():
         for key, entry in find_packed(quantised).items():
@@ -61,7 +51,7 @@ def pair(name: str, scheme: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MIXTURES)
 def test_forward_and_gradients_are_those_of_the_dequantised_model(name: str, scheme: str, implementation: str) -> None:
     gradients = []
     for model in pair(name, scheme):
@@ -76,7 +66,7 @@ def test_forward_and_gradients_are_those_of_the_dequantised_model(name: str, sch
         torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=1e-7, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MIXTURES)
 def test_packed_are_fused_experts_and_linear_layers_and_nothing_else(name: str) -> None:
     plain, model = build(name), quantize(build(name), "nf4", torch.float32, weights=True)
     fused = {n for n, p in plain.named_parameters() if p.ndim == 3}
@@ -137,7 +127,7 @@ def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
 def test_empty_experts_have_the_same_shapes(scheme: str) -> None:
     full = quantize(build("qwen3_moe"), scheme, torch.bfloat16, weights=True)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"])
+        empty = build("qwen3_moe")
     quantize(empty, scheme, torch.bfloat16, weights=False)
     names = list(find_packed(full))
     shapes = [{n: (p.shape, p.dtype) for n, p in m.named_parameters() if n in names} for m in (full, empty)]
@@ -185,7 +175,7 @@ def test_unpacking_a_large_weight_holds_it_once(scheme: str, monkeypatch: pytest
 
 
 def test_separate_experts_keep_their_router() -> None:
-    model = nn.Sequential(nn.ModuleList(Separate(64, 4) for _ in range(2)))
+    model = nn.Sequential(nn.ModuleList(SeparateExperts(64, 4) for _ in range(2)))
     quantize(model, "nf4", torch.float32, weights=True)
     assert (
         len(find_packed(model)) == 8
