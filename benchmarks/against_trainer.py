@@ -43,7 +43,7 @@ def write_inputs(folder: Path, data: Path, most: int) -> dict[str, str]:
     """Write the rows of all tasks, and return the model folder of each task."""
     from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-    from dist_ft.launch.compose import compose
+    from dist_ft.launch.composition.compose import compose
     from dist_ft.pretrained.fetch import prepare_model
 
     for task in TASKS:

@@ -25,7 +25,7 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 def prepare_rows(folder: Path) -> dict[str, str]:
     """Write the tokenized training rows as JSON Lines for both trainers."""
     from dist_ft.data.store.table import TokenTable
-    from dist_ft.launch.compose import compose
+    from dist_ft.launch.composition.compose import compose
     from dist_ft.prepare import prepare
 
     prepared = prepare(compose([]).config)
@@ -40,7 +40,7 @@ def prepare_rows(folder: Path) -> dict[str, str]:
 def run_ours(rows: str, model: str, steps: int, out: Path) -> dict[str, Any]:
     from recorded import train
 
-    from dist_ft.launch.compose import compose
+    from dist_ft.launch.composition.compose import compose
 
     words = [
         f"data.train={rows}", "data.format=tokens", "data.validation=null", "data.test=null", "data.shuffle=false",

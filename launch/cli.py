@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..config.plan import Plan
     from ..config.run import RunConfig
-    from .environ import Site
     from .launcher import Launcher
+    from .machine.environ import Site
 
 CONFIG_EPILOG = """\
 arguments:
@@ -245,8 +245,8 @@ def _plan(options: argparse.Namespace) -> tuple[RunConfig, Plan, Launcher]:
     from ..checks.request import check
     from ..config.plan import make_plan
     from ..errors import MachineError, Problem, RequestError
-    from .compose import compose
-    from .environ import find_site
+    from .composition.compose import compose
+    from .machine.environ import find_site
 
     composed = compose(options.words, options.config_dir)
     config = composed.config

@@ -11,9 +11,9 @@ from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, Problem, RequestError
 from . import process
-from .environ import Site, export_lines
 from .hosts import check_hosts, choose_hosts, read_hostfile, sweep_hosts
 from .launcher import WORKER_MODULE, Rendered, shell_lines, write_rendered
+from .machine.environ import Site, export_lines
 
 SCRIPT, HOSTFILE, ENV_FILE = "launch.sh", "hostfile", "workers.env"
 PLAIN = re.compile(r"^[\w@+=:,./-]+$")  # characters that neither a shell nor pdsh (which expands %) changes

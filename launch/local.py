@@ -12,9 +12,9 @@ from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, RequestError
 from . import process
-from .environ import Site, export_lines
 from .launcher import WORKER_MODULE, Rendered, shell_lines, write_rendered
-from .ports import port_problem
+from .machine.environ import Site, export_lines
+from .machine.ports import port_problem
 
 SCRIPT = "launch.sh"
 CPU_WORKERS = 2

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistFtError, Problem, Stopped, TrainingError
-from .environ import child_environment
 from .launcher import FAILURE_FILE, LOG_DIR, Rendered
+from .machine.environ import child_environment
 
 PASSED_ON = (0, 2, 3, 4, 75)
 GRACE_S = 8.0  # from the first failure or stop request to SIGKILL, so that everything has ended within ten seconds

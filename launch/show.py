@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..config.plan import Plan
-from .compose import LEFT_OUT
+from .composition.compose import LEFT_OUT
 from .launcher import Rendered
 
 

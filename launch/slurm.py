@@ -13,9 +13,9 @@ from ..config.launch import SlurmConfig
 from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, Problem, RequestError
-from .environ import Site, child_environment
+from .composition.paths import SLURM_DIR
 from .launcher import FAILURE_FILE, LOG_DIR, WORKER_MODULE, Job, Rendered, write_rendered
-from .paths import SLURM_DIR
+from .machine.environ import Site, child_environment
 
 SCRIPT = "job.sbatch"
 TEMPLATE = SLURM_DIR / "train.sbatch"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_ft.checks.request import check
-from dist_ft.launch.compose import compose, list_groups
+from dist_ft.launch.composition.compose import compose, list_groups
 from dist_ft.testing.spawn import spawn
 from dist_ft.testing.words import save_model
 from tests.dist.cases import metrics_of

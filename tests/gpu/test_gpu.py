@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dist_ft.launch.devices import find_devices
+from dist_ft.launch.machine.devices import find_devices
 from dist_ft.model.attention import choose_attention
 from dist_ft.model.flops import peak_flops
 from dist_ft.process.place import Place, find_device, name_device

@@ -13,7 +13,7 @@ import torch
 import dist_ft.build
 from dist_ft.build import build_privacy, export
 from dist_ft.data.order.order import PoissonOrder
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 from dist_ft.process.place import Place, Worker
 
 

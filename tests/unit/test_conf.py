@@ -9,10 +9,10 @@ import yaml
 from dist_ft.checks.request import check
 from dist_ft.config.plan import make_plan
 from dist_ft.config.run import RunConfig
-from dist_ft.launch.compose import compose, list_groups
-from dist_ft.launch.environ import Site
-from dist_ft.launch.keys import members, names
-from dist_ft.launch.paths import CONF_DIR
+from dist_ft.launch.composition.compose import compose, list_groups
+from dist_ft.launch.composition.keys import members, names
+from dist_ft.launch.composition.paths import CONF_DIR
+from dist_ft.launch.machine.environ import Site
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
 FILES = sorted(CONF_DIR.glob("*/*.yaml"))

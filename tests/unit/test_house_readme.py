@@ -14,9 +14,9 @@ from dist_ft.checks.request import check
 from dist_ft.config.plan import Plan, make_plan
 from dist_ft.config.run import RunConfig
 from dist_ft.launch import cli
-from dist_ft.launch.compose import compose, list_groups
-from dist_ft.launch.environ import Site
-from dist_ft.launch.keys import members, names
+from dist_ft.launch.composition.compose import compose, list_groups
+from dist_ft.launch.composition.keys import members, names
+from dist_ft.launch.machine.environ import Site
 from dist_ft.launch.stages import read_stages, run_stages
 from dist_ft.launch.sweep import _check_all, read_words
 

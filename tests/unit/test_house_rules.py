@@ -6,6 +6,7 @@ import ast
 import fnmatch
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,9 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 # spawn.py launches the workers of the tests
-ENVIRONMENT_READERS = {"launch/environ.py", "dist_ft/process/place.py", "dist_ft/testing/spawn.py"}
+ENVIRONMENT_READERS = {"launch/machine/environ.py", "dist_ft/process/place.py", "dist_ft/testing/spawn.py"}
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+MOST_MODULES, MOST_AT_THE_ROOT = 14, 10
 
 
 def sources() -> list[Path]:
@@ -67,7 +69,7 @@ def test_environment_is_read_in_two_places_only() -> None:
         if str(path.relative_to(ROOT)) not in ENVIRONMENT_READERS
         for line in environment_reads(ast.parse(path.read_text(encoding="utf-8")))
     ]
-    assert not found, f"read the environment in launch/environ.py or dist_ft/process/place.py: {found}"
+    assert not found, f"read the environment in launch/machine/environ.py or dist_ft/process/place.py: {found}"
 
 
 def test_files_and_functions_fit_in_the_head() -> None:
@@ -150,6 +152,14 @@ def test_unit_tests_mirror_the_rooms() -> None:
         if not any(name == module or name.startswith(f"{module}_") for module in modules):
             strangers.append(str(path.relative_to(ROOT)))
     assert not strangers, f"no module of dist_ft has the name of {strangers}"
+
+
+def test_folders_stay_small() -> None:
+    """A folder has at most 14 modules besides `__init__`, and the root of the package at most 10 files."""
+    counts = Counter(path.parent for path in sources() if path.stem != "__init__")
+    large = {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > MOST_MODULES}
+    assert not large, f"divide these folders into subfolders: {large}"
+    assert len(list((ROOT / "dist_ft").glob("*.py"))) <= MOST_AT_THE_ROOT
 
 
 def test_no_module_is_a_drawer() -> None:

@@ -13,7 +13,7 @@ from dist_ft.assess.turns import Question, question_of, speaks_chat
 from dist_ft.config.task import CausalLMConfig, InstructionConfig, PreferenceConfig
 from dist_ft.data.render.template import find_end_token
 from dist_ft.errors import RequestError
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 
 TASK = InstructionConfig(name="instruction")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dist_ft.checks.request import check
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 
 MIXED = ["data=mixture", "data.train=null", "data.mixture.a.train=rows.jsonl"]
 

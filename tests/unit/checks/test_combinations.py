@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dist_ft.checks.request import check
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 from tests.unit.checks.found import found
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dist_ft.checks import machine
 from dist_ft.checks.machine import check_machine
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 
 
 def test_disk(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_ft.config.plan import make_plan, write_plan
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 from tests.unit.checks.found import found
 
 

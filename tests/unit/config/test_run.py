@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 
 
 def test_qlora_means_nf4_unless_told_otherwise() -> None:

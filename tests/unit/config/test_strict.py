@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dist_ft.errors import RequestError
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 
 
 def test_keys_of_a_set_are_as_strict_as_others():

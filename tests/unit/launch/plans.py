@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_ft.config.plan import Plan, make_plan
-from dist_ft.launch.compose import compose
-from dist_ft.launch.environ import Site
+from dist_ft.launch.composition.compose import compose
 from dist_ft.launch.launcher import Launcher
+from dist_ft.launch.machine.environ import Site
 
 ROWS = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
 SITE = Site(python="/opt/env/bin/python", cwd="/home/ada/my work", cores=16, environment={"HF_HOME": "/data/hf"})

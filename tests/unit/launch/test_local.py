@@ -4,9 +4,9 @@ import subprocess
 import pytest
 
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.launch import ports
 from dist_ft.launch.launcher import shell_lines, write_rendered
 from dist_ft.launch.local import LocalLauncher
+from dist_ft.launch.machine import ports
 from tests.golden import check_golden
 from tests.unit.launch.plans import GPU_SITE, SITE, plan_of
 

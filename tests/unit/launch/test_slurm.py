@@ -3,7 +3,7 @@ import subprocess
 import pytest
 
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.launch.paths import SLURM_DIR
+from dist_ft.launch.composition.paths import SLURM_DIR
 from dist_ft.launch.slurm import SlurmLauncher, Template
 from tests.golden import check_golden
 from tests.unit.launch.plans import SITE, plan_of

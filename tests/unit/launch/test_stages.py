@@ -11,7 +11,7 @@ from dist_ft.checks import request as checks
 from dist_ft.config.plan import make_plan, write_plan
 from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 from dist_ft.launch.stages import read_stages, run_stages
 
 FILE = """\

@@ -11,7 +11,7 @@ import pytest
 
 from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 from dist_ft.launch.sweep import read_words, sweep
 
 ROWS = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_ft.checks.request import check
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 
 REFUSED = {
     "privacy.noise_multiplier": ["privacy.noise_multiplier=1"],

@@ -32,7 +32,7 @@ from dist_ft.errors import MachineError, RequestError
 from dist_ft.export.card import render_card
 from dist_ft.inspect import rows as view
 from dist_ft.inspect.ledger import ledger_tables
-from dist_ft.launch.compose import compose
+from dist_ft.launch.composition.compose import compose
 from dist_ft.prepare import prepare
 
 KEYBOARD = {"name": "KeyboardAug", "options": {"aug_char_p": 0.2}, "columns": ["text"]}

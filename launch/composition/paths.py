@@ -7,15 +7,15 @@ import importlib.util
 import os
 from pathlib import Path
 
-from ..config.data import DataConfig, DataSet
-from ..config.launch import HostfileConfig
-from ..config.run import RunConfig
-from ..config.task import InstructionConfig
-from ..errors import RequestError
+from ...config.data import DataConfig, DataSet
+from ...config.launch import HostfileConfig
+from ...config.run import RunConfig
+from ...config.task import InstructionConfig
+from ...errors import RequestError
 
 PACKAGE = "package:"
-CONF_DIR = Path(__file__).parent.parent / "conf"  # dist_ft/conf when installed, conf/ in a checkout
-SLURM_DIR = Path(__file__).parent.parent / "slurm"
+CONF_DIR = Path(__file__).parents[2] / "conf"  # dist_ft/conf when installed, conf/ in a checkout
+SLURM_DIR = Path(__file__).parents[2] / "slurm"
 
 
 def settle_paths(config: RunConfig) -> RunConfig:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..config.data import AugmentConfig, DataSet
-from ..config.run import RunConfig
-from ..errors import Problem
+from ...config.data import AugmentConfig, DataSet
+from ...config.run import RunConfig
+from ...errors import Problem
 
 Tree = dict[str, Any]
 MIXTURE = "data.mixture"

@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from dist_ft.errors import RequestError
-from dist_ft.launch.compose import COMMAND_LINE, LEFT_OUT, compose
-from dist_ft.launch.paths import CONF_DIR
+from dist_ft.launch.composition.compose import COMMAND_LINE, LEFT_OUT, compose
+from dist_ft.launch.composition.paths import CONF_DIR
 
 
 def problems(*words, config_dir=None):
@@ -206,8 +206,9 @@ def test_composing_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_no_torch_is_imported():
-    code = "import sys, dist_ft.launch.compose, dist_ft.checks, dist_ft.launch.local, dist_ft.launch.deepspeed\n"
-    code += "import dist_ft.launch.slurm; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    code = "import sys, dist_ft.launch.composition.compose, dist_ft.checks, dist_ft.launch.local\n"
+    code += "import dist_ft.launch.deepspeed, dist_ft.launch.slurm\n"
+    code += "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF_DIR.parents[1]
     )

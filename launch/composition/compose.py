@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from ..config.run import RunConfig
-from ..errors import Problem, RequestError
+from ...config.run import RunConfig
+from ...errors import Problem, RequestError
 from . import keys
 from .paths import CONF_DIR, settle_paths
 

@@ -12,7 +12,7 @@ import runpy
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import MachineError
+from ...errors import MachineError
 
 TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
 

@@ -6,7 +6,7 @@ import contextlib
 import socket
 from pathlib import Path
 
-from ..errors import Problem
+from ...errors import Problem
 
 LISTEN = "0A"
 

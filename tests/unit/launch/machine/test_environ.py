@@ -1,6 +1,6 @@
 import os
 
-from dist_ft.launch.environ import Site, child_environment, find_site, is_secret, shared_environment
+from dist_ft.launch.machine.environ import Site, child_environment, find_site, is_secret, shared_environment
 
 
 def test_secrets_are_never_shared():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_ft.errors import MachineError
-from dist_ft.launch import devices
 from dist_ft.launch.local import LocalLauncher
+from dist_ft.launch.machine import devices
 from tests.unit.launch.plans import SITE, plan_of
 
 UUIDS = ("GPU-1a", "GPU-1b", "GPU-2c", "GPU-3d")
