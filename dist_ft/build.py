@@ -62,7 +62,7 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     config = plan.config
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, worker.device, architecture)
-    task = build_task(config, prepared.facts, padding_free=attention.padding_free)
+    task = build_task(config, prepared.facts, attention)
     order, steps = build_order(plan, prepared.train, worker.place)
     privacy = build_privacy(config, order, steps)
     settle_start(plan, worker.place)

@@ -57,23 +57,30 @@ def architecture_of(config: RunConfig, facts: Facts) -> Architecture:
     return replace(found, vocabulary=facts.resized_vocabulary, new_token_ids=facts.new_token_ids)
 
 
-def build_task(config: RunConfig, facts: Facts, *, padding_free: bool) -> Task:
+def build_task(config: RunConfig, facts: Facts, attention: AttentionChoice) -> Task:
     """Build the task.
 
     Args:
         config: Of the run.
         facts: Of its data.
-        padding_free: Whether the model takes documents without padding.
+        attention: Attention of its model.
 
     Raises:
-        RequestError: Packing is requested with a model whose attention cannot separate packed documents.
+        RequestError: The rows of a micro-batch, or packed documents, would change each other's loss.
     """
     kind = TASKS[config.task.name]
     seed = {"seed": config.train.seed} if getattr(kind, "uses_seed", False) else {}
-    task: Task = kind(config.task, facts, padding_free=padding_free, **seed)
-    if task.layout.packs and not padding_free:
-        rule = f"{config.model.name_or_path} cannot isolate packed documents from each other"
-        raise RequestError.of("task.packing", rule, "set task.packing=false")
+    task: Task = kind(config.task, facts, padding_free=attention.padding_free, **seed)
+    if task.layout.packs and not attention.padding_free:
+        raise RequestError.of("task.packing", f"{attention.why_padded}", "set task.packing=false")
+    if attention.padding_free or not attention.why_single:
+        return task
+    if task.layout.sequences > 1:
+        rule = f"{attention.why_single}, and task={config.task.name} compares rows of one micro-batch"
+        raise RequestError.of("model.name_or_path", rule, "choose another model")
+    sizes = ("train.per_device_train_batch_size", "train.per_device_eval_batch_size")
+    if max(config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size) > 1:
+        raise RequestError.of(sizes[0], attention.why_single, "set " + " ".join(f"{key}=1" for key in sizes))
     return task
 
 
@@ -93,7 +100,11 @@ def choose_attention(
     Rows are padded under virtual tokens and in private runs, in which each row has a gradient of its own.
     """
     attention = attention_of(config.model, folder, device, architecture)
-    return attention.padded() if config.method.virtual_tokens or config.privacy.is_on else attention
+    if config.method.virtual_tokens:
+        return attention.padded(f"method={config.method.name} puts virtual tokens before each row")
+    if config.privacy.is_on:
+        return attention.padded("each row of a private run has a gradient of its own")
+    return attention
 
 
 def build_engine(plan: Plan, worker: Worker, privacy: Privacy | None = None) -> Engine:

@@ -53,7 +53,7 @@ def evaluate_run(
     found = {}
     for which in wanted:
         model, attention = open_model(which, config, prepared, run_dir, device)
-        task = build_task(config, prepared.facts, padding_free=attention.padding_free)
+        task = build_task(config, prepared.facts, attention)
         found[which] = evaluate_model(model, task, split, config.train.per_device_eval_batch_size)
         del model  # keep only one model in memory
     return found
@@ -70,7 +70,7 @@ def refer_to_base(config: RunConfig, prepared: Prepared, run_dir: Path, split: S
     held = read_references(run_dir / REFERENCE_FILE)
     if name_of(split) not in held:
         model, attention = open_model("base", config, prepared, run_dir, device)
-        task = build_task(config, prepared.facts, padding_free=attention.padding_free)
+        task = build_task(config, prepared.facts, attention)
         assert isinstance(task, Refers)
         found = total(model, task, task.refer, split, config.train.per_device_eval_batch_size)
         held[name_of(split)] = values_of(found.predictions)

@@ -52,7 +52,7 @@ def measure_forgetting(config: RunConfig, run_dir: Path, source: str) -> tuple[d
     device, found = find_device(Place()), {}
     for which in ("base", "export"):
         model, attention = open_model(which, config, prepared, run_dir, device)
-        task = build_task(general, prepared.facts, padding_free=attention.padding_free)
+        task = build_task(general, prepared.facts, attention)
         size = config.train.per_device_eval_batch_size
         found[which] = evaluate_model(model, task, prepared.train, size).metrics
         del model  # keep only one model in memory

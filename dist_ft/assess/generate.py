@@ -214,10 +214,9 @@ def main(arguments: list[str]) -> None:
     device, end = find_device(Place()), find_end_token(tokenizer, config.task)
     of_text = functools.partial(Question.of_text, chat=chat)
     questions = find_questions(options, of_text, functools.partial(read_questions, config))
-    speakers = [
-        Speaker(NAMES[which], open_model(which, config, prepared, run_dir, device)[0], tokenizer, end, options)
-        for which in wanted
-    ]
+    models = [open_model(which, config, prepared, run_dir, device, padded=True)[0] for which in wanted]
+    names = [NAMES[which] for which in wanted]
+    speakers = [Speaker(name, model, tokenizer, end, options) for name, model in zip(names, models, strict=True)]
     if not questions:
         chat_loop(speakers, chat=chat, console=console)
     for question in questions:

@@ -220,7 +220,7 @@ def open_predictors(
     predictors, device = [], find_device(Place())
     for name, which in names.items():
         model, attention = open_model(which, config, prepared, run_dir, device)
-        built = build_task(config, prepared.facts, padding_free=attention.padding_free)
+        built = build_task(config, prepared.facts, attention)
         kind = PREDICTORS[task.name]
         predictors.append(kind(name, model, built, prepared.facts, ChatTokenizer(tokenizer), chat=chat))
     return predictors

@@ -73,11 +73,11 @@ def open_model(
 ) -> tuple[nn.Module, AttentionChoice]:
     """Open the model `export` or `base` on `device`, with the attention implementation of the run's configuration.
 
-    With `padded`, the attention supports padded rows with a mask, which other libraries pass to the model.
+    With `padded`, the attention supports generation, and padded rows with a mask.
     """
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, device, architecture)
-    attention = attention.padded() if padded else attention
+    attention = attention.padded("as requested") if padded else attention
     options = {"attn_implementation": attention.implementation}
     if which == "base":
         return open_base(config.model, prepared.model_dir, architecture, **options).to(device), attention

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from ..config.model import ModelConfig
 from ..errors import MachineError, Problem, RequestError
-from ..state import Anatomy, Architecture
+from ..state import CAUSAL_LM, Anatomy, Architecture
 from .anatomy import find_anatomy
 from .attention import AttentionChoice, choose_attention
 from .noise import set_dropout
@@ -46,9 +46,14 @@ def load_settings(config: ModelConfig, folder: str, architecture: Architecture) 
 
 
 def attention_of(config: ModelConfig, folder: str, device: torch.device, architecture: Architecture) -> AttentionChoice:
-    """What `model.attn_implementation` becomes for this model on this device."""
+    """Choose the attention implementation and the layout of micro-batches for this model on this device."""
     return choose_attention(
-        config.attn_implementation, _model_class(config, folder, architecture), device, getattr(torch, config.dtype)
+        config.attn_implementation,
+        _model_class(config, folder, architecture),
+        load_settings(config, folder, architecture),
+        device,
+        getattr(torch, config.dtype),
+        causal=architecture.auto_class == CAUSAL_LM.auto_class,
     )
 
 

@@ -32,7 +32,9 @@ def describe(
         steps: Total number of steps.
     """
     config = plan.config
-    layout = "padding-free micro-batches" if attention.padding_free else "padded micro-batches"
+    layout = f"padded micro-batches ({attention.why_padded})"
+    if attention.padding_free:
+        layout = "padding-free micro-batches"
     base = config.model.dtype if config.model.quantization in (None, "none") else config.model.quantization
     begin = f"resuming from the checkpoint of step {progress.step}" if progress.step else "starting from step 0"
     yield (

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomForCausalLM, LlamaForCausalLM
 
 from dist_ft.errors import MachineError, RequestError
-from dist_ft.model.attention import DOCUMENTS, choose_attention
+from dist_ft.model.attention import DOCUMENTS, AttentionChoice, choose_attention
 from dist_ft.testing import tiny
 
 LENGTHS = (9, 1, 14, 6)
@@ -26,11 +25,15 @@ def build(name: str) -> Any:
     return tiny.build(architecture, attn_implementation="eager", **changes)
 
 
+def choose(requested: str, model: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionChoice:
+    return choose_attention(requested, type(model), model.config, torch.device(device), dtype)
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_one_row_equals_one_document_at_a_time(name: str, kernel: str) -> None:
     model = build(name).eval()
-    choice = choose_attention(kernel if kernel == "eager" else "auto", type(model), torch.device("cpu"), torch.float32)
+    choice = choose(kernel if kernel == "eager" else "auto", model)
     if kernel != choice.kernel:
         assert "sdpa" not in choice.implementation and "nothing else" in choice.reason
     if not choice.padding_free:
@@ -57,31 +60,31 @@ def test_gradients_too() -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_generation_needs_no_documents() -> None:
-    model = tiny.build("llama", attn_implementation="sdpa").eval()
-    prompt = torch.randint(1, 97, (1, 7))
-    expected = model.generate(prompt, max_new_tokens=8, do_sample=False)
-    model.set_attn_implementation(DOCUMENTS["sdpa"])
-    assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), expected)
+def test_rows_that_would_need_a_mask_are_refused() -> None:
+    model = tiny.build("llama", attn_implementation=DOCUMENTS["sdpa"]).eval()
+    with pytest.raises(AssertionError, match="documents that fill one row"):
+        model(input_ids=torch.ones(2, 7, dtype=torch.int64), attention_mask=torch.ones(2, 7, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="documents that fill one row"):
+        model.generate(torch.randint(1, 97, (1, 7)), max_new_tokens=8, do_sample=False)
 
 
 def test_auto_says_why() -> None:
-    choice = choose_attention("auto", LlamaForCausalLM, torch.device("cpu"), torch.bfloat16)
+    choice = choose("auto", tiny.build("llama"), dtype=torch.bfloat16)
     assert (choice.kernel, choice.padding_free) == ("sdpa", True) and "needs a GPU" in choice.reason
 
 
 def test_flash_attention_by_name_without_a_gpu_is_an_error() -> None:
     with pytest.raises(MachineError, match="needs a GPU"):
-        choose_attention("flash_attention_2", LlamaForCausalLM, torch.device("cpu"), torch.bfloat16)
+        choose("flash_attention_2", tiny.build("llama"), dtype=torch.bfloat16)
 
 
 def test_what_the_model_lacks_is_an_error() -> None:
     with pytest.raises(RequestError, match="has no sdpa"):
-        choose_attention("sdpa", BloomForCausalLM, torch.device("cpu"), torch.float32)
+        choose("sdpa", tiny.build("bloom"))
 
 
 def test_a_model_with_its_own_attention_gets_padded_rows() -> None:
-    choice = choose_attention("auto", BloomForCausalLM, torch.device("cpu"), torch.float32)
+    choice = choose("auto", tiny.build("bloom"))
     assert not choice.padding_free and choice.implementation == choice.kernel == "eager"
     model = tiny.build("bloom", attn_implementation=choice.implementation)
     assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 97)

@@ -19,6 +19,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.config.task import MaskedLMConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import ModelRecipe, architecture_of, build_method, build_task, choose_attention
+from dist_ft.model.attention import AttentionChoice
 from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Facts, Sample
 from dist_ft.task.batches.masks import draw_masks, share_of
@@ -177,7 +178,7 @@ def test_prepared_rows_have_special_tokens_at_both_ends(bert: Path, tmp_path: Pa
     prepared = prepare(config)
     ledger, samples, table = prepared.train.ledger, prepared.train.open_samples(), prepared.train.open_table()
     assert (ledger["rows_read"], ledger["rows_kept"]) == (41, 40)
-    subject = build_task(config, prepared.facts, padding_free=False)
+    subject = build_task(config, prepared.facts, AttentionChoice("sdpa", "sdpa", False, "for a test"))
     total = 0
     for index in range(len(samples)):
         batch = subject.collate([Sample([table.example(*segment) for segment in samples[index]], index)])

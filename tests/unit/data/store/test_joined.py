@@ -23,6 +23,7 @@ from dist_ft.export.card import render_card
 from dist_ft.families import build_task
 from dist_ft.inspect import rows as view
 from dist_ft.inspect.ledger import ledger_tables
+from dist_ft.model.attention import AttentionChoice
 from dist_ft.prepare import prepare
 from dist_ft.process.place import Place
 from dist_ft.state import REFERENCE, Sample
@@ -78,7 +79,7 @@ def batches(config: RunConfig, world: int = 1) -> list[list[Any]]:
     """Return the micro-batches of all ranks for every step."""
     plan = make_plan(config, nodes=1, workers_per_node=world, origins={})
     prepared = prepare(config)
-    task = build_task(config, prepared.facts, padding_free=True)
+    task = build_task(config, prepared.facts, AttentionChoice("sdpa", "documents_sdpa", True, "for a test"))
     order, steps = build_order(plan, prepared.train, Place())
     loaders = [
         build_loader(plan, task, prepared.train, Place(rank=rank, world_size=world, local_rank=rank), order)
@@ -250,7 +251,7 @@ def test_pairs_of_a_mixture_keep_their_reference_and_have_losses_of_their_own(ma
     chosen = [Sample([table.example(*segment) for segment in samples[n]], n) for n in range(5)]
     for sample in chosen:
         assert [float(segment[REFERENCE][0]) for segment in sample.segments] == kept[sample.index].tolist()
-    task: Any = build_task(config, prepared.facts, padding_free=False)
+    task: Any = build_task(config, prepared.facts, AttentionChoice("sdpa", "sdpa", False, "for a test"))
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager").eval()
     with torch.no_grad():
         told = LossBySet(task, train.sizes).loss(model, task.collate([chosen[n] for n in (4, 0, 2)]))

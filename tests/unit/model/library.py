@@ -1,0 +1,63 @@
+"""Configurations of every causal language model of transformers, as published models have them.
+
+The defaults of some classes leave out what their published models have (windows, layers of another kind, numbers of
+heads): such values are given here. Sizes do not matter, because the product builds miniatures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+INVALID = {"gemma4_assistant"}  # its default configuration fails its own validation
+CAUSAL: tuple[str, ...] = tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in INVALID)
+# for every configuration that has such a key without a value
+USUAL: dict[str, Any] = {
+    "sliding_window": 1024,
+    "use_sliding_window": True,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "is_decoder": True,
+}
+CONVOLUTIONS = ["conv", "conv", "full_attention"]
+SPECIAL: dict[str, dict[str, Any]] = {
+    "lfm2": {"num_hidden_layers": 6, "layer_types": CONVOLUTIONS * 2},
+    "lfm2_moe": {"num_hidden_layers": 6, "layer_types": CONVOLUTIONS * 2},
+    "nemotron_h": {"layer_types": ["linear_attention", "moe", "full_attention", "linear_attention"]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "qwen2": {"max_window_layers": 16},
+    "qwen2_moe": {"use_sliding_window": False},
+    "doge": {"sliding_window": None},
+}
+
+
+def class_of(model_type: str) -> type[PreTrainedModel]:
+    """Return the class of the model type's causal language model."""
+    found: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return found
+
+
+def published(model_type: str) -> PreTrainedConfig:
+    """Return a configuration with the kinds of layers that published models of this type have."""
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    text = default.get_text_config(decoder=True)
+    held = vars(text)  # not by getattr, which raises where layers have values of their own
+    given = {key: value for key, value in USUAL.items() if held.get(key, "") in (None, False)}
+    heads = held.get("num_attention_heads")
+    given |= {"num_key_value_heads": heads} if held.get("num_key_value_heads", "") is None else {}
+    given |= {"head_dim": text.hidden_size // heads} if held.get("head_dim", "") is None else {}
+    given |= SPECIAL.get(model_type, {})
+    if text is default:
+        with contextlib.suppress(TypeError, ValueError):
+            text = default = kind(**given)
+    for key, value in given.items():
+        setattr(text, key, value)
+    return default
