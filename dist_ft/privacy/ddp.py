@@ -120,7 +120,7 @@ class Private(Ddp):
         try:
             result = loss(self.module, micro)
             assert result.losses is not None and result.documents is None, (
-                "the task tells no loss of each row's targets"
+                "the task must return the loss of each target"
             )
             result.losses.sum().backward(retain_graph=not self.proven)
             fault = self._find_fault(result.losses, micro.documents)
@@ -154,7 +154,7 @@ class Private(Ddp):
             if gradients is None and parameter.grad is None:
                 continue
             if not isinstance(gradients, Tensor) or gradients.shape != (self.rows, *parameter.shape):
-                return f"{name} is not used once a row"
+                return f"{name} is not used exactly once per row"
         if self.proven:
             return None
         self.hooks.disable_hooks()
@@ -175,14 +175,14 @@ class Private(Ddp):
             norm = 0.0 if gradient is None else float(gradient.float().norm())
             miss = float((found[row] if gradient is None else found[row].float() - gradient.float()).norm())
             if not miss <= TOLERANCE[self.dtype] * (norm + 1e-3 * total):
-                return f"{name}'s gradient of a row is not what its own backward gives"
+                return f"the gradient of {name} for a row differs from that of a separate backward"
         return None
 
     def _give_up_hooks(self, reason: str) -> None:
         if self.hooks is not None:
             remove_hooks(self.model, self.hooks)
             self.hooks = None
-        warnings.warn(f"gradients of rows are taken one by one, which is slower: {reason}", stacklevel=2)
+        warnings.warn(f"gradients of rows are computed one by one, which is slower: {reason}", stacklevel=2)
 
     def _forget(self) -> None:
         """Clear the gradients of a backward, including one that failed."""

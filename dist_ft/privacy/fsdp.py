@@ -126,7 +126,7 @@ class PrivateFsdp(Fsdp):
         squares = self._find_squares(losses, micro, by_hooks=by_hooks, proofs=proofs)
         self.module.set_requires_gradient_sync(True)  # type: ignore[operator]
         if self.hooks is not None and self._agree(self.norms.fault is not None)[0]:
-            self._give_up_hooks(self.model, self.norms.fault or "they were not right for rows of another rank")
+            self._give_up_hooks(self.model, self.norms.fault or "they were wrong for rows of another rank")
             return None
         self.proven = self.proven or (by_hooks and proofs > 0)
         factors = clip_factors(total_norms(squares, rows, self.device), weights, self.privacy.max_grad_norm, self.dtype)
@@ -149,10 +149,10 @@ class PrivateFsdp(Fsdp):
         except RuntimeError as error:
             if not by_hooks or self.proven or isinstance(error, torch.OutOfMemoryError):
                 raise
-            rule = f"Opacus's hooks may not go with this model: {error}".splitlines()[0]
+            rule = f"Opacus's hooks may not support this model: {error}".splitlines()[0]
             raise TrainingError.of("privacy.grad_sample_mode", rule, "set it to loop") from error
         self.rows = 0
-        assert result.losses is not None and result.documents is None, "the task tells no loss of each row's targets"
+        assert result.losses is not None and result.documents is None, "the task must return the loss of each target"
         return result.losses
 
     def _find_squares(self, losses: Tensor, micro: Batch, *, by_hooks: bool, proofs: int) -> dict[str, Tensor]:
@@ -188,4 +188,4 @@ class PrivateFsdp(Fsdp):
         if self.hooks is not None:
             remove_hooks(model, self.hooks)
             self.hooks = None
-        warnings.warn(f"gradients of rows are taken one by one, which is slower: {reason}", stacklevel=2)
+        warnings.warn(f"gradients of rows are computed one by one, which is slower: {reason}", stacklevel=2)

@@ -121,7 +121,7 @@ def find_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Priv
     """
     delta = DELTA_SHARE / order.samples if config.delta is None else config.delta
     if delta >= 1 / order.samples:
-        rule = f"{delta:g} is no less than 1 / {order.samples} rows: publishing a row whole would keep it"
+        rule = f"{delta:g} is no less than 1 / {order.samples} rows, so that publishing a whole row would satisfy it"
         raise RequestError.of("privacy.delta", rule, f"set it below {1 / order.samples:.2g}")
     noise = config.noise_multiplier
     if noise is None:

@@ -51,7 +51,7 @@ class RowNorms:
             self._is_listening = False
         if by_hooks:
             for name in sorted(self._reached ^ self.squares.keys()):
-                self.fail(f"{name} is not used once a row")
+                self.fail(f"{name} is not used exactly once per row")
 
     def take_samples(self, parameter: Any) -> None:
         """Measure and clear the `grad_sample` that the hooks have set on a parameter."""
@@ -59,7 +59,7 @@ class RowNorms:
         name = self.names[parameter]
         is_sound = isinstance(samples, Tensor) and samples.shape == (self._rows, *parameter.shape)
         if not is_sound or name in self.squares:
-            self.fail(f"{name} is not used once a row")
+            self.fail(f"{name} is not used exactly once per row")
             return
         self.squares[name] = samples.float().flatten(1).square().sum(dim=1, dtype=torch.float64)
 
@@ -84,7 +84,7 @@ class RowNorms:
         # Written so that NaN counts as a difference.
         missed = ~((found - true).abs() <= tolerance * (true + 1e-3 * true.square().sum().sqrt()))
         if missed.any():
-            self.fail(f"{names[int(missed.int().argmax())]}'s gradient of a row is not what its own backward gives")
+            self.fail(f"the gradient of {names[int(missed.int().argmax())]} for a row differs from a separate backward")
 
     def _take_gradient(self, parameter: Any) -> None:
         """Measure and clear the accumulated gradient of autograd."""

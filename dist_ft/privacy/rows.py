@@ -73,8 +73,8 @@ def refuse_batch_norm(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
-            rule = f"{name} normalises by the whole batch, so that no row has a gradient of its own"
-            raise RequestError.of("privacy", rule, "take a model without batch norm")
+            rule = f"{name} normalises by the whole batch, so that rows have no separate gradients"
+            raise RequestError.of("privacy", rule, "use a model without batch norm")
 
 
 def repeat_shared_positions(model: nn.Module, rows: Callable[[], int]) -> None:
