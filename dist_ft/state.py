@@ -186,7 +186,7 @@ class Batch:
     documents: Tensor  # [n] int64: the document of the micro-batch, from 0, that each target belongs to
     tokens: int  # number of tokens without padding
     samples: tuple[int, ...] = ()  # index in the split of each document's sample
-    weight: float | None = None  # what the loss is divided by; the number of targets if None
+    weight: float | None = None  # divisor of the loss; the number of targets if None
     reference: Tensor | None = None  # [documents] float64: log-probabilities under the initial model
 
     @property

@@ -146,7 +146,7 @@ def _row_problems(config: LoraKeys, rows: Sequence[str]) -> Iterator[Problem]:
         endings = [wanted] if isinstance(wanted, str) else wanted
         if taken := [name for name in rows if any(name == end or name.endswith(f".{end}") for end in endings)]:
             rule = f"{', '.join(taken)}: the rows of model.add_tokens learn there, and peft does one or the other"
-            yield Problem(f"method.{key}", rule, "leave it out, or choose method=full")
+            yield Problem(f"method.{key}", rule, "remove it, or set method=full")
 
 
 def _layer_problems(config: LoraKeys, blocks: int, targets: str | list[str]) -> list[Problem]:
@@ -154,7 +154,7 @@ def _layer_problems(config: LoraKeys, blocks: int, targets: str | list[str]) -> 
     if config.layers_to_transform is not None:
         if not config.layers_to_transform or max(config.layers_to_transform) >= blocks:
             rule = f"{config.layers_to_transform} is empty or exceeds the model's layers 0 to {blocks - 1}"
-            problems.append(Problem("method.layers_to_transform", rule, "name some of them, or remove it"))
+            problems.append(Problem("method.layers_to_transform", rule, "set it to some of these layers, or remove it"))
         if isinstance(targets, str):
             rule = "a regular expression in method.target_modules says itself which layers it means"
             problems.append(Problem("method.layers_to_transform", rule, "write the layers into it, or name endings"))
@@ -259,8 +259,8 @@ def _keep_from_experts(settings: peft.LoraConfig, model: nn.Module, *, all_linea
         return
     lost = sorted({name.rsplit(".", 1)[-1] for name in set(settings.target_modules or ()) - set(trial.target_modules)})
     if not all_linear:
-        rule = f"peft takes {', '.join(lost)} for the fused {', '.join(unasked)} in this model"
-        way_out = "leave them out; to adapt experts name method.target_parameters, and routers by moe.router=adapt"
+        rule = f"peft interprets {', '.join(lost)} as the fused {', '.join(unasked)} in this model"
+        way_out = "remove them; to adapt experts set method.target_parameters, and for routers moe.router=adapt"
         raise RequestError.of("method.target_modules", rule, way_out)
     settings.target_modules = trial.target_modules
     warnings.warn(f"all-linear leaves out {', '.join(lost)}: peft would adapt fused experts instead", stacklevel=2)

@@ -33,7 +33,7 @@ def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError.of(
-            "model.name_or_path", f"{folder}: {_first_line(error)}", "name a folder or hub id of a transformers model"
+            "model.name_or_path", f"{folder}: {_first_line(error)}", "set it to a folder or Hub id of a model"
         ) from error
 
 
@@ -249,7 +249,7 @@ def _model_class(config: ModelConfig, folder: str, architecture: Architecture) -
             raise RequestError.of(
                 "model.name_or_path",
                 f"{Path(folder).name}: {_first_line(error)}",
-                f"name a model that has a {kind} form",
+                f"use a model that has a {kind} class",
             ) from error
 
 

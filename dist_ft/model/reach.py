@@ -37,7 +37,7 @@ def find_idle(model: nn.Module) -> list[str]:
         return []
     try:
         reached = _reached_by_text(_twin_of(model))
-    except Exception as error:  # a class may fail in any way, such as one that demands an image
+    except Exception as error:  # a class may fail in any way, for example because it requires an image
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"{type(model).__name__}: no trace of a text ({reason}); towers are left out", stacklevel=2)
         return _find_towers(model)

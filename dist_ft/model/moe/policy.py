@@ -29,7 +29,7 @@ def check_keys(config: MoeConfig, set_keys: Iterable[str], anatomy: Anatomy) -> 
     wanted = sorted(changed | (given.keys() & set(set_keys)))
     rule = "has no effect: the model has no mixture of experts"
     if wanted:
-        raise RequestError(*(Problem(key, rule, "remove it, or name another model") for key in wanted))
+        raise RequestError(*(Problem(key, rule, "remove it, or use another model") for key in wanted))
 
 
 def resolve_policy(config: MoeConfig, method: MethodConfig) -> Policy:

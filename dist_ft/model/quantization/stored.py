@@ -44,12 +44,12 @@ def read_dequantized(settings: PreTrainedConfig) -> dict[str, Any]:
     stored = dict(holder.quantization_config)
     if problem := stored_problem(stored):
         raise RequestError(problem)
-    stored["dequantize"] = True  # bitsandbytes does not know the key, see `settle_dequantized`
+    stored["dequantize"] = True  # bitsandbytes ignores this key, see `settle_dequantized`
     if stored.get("quant_method") in FP8:
         stored["quant_method"] = EXACT_FP8
     forget_stored(settings)
     settings.quantization_config = stored
-    return {"device_map": {"": "cpu"}}  # bitsandbytes would take the first GPU
+    return {"device_map": {"": "cpu"}}  # otherwise, bitsandbytes would use the first GPU
 
 
 def settle_dequantized(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
