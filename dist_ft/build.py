@@ -1,4 +1,4 @@
-"""From a plan to a run: data, task, model, method and engine put together, one step after another."""
+"""Construction of a run from its plan: data, task, model, method and engine, step by step."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def build_order(plan: Plan, split: Split, place: Place) -> tuple[Order, int]:
     """Build the order that says which samples each step sees, and the number of steps.
 
     Raises:
-        RequestError: A step of a private run is to have more rows than there are.
+        RequestError: The global batch size of a private run exceeds the number of rows.
     """
     train, shuffle = plan.config.train, plan.config.data.shuffle
     samples, batch = len(split.open_samples()), train.global_batch_size
@@ -143,7 +143,7 @@ def build_model(plan: Plan, recipe: ModelRecipe, worker: Worker, privacy: Privac
 
 
 def check_alike(model: nn.Module) -> None:
-    """Compare the parameters of all ranks: different ones would train garbage, or hang. Collective.
+    """Check that all ranks have the same parameters; otherwise, training would be wrong or hang. Collective.
 
     Raises:
         MachineError: Ranks built different parameters.
@@ -170,7 +170,7 @@ def build_training(
     routing: Routing | None,
     worker: Worker,
 ) -> Training:
-    """Put together what a step needs: the task with what is added to its loss, the data of this rank, the hooks."""
+    """Build the parts of training: the task with its wrappers, the data of this rank, and the hooks."""
     config, place, split = plan.config, worker.place, prepared.train
     if split.parts:
         task = LossBySet(task, split.sizes)
@@ -189,7 +189,7 @@ def build_training(
 
 
 def build_validation(plan: Plan, prepared: Prepared, task: Task, worker: Worker) -> Validation | None:
-    """Put together what an evaluation needs: every row of the validation split once over all ranks; None without it."""
+    """Build the parts of evaluation, which divide the validation split over ranks; None if there is no such split."""
     split = prepared.validation
     if split is None:
         return None
@@ -217,7 +217,7 @@ def build_records(
     steps: int,
     worker: Worker,
 ) -> tuple[Records, Progress]:
-    """Open the trackers, and bind checkpoints and export to the run; the progress then knows the tracker's run id."""
+    """Open the trackers and bind checkpoints and export to the run; stores the W&B run ID in the progress."""
     place = worker.place
     tracker, tracker_id = build_tracker(plan, progress, steps, worker)
     records = Records(
@@ -238,7 +238,7 @@ def describe_parts(
     privacy: Privacy | None,
     steps: int,
 ) -> Iterator[str]:
-    """Describe what only some runs have, a line each."""
+    """Yield a line for each feature that only some runs have."""
     scheme = stored_scheme(Path(prepared.model_dir))
     if scheme is not None and not plan.config.model.from_scratch:
         yield f"the weights in {prepared.model_dir} are quantized ({scheme}): dequantized while they were read"
@@ -253,7 +253,7 @@ def describe_parts(
 
 
 def export(plan: Plan, prepared: Prepared, task: Task, engine: Engine, recipe: ModelRecipe, worker: Worker) -> None:
-    """Write the trained model into the run's folder and check that it loads to the same logits. Collective."""
+    """Write the trained model to the run's folder and check that the reloaded model has the same logits. Collective."""
     config = plan.config
     probe = take_probe(engine, task, prepared.train.first_sample())
     weights = engine.weights(trainable=not config.method.whole)

@@ -1,4 +1,4 @@
-"""The families by name: the only module that knows every task, method and engine, each in a literal table."""
+"""Tables of methods and engines by name, and the recipe by which every rank builds the same model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def architecture_of(config: RunConfig, facts: Facts) -> Architecture:
-    """Return what the task needs of a model."""
+    """Return the model architecture that the task needs."""
     found: Architecture = TASKS[config.task.name].architecture(config.task, facts)
     return replace(found, vocabulary=facts.resized_vocabulary, new_token_ids=facts.new_token_ids)
 
@@ -61,8 +61,8 @@ def build_task(config: RunConfig, facts: Facts, attention: AttentionChoice) -> T
     """Build the task.
 
     Args:
-        config: Of the run.
-        facts: Of its data.
+        config: Configuration of the run.
+        facts: Facts about its data.
         attention: Attention of its model.
 
     Raises:
@@ -85,7 +85,7 @@ def build_task(config: RunConfig, facts: Facts, attention: AttentionChoice) -> T
 
 
 def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
-    """Build the method; `run_dir` is where it keeps what a resumed run must know."""
+    """Build the method; it stores files that a resumed run needs in `run_dir`."""
     method = METHODS[config.method.name](config.method)
     if isinstance(method, Lora) and run_dir is not None:
         method.start_file = run_dir / START_FILE
@@ -95,9 +95,9 @@ def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
 def choose_attention(
     config: RunConfig, folder: str, device: torch.device, architecture: Architecture
 ) -> AttentionChoice:
-    """Choose the attention implementation, and whether documents are laid out without padding.
+    """Choose the attention implementation, and whether micro-batches are free of padding.
 
-    Rows are padded under virtual tokens and in private runs, in which each row has a gradient of its own.
+    Rows are padded with virtual tokens, and in private runs, which need a separate gradient for each row.
     """
     attention = attention_of(config.model, folder, device, architecture)
     if config.method.virtual_tokens:
@@ -144,14 +144,14 @@ def build_engine(plan: Plan, worker: Worker, privacy: Privacy | None = None) -> 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """How every rank builds the same modules: load, apply the method, set the router policy, keep float32 masters.
+    """Recipe by which every rank builds the same modules: load, method, router policy, float32 masters.
 
     Args:
-        config: Of the run.
-        folder: The base model's files.
-        attention: The attention implementation.
-        architecture: What the task needs of the model.
-        method: Which weights are trained.
+        config: Configuration of the run.
+        folder: Folder of the base model.
+        attention: Attention implementation.
+        architecture: Architecture that the task requires.
+        method: Method, which selects the trained weights.
     """
 
     config: RunConfig
@@ -163,7 +163,7 @@ class ModelRecipe:
     def build(self, *, weights: bool, tick: Beat = unwatched) -> BuiltModel:
         """Build the model on the CPU; without weights, the modules are the same and parameters are undefined."""
         config = self.config
-        torch.manual_seed(config.train.seed)  # a new head is initialized alike in every run
+        torch.manual_seed(config.train.seed)  # a new head is initialized identically in every run
         anatomy = load_model(config.model, self.folder, self.attention, self.architecture, weights=weights)
         torch.manual_seed(config.train.seed)  # and so are the weights that the method adds
         model = self._routed_method(anatomy).apply(anatomy)
@@ -186,7 +186,7 @@ class ModelRecipe:
         return built
 
     def _routed_method(self, anatomy: Anatomy) -> Method:
-        """The method with the routers among its targets as `moe.router` says."""
+        """Build the method with the routers among its targets if `moe.router` requires it."""
         routed = route_method(self.config.method, self.config.moe, anatomy)
         return self.method if routed is self.config.method else METHODS[routed.name](routed)
 
@@ -195,13 +195,13 @@ def keep_masters(model: nn.Module, *, weights: bool, tick: Beat = unwatched) -> 
     """Store trained parameters in float32; engines compute in `model.dtype`."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
-            # Without weights the memory is not even touched.
+            # Without weights, memory is allocated but never written.
             master = parameter.data.float() if weights else torch.empty_like(parameter.data, dtype=torch.float32)
             parameter.data = master
             tick(f"float32 copy of {name}")
 
 
 def optim_factory(config: RunConfig, device: torch.device) -> OptimFactory:
-    """Return what an engine calls to build the optimizer over the parameters as it holds them."""
+    """Return the factory with which an engine builds the optimizer over its own parameters."""
     fused = device.type in ("cpu", "cuda")
     return partial(build_adamw, config.optim, lr_scale=config.method.lr_scale, fused=fused)

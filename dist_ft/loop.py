@@ -1,4 +1,4 @@
-"""The loop: what happens in a run, in order. It knows the protocols and never a particular engine."""
+"""The training loop, which depends only on protocols and not on a particular task, method or engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .state import LOWER_IS_BETTER, Batch, Beat, LossSum, Metrics, Progress, Row
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained: the engine's model on the task, step by step."""
+    """The parts of a run that train."""
 
     task: Task
     engine: Engine
@@ -34,7 +34,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Validation:
-    """What is measured: the task's metrics on the validation split."""
+    """The parts of a run that evaluate on the validation split."""
 
     task: Task
     batches: Callable[[], Iterator[Batch]]
@@ -43,7 +43,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Records:
-    """What is kept: metrics, checkpoints and the exported model."""
+    """The parts of a run that write metrics, checkpoints and the exported model."""
 
     tracker: Tracker
     save: Callable[[Progress], None]
@@ -53,7 +53,7 @@ class Records:
 
 @dataclass(slots=True)
 class Run:
-    """Everything that a run needs, built by build.py. `progress` is where it stands; a resumed run starts there."""
+    """Everything that a run needs, built by build.py; a resumed run starts at `progress`."""
 
     config: TrainConfig
     rank: int
@@ -66,7 +66,7 @@ class Run:
 
 
 def fit(run: Run) -> Progress:
-    """Train from `run.progress` to the last step, or until patience runs out; return the progress then."""
+    """Train from `run.progress` to the last step or until early stopping, and return the final progress."""
     total_steps = run.training.total_steps
     if run.progress.step == 0:
         assess(run, 0, counts=not run.config.load_best_model_at_end)
@@ -127,17 +127,17 @@ def train_step(run: Run, step: int) -> Metrics:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of dropout and NEFTune noise, so that a resumed run draws what an uninterrupted one draws.
+    """Return the seed of dropout and NEFTune noise, with which a resumed run draws the same as an uninterrupted one.
 
-    The draws follow the shape of each micro-batch on each rank. With dropout or noise, the law of one global loss
-    therefore holds for the draws that were made, and the curve is the same only for the same engine, world size,
-    micro-batch size and packing. torch's generators take 64 bits.
+    The draws depend on the shape of each micro-batch on each rank. With dropout or noise, the loss curve is therefore
+    the same only for the same engine, world size, micro-batch size and packing. The seed has 64 bits, as torch's
+    generators require.
     """
     return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64
 
 
 def assess(run: Run, step: int, *, counts: bool = True) -> None:
-    """Evaluate on the validation split, if there is one, and log; if it `counts`, remember the best step."""
+    """Evaluate on the validation split, if there is one, and log; with `counts`, also update the best step."""
     if run.validation is None:
         return
     run.beat(f"evaluation at step {step}")
@@ -188,10 +188,10 @@ def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Beat
 
 
 def tick_calls(score: LossFn, tick: Beat) -> LossFn:
-    """Let each call of the model tick while `score` runs: a generated text takes a call for each of its tokens."""
+    """Tick on every call of the model inside `score`, since generating a text takes one call per token."""
 
     def ticking(model: nn.Module, batch: Batch) -> LossSum:
-        # generate() calls the transformers model itself, and not what an engine or a method has wrapped around it
+        # generate() calls the transformers model itself and bypasses the wrappers of engines and methods.
         called = [module for module in model.modules() if hasattr(module, "generate")]
         hooks = [
             module.register_forward_pre_hook(lambda *_: tick("evaluation, a call of the model")) for module in called
@@ -206,12 +206,12 @@ def tick_calls(score: LossFn, tick: Beat) -> LossFn:
 
 
 def due(step: int, every: int | None) -> bool:
-    """Return whether something that happens `every` so many steps happens at `step`."""
+    """Return whether an action that is repeated `every` steps is due at `step`; never if `every` is None."""
     return every is not None and step % every == 0
 
 
 def keeps_best(config: TrainConfig) -> bool:
-    """Return whether a checkpoint is written when an evaluation is the best so far."""
+    """Return whether a checkpoint is saved after an evaluation that is the best so far."""
     return bool(config.save_steps or config.early_stopping_patience or config.load_best_model_at_end)
 
 

@@ -1,4 +1,4 @@
-"""The protocols between the rooms; the launcher's is in launch/launcher.py."""
+"""The protocols between the folders; that of launchers is in launch/launcher.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OptimFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], Any]
 
 
 class Task(Protocol):
-    """What is learned. The defaults are those of a task without labels and without tables beyond its metrics."""
+    """What is learned. The defaults are for a task without labels and without tables in addition to metrics."""
 
     uses_facts: ClassVar[bool]  # whether it needs `Facts` of the data
 
@@ -62,7 +62,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class Refers(Protocol):
-    """A task whose loss compares with the initial model, whose log-probabilities assess/reference.py measures once."""
+    """A task whose loss needs log-probabilities under the initial model, which assess/reference.py computes once."""
 
     def refer(self, model: nn.Module, batch: Batch) -> LossSum: ...  # one prediction per sample with its `values`
 
@@ -77,9 +77,9 @@ class Method(Protocol):
 
 
 class Engine(Protocol):
-    """Owns parameters, gradients and updates; the loop never asks which engine it is.
+    """Owns parameters, gradients and updates; the loop does not depend on which engine it is.
 
-    `setup` distributes the model of rank 0: the other ranks pass the same modules without weights.
+    `setup` distributes the weights of rank 0; the other ranks pass the same modules without weights.
     """
 
     def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None: ...
@@ -99,7 +99,7 @@ class Tracker(Protocol):
 
 
 class Hook(Protocol):
-    """What else happens around a step; every rank calls it. `after_step` returns further metrics."""
+    """Additional actions before and after a step, on every rank. `after_step` returns further metrics."""
 
     def before_step(self, micros: Sequence[Batch]) -> None: ...
     def after_step(self, info: StepInfo) -> Metrics: ...

@@ -1,7 +1,7 @@
-"""The records that the rooms share.
+"""The records that the folders share.
 
-A step: `Task.loss` turns a model and a `Batch` into a `LossSum`, a sum with its weight and never a mean, so that the
-engine can divide by the weight of the whole global batch. See docs/design.md, "Laws".
+`Task.loss` computes a `LossSum` from a model and a `Batch`: a sum with its weight and never a mean, so that the engine
+can divide by the weight of the whole global batch. See docs/design.md, "Laws".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def unwatched(what: str) -> None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a task knows of its data beyond its own keys, found once when the training split is prepared."""
+    """Facts about the data that a task needs in addition to its keys, found when the training split is prepared."""
 
     labels: tuple[str, ...] = ()  # label names, in the order of their ids
     label_counts: tuple[int, ...] = ()  # occurrences of each label in the training split
@@ -73,7 +73,7 @@ ORIGIN = "origin"  # row column filled by data/store/split.py: index of the kept
 
 @dataclass(frozen=True)
 class RouterForm:
-    """Where in a router's output the raw logits and the chosen experts are."""
+    """Positions of the raw logits and the chosen experts in a router's output."""
 
     logits_at: int | None  # index of the raw logits in the outputs; None if they are the only output
     indices_at: int | None  # index of the chosen experts; None if they are the top k of the logits
@@ -100,11 +100,11 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a model by name, found once by model/anatomy.py; `part` looks a module up.
+    """The parts of a model by name, found once by model/anatomy.py; `part` looks up a module.
 
-    Methods replace modules in place (a linear layer becomes a LoRA layer around it), so that looking up a name after a
-    method was applied returns the module that the model calls then. `model` itself is the same object throughout, also
-    inside a `PeftModel`.
+    Methods replace modules in place (a linear layer by a LoRA layer around it). Looking up a name after a method was
+    applied therefore returns the module that the model calls. `model` remains the same object, also inside a
+    `PeftModel`.
     """
 
     model: nn.Module
@@ -163,7 +163,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one place in a batch holds: sequences (or pieces of them) that never attend to each other."""
+    """One sample of a batch: sequences (or parts of sequences) that never attend to each other."""
 
     segments: Sequence[Mapping[str, np.ndarray]]  # by column, [length] integers
     index: int  # in the split
@@ -186,7 +186,7 @@ class Batch:
     documents: Tensor  # [n] int64: the document of the micro-batch, from 0, that each target belongs to
     tokens: int  # number of tokens without padding
     samples: tuple[int, ...] = ()  # index in the split of each document's sample
-    weight: float | None = None  # what the loss is divided by; the number of targets if None
+    weight: float | None = None  # divisor of the loss; the number of targets if None
     reference: Tensor | None = None  # [documents] float64: log-probabilities under the initial model
 
     @property
@@ -228,21 +228,21 @@ class Batch:
 class LossSum:
     """A sum of losses of tokens (or examples) and its weight; `counts` are further sums, for metrics.
 
-    These tensors are scalars. They are added over micro-batches and ranks, and divided last.
+    These tensors are scalars. They are summed over micro-batches and ranks before they are divided.
     """
 
     loss: Tensor
     weight: Tensor
     counts: dict[str, Tensor] = field(default_factory=dict)
     predictions: Sequence[Prediction] = ()  # for metrics that are not quotients of sums
-    losses: Tensor | None = None  # [n]: the part of each target (or pair) in `loss`, which is their sum
-    weights: Tensor | None = None  # [n]: its part in `weight`; 1 each if None
-    documents: Tensor | None = None  # [n]: the document of each; `Batch.documents` if None
+    losses: Tensor | None = None  # [n]: loss of each target (or pair); `loss` is their sum
+    weights: Tensor | None = None  # [n]: weight of each target; 1 if None
+    documents: Tensor | None = None  # [n]: document of each target; `Batch.documents` if None
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What an optimizer step reports: the global gradient norm before clipping, and metrics of some engines."""
+    """Results of an optimizer step: the global gradient norm before clipping, and metrics of some engines."""
 
     grad_norm: float
     metrics: Metrics = field(default_factory=dict)
@@ -250,7 +250,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a step took, over all ranks."""
+    """Cost of a step over all ranks."""
 
     step: int
     step_time_s: float
@@ -272,7 +272,7 @@ class NamedState:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint holds besides tensors; the data cursor is the step (data/order/order.py)."""
+    """Content of a checkpoint besides tensors; the data cursor is the step (data/order/order.py)."""
 
     step: int
     world_size: int

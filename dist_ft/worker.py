@@ -17,7 +17,7 @@ from .process.place import Place, Worker, find_device, find_place
 
 
 def main(arguments: list[str]) -> int:
-    """Run the plan in `arguments[0]`; what launchers append (`--local_rank=N`) is also in the environment.
+    """Run the plan at `arguments[0]`; further arguments of launchers (`--local_rank=N`) are ignored.
 
     Returns:
         The exit code: 0, or that of the error.
@@ -28,8 +28,8 @@ def main(arguments: list[str]) -> int:
             raise RequestError.of("RUN_YAML", "is missing", "python -m dist_ft.worker runs/NAME/run.yaml")
         plan, place = read_plan(arguments[0]), find_place()
         if place.world_size != plan.world_size:
-            rule = f"{place.world_size} workers were started, the plan is for {plan.world_size}"
-            raise MachineError.of(str(plan.run_file), rule, "start as many, or plan anew (launch.workers_per_node)")
+            rule = f"{place.world_size} workers were started, but the plan is for {plan.world_size}"
+            raise MachineError.of(str(plan.run_file), rule, "start as many, or change launch.workers_per_node")
     except DistFtError as error:
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
         return error.exit_code
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     forget(plan.run_dir, started)
     try:
         train(plan, place, terminal)
-    except BaseException as error:  # also KeyboardInterrupt: a rank that ends ends the run, with an exit code
+    except BaseException as error:  # also KeyboardInterrupt: a rank that ends must end the run with an exit code
         return report(error, place, plan.run_dir, terminal)
     return 0
 
@@ -55,7 +55,7 @@ def open_log(run_dir: Path, place: Place) -> TextIO:
     for descriptor in (1, 2):  # C libraries write to the descriptors
         os.dup2(log, descriptor)
     os.close(log)
-    # These are addressed to this package, not to the user.
+    # These warnings concern this package, not the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     return terminal
 
@@ -90,7 +90,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
         for line in summarize(plan, run.progress.step):
             worker.say(line)
         comm.barrier()
-    comm.barrier()  # some schedulers end a job soon after its first worker has ended
+    comm.barrier()  # some schedulers end a job shortly after its first worker has exited
     comm.leave()
 
 

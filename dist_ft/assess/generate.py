@@ -204,8 +204,8 @@ def main(arguments: list[str]) -> None:
     if config.task.name in PREDICTORS:
         check_options(options, config.task.name)
         most = options.max_new_tokens if "max_new_tokens" in options.model_fields_set else None
-        models = {NAMES[which]: which for which in wanted}
-        predictors = open_predictors(models, config, prepared, run_dir, tokenizer, chat=chat, max_new_tokens=most)
+        names = {NAMES[which]: which for which in wanted}
+        predictors = open_predictors(names, config, prepared, run_dir, tokenizer, chat=chat, max_new_tokens=most)
         first = predictors[0]
         asked = find_questions(options, first.ask, functools.partial(first.read, config))
         for row in asked or map(first.ask, read_lines()):
@@ -215,8 +215,9 @@ def main(arguments: list[str]) -> None:
     of_text = functools.partial(Question.of_text, chat=chat)
     questions = find_questions(options, of_text, functools.partial(read_questions, config))
     models = [open_model(which, config, prepared, run_dir, device, padded=True)[0] for which in wanted]
-    names = [NAMES[which] for which in wanted]
-    speakers = [Speaker(name, model, tokenizer, end, options) for name, model in zip(names, models, strict=True)]
+    speakers = [
+        Speaker(NAMES[which], model, tokenizer, end, options) for which, model in zip(wanted, models, strict=True)
+    ]
     if not questions:
         chat_loop(speakers, chat=chat, console=console)
     for question in questions:

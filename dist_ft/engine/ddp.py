@@ -1,4 +1,4 @@
-"""Distributed data parallel: every rank holds everything, gradients are summed."""
+"""Distributed data parallel: every rank holds the whole model, and gradients are averaged."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NAMED = 5  # parameters that a message lists
 
 
 class Ddp(NativeEngine):
-    """Every rank holds the whole model, and ranks average gradients.
+    """Engine in which every rank holds the whole model and ranks average their gradients.
 
-    In float32 this is `torch.nn.parallel.DistributedDataParallel`; alone, the model itself. In bfloat16, trained
-    parameters are bfloat16 copies of float32 masters, as under the other engines: the model runs as it does when it is
-    loaded in bfloat16. Gradients are accumulated and averaged in float32.
+    In float32, the model is wrapped in `torch.nn.parallel.DistributedDataParallel`, or used as it is on a single rank.
+    In bfloat16, trained parameters are bfloat16 copies of float32 masters, as under the other engines. Gradients are
+    accumulated and averaged in float32.
     """
 
-    average: GradientAverage | None = None  # in place of DistributedDataParallel
-    looked = False  # whether the parameters without a gradient were looked for
+    average: GradientAverage | None = None  # used instead of DistributedDataParallel if set
+    looked = False  # whether parameters without a gradient have been searched for
 
     def wrap(self, built: BuiltModel) -> nn.Module:
-        """Move the model to the device, and send every rank the weights of rank 0."""
+        """Move the model to the device and broadcast the weights of rank 0."""
         model = built.model.to(self.device)
         if self.place.world_size == 1:
             return model
@@ -47,40 +47,40 @@ class Ddp(NativeEngine):
         )
 
     def send_weights(self, model: nn.Module) -> None:
-        """Overwrite all parameters with those of rank 0, one after another. Collective."""
+        """Broadcast all parameters from rank 0, one at a time. Collective."""
         for name, parameter in model.named_parameters():
             dist.broadcast(parameter.data, src=0)
             self.tick(f"sending {name}")
 
     def make_masters(self) -> list[tuple[str, nn.Parameter]]:
-        """Keep the float32 weights as masters, and leave copies in `dtype` in the model."""
+        """Keep the float32 weights as masters and replace them in the model by copies in `dtype`."""
         if self.dtype == torch.float32:
             return self.trained
         masters = [(name, nn.Parameter(parameter.data)) for name, parameter in self.trained]
         for _, parameter in self.trained:
             parameter.data = parameter.data.to(self.dtype)
-            parameter.grad_dtype = torch.float32  # autograd adds up in it what micro-batches give
+            parameter.grad_dtype = torch.float32  # autograd accumulates gradients over micro-batches in this dtype
         if self.averages_in_backward and self.place.world_size > 1:
             self.average = GradientAverage([parameter for _, parameter in self.trained], self.place.world_size)
         return masters
 
-    averages_in_backward = True  # private engines sum over ranks in their step
+    averages_in_backward = True  # False in private engines, which sum over ranks in `step`
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Reduce once a step."""
+        """Return a context that disables gradient reduction unless this is the last micro-batch of the step."""
         if last or not isinstance(self.module, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of a micro-batch; after the last one they are averages over ranks."""
+        """Accumulate the gradients of a micro-batch; after the last one, average them over ranks."""
         if not self.looked:
             self._look_for_unused(loss)
         with self.average.averaging() if last and self.average is not None else contextlib.nullcontext():
             loss.backward()
 
     def step(self, learning_rate: float) -> StepStats:
-        """Clip by the global norm, update the masters, copy them into the model, clear."""
+        """Clip by the global norm, update the masters, copy them into the model, and clear the gradients."""
         if self.masters is not self.trained:
             for (_, parameter), (_, master) in zip(self.trained, self.masters, strict=True):
                 if parameter.grad is not None:
@@ -90,7 +90,7 @@ class Ddp(NativeEngine):
         return stats
 
     def load(self, state: NamedState) -> None:
-        """Take over a state that `state()` gave and a checkpoint has filled."""
+        """Apply a state that was returned by `state()` and filled from a checkpoint."""
         super().load(state)
         self._renew_copies()
 
@@ -100,10 +100,10 @@ class Ddp(NativeEngine):
             torch._foreach_copy_([p for _, p in self.trained], [master for _, master in self.masters])
 
     def _look_for_unused(self, loss: Tensor) -> None:
-        """Find the parameters that the first micro-batch does not use, and name those that it uses on no rank.
+        """Find the parameters that the first micro-batch does not use, and warn about those unused on all ranks.
 
-        They are not updated, as in a plain PyTorch loop. DistributedDataParallel would wait for their gradients in
-        vain, and is replaced. Collective.
+        They are not updated, as in a plain PyTorch loop. DistributedDataParallel would wait forever for their
+        gradients, so it is replaced by `GradientAverage`. Collective.
         """
         self.looked = True
         leaves = leaves_of(loss)

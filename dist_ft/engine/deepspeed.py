@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1-3 (Rajbhandari et al. 2020). Its JSON is derived from the configuration, never written by a user."""
+"""DeepSpeed ZeRO 1-3 (Rajbhandari et al. 2020). Its JSON configuration is derived from the run's configuration."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .flat_shard import FlatShard  # noqa: E402
 from .native import zero_moments  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET_ELEMENTS = 100_000_000  # of gradients that are sent at once, at most
+BUCKET_ELEMENTS = 100_000_000  # maximum number of gradient elements that are reduced at once
 
 
 class Zero:
-    """An engine over `deepspeed.initialize`.
+    """Engine over `deepspeed.initialize`.
 
     Args:
-        config: stage and offloading.
-        device: where this rank computes.
-        place: this rank.
-        dtype: forward and backward; the optimizer's copy of the trained weights is float32.
-        max_grad_norm: clip the global gradient norm to this; 0 does not clip.
-        micro_batch_size: rows of a micro-batch (DeepSpeed wants to know).
-        accumulation_steps: micro-batches of a step on a rank.
-        tick: called for each tensor that is gathered.
+        config: Stage and offloading.
+        device: Device of this rank.
+        place: Place of this rank.
+        dtype: Dtype of forward and backward; the optimizer's copy of the trained weights is float32.
+        max_grad_norm: Maximum global gradient norm; 0 disables clipping.
+        micro_batch_size: Rows per micro-batch; DeepSpeed requires it.
+        accumulation_steps: Micro-batches per step on each rank.
+        tick: Called for each tensor that is gathered.
     """
 
     def __init__(
@@ -64,25 +64,25 @@ class Zero:
         )
 
     def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None:
-        """Distribute the model; DeepSpeed sends rank 0's weights to the others while it partitions."""
+        """Distribute the model; DeepSpeed broadcasts rank 0's weights while it partitions them."""
         model, anatomy = built
-        # On CPUs DeepSpeed would compile an all-reduce that only inference calls, behind a lock file that a killed
-        # worker leaves lying: the next run then waits for ever.
+        # On CPUs, DeepSpeed would compile an all-reduce that only inference uses, guarded by a lock file. If a worker
+        # is killed, the lock file remains and the next run waits forever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_init_required=False)
         ignore_nvml()
-        for parameter in model.parameters():  # not buffers: position frequencies keep their precision
+        for parameter in model.parameters():  # not buffers: rotary frequencies keep their precision
             parameter.data = parameter.data.to(self.dtype)
-        # Ranks use different experts: ZeRO-3 must gather all of a mixture at once, or one rank waits for ever for a
-        # gather that another never starts.
+        # Ranks use different experts, so ZeRO-3 must gather a mixture as a whole; otherwise a rank would wait forever
+        # for a gather that another rank never starts.
         for mixture in anatomy.mixtures if self.stage == 3 else ():
             set_z3_leaf_module(anatomy.part(mixture.name), True)
-        # Before parameters are taken apart, because weight decay goes by their dimensions.
+        # Built before parameters are partitioned, because weight decay depends on their number of dimensions.
         optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
         settings = self.derive_json(sum(p.numel() for p in model.parameters() if p.requires_grad))
-        if self.stage == 3:  # one tensor after another; `initialize` alone would send every rank the whole model first
+        if self.stage == 3:  # partitions tensor by tensor; `initialize` alone would first broadcast the whole model
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
-            for buffer in model.buffers():  # which `initialize` now leaves to us
+            for buffer in model.buffers():  # after `zero.Init`, `initialize` no longer moves them
                 buffer.data = buffer.data.to(self.device)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model: nn.Module = self.engine.module
@@ -92,7 +92,7 @@ class Zero:
         self._make_moments()
 
     def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum:
-        """Add the gradient of `loss / denominator`; ZeRO averages over ranks, hence times world size."""
+        """Accumulate the gradient of `loss / denominator`, times the world size because ZeRO averages over ranks."""
         self._set_training(True)
         self.engine.set_gradient_accumulation_boundary(last)
         result = loss(self.engine, micro.to(self.device))
@@ -100,7 +100,7 @@ class Zero:
         return LossSum(result.loss.detach(), result.weight, result.counts)
 
     def step(self, learning_rate: float) -> StepStats:
-        """Clip, update, clear."""
+        """Clip the gradients, update the weights, and clear the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self.engine.step()
@@ -109,12 +109,12 @@ class Zero:
 
     @torch.no_grad()
     def evaluate(self, micro: Batch, loss: LossFn) -> LossSum:
-        """The loss without dropout and without gradients."""
+        """Compute the loss of a micro-batch in evaluation mode, without gradients."""
         self._set_training(False)
         return loss(self.engine, micro.to(self.device))
 
     def state(self) -> NamedState:
-        """Masters and moments by name, as views of what this rank holds where it lives; loading writes into them."""
+        """Return masters and moments by name, as views of this rank's partitions that loading fills in place."""
         tensors: dict[str, Any] = {}
         for name, parameter in self.trained:
             for kind, moment in (("model", None), *((moment, moment) for moment in MOMENTS)):
@@ -123,14 +123,14 @@ class Zero:
 
     @torch.no_grad()
     def load(self, state: NamedState) -> None:
-        """Take over a state that `state()` gave and a checkpoint has filled."""
+        """Apply a state that was returned by `state()` and filled from a checkpoint."""
         for moments in self.optimizer.optimizer.state.values():
             moments["step"].fill_(float(state.updates))
         self.updates = state.updates
         self._renew_copies()
 
     def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors by name, one at a time; with `trainable`, only those that learn. Every rank must iterate."""
+        """Yield full tensors by name, one at a time; with `trainable`, only trained ones. Every rank must iterate."""
         for name, parameter in self.model.named_parameters():
             self.tick(f"gathering {name}")
             if parameter.requires_grad:
@@ -140,9 +140,9 @@ class Zero:
                     yield name, parameter.data
 
     def _make_moments(self) -> None:
-        """Give AdamW the zero moments that it would make in its first step.
+        """Create the zero moments that AdamW would create in its first step.
 
-        ZeRO-1 and 2 link their views of the moments once, before AdamW's first step, and find nothing without this.
+        ZeRO-1 and 2 link their views of the moments before AdamW's first step, so the moments must exist by then.
         """
         for flat in self._masters():
             self.optimizer.optimizer.state[flat] = zero_moments(flat, self.optimizer.optimizer)
@@ -150,13 +150,13 @@ class Zero:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _masters(self) -> list[Tensor]:
-        """The flat float32 partitions that AdamW updates."""
-        if self.stage == 3:  # which gives AdamW one of them at a time
+        """Return the flat float32 partitions that AdamW updates."""
+        if self.stage == 3:  # ZeRO-3 passes them to AdamW one at a time
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
 
     def _shard(self, parameter: nn.Parameter, moment: str | None) -> FlatShard:
-        """This rank's part of the optimizer's copy of a parameter, which `moment` None stands for, or of a moment."""
+        """Return this rank's shard of a moment, or of the optimizer's float32 copy of the parameter if it is None."""
         if self.stage == 3:
             own, _ = self.optimizer._get_fp32_opt_state_partition(parameter, True, moment)
             shape, part = parameter.ds_shape, len(own)  # type: ignore[attr-defined]
@@ -169,12 +169,12 @@ class Zero:
         return FlatShard(own.detach(), shape, start)
 
     def _renew_copies(self) -> None:
-        """Bring the weights that the forward uses in line with the masters, shard by shard. Collective."""
+        """Copy the masters into the weights that the forward uses, shard by shard. Collective."""
         optimizer = self.optimizer
         if self.stage < 3:
             optimizer.update_lp_params()
             return
-        kept = optimizer.persistent_parameters  # small ones, which stay gathered
+        kept = optimizer.persistent_parameters  # small parameters that stay gathered
         if kept:
             kept[0].partition(kept)
         for group in range(len(optimizer.fp16_groups)):
@@ -183,7 +183,7 @@ class Zero:
             kept[0].all_gather(kept)
 
     def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-        """Within, the parameter is whole; only ZeRO-3 ever takes it apart."""
+        """Return a context in which the parameter is gathered; only ZeRO-3 partitions parameters."""
         if self.stage < 3:
             return contextlib.nullcontext()
         context: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
@@ -195,10 +195,10 @@ class Zero:
 
 
 def ignore_nvml() -> None:
-    """Let DeepSpeed ask torch for free memory.
+    """Make DeepSpeed query free memory through torch instead of NVML.
 
-    It asks NVML, where nvidia-ml-py is installed, for the GPU of the number in CUDA_VISIBLE_DEVICES, which may be a
-    UUID, or a number of the job's own.
+    If nvidia-ml-py is installed, DeepSpeed passes the entry of CUDA_VISIBLE_DEVICES to NVML as an index. The entry may
+    be a UUID, or an index that is only valid inside the job.
     """
     cuda_accelerator.pynvml = None
 
@@ -211,8 +211,8 @@ def derive_json(
     accumulation_steps: int,
     trained: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration (deepspeed.ai/docs/config-json) for this run, in which `trained` elements learn."""
-    # It is allocated whole, also for a small adapter; DeepSpeed wants an even number.
+    """Return DeepSpeed's configuration (deepspeed.ai/docs/config-json) for a run with `trained` trainable elements."""
+    # A bucket is allocated in full even for a small adapter, and DeepSpeed requires an even size.
     bucket = min(BUCKET_ELEMENTS, trained + trained % 2)
     zero: dict[str, Any] = {
         "stage": int(config.name[-1]),
@@ -230,12 +230,12 @@ def derive_json(
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        # As under the other engines; by default, both are the dtype of the model. ZeRO-2 still divides by the number of
-        # ranks in that dtype, which is exact for powers of two.
+        # float32 as under the other engines; the default of both is the dtype of the model. ZeRO-2 still divides by
+        # the number of ranks in the dtype of the model, which is exact for powers of two.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the CPU and needs no compiler
         "steps_per_print": 10**9,
     }

@@ -1,7 +1,8 @@
-"""A tensor of which each rank holds a range of its flattened elements, as under ZeRO, for checkpoints.
+"""Checkpointing of tensors of which each rank holds a range of the flattened elements, as under ZeRO.
 
-Torch Distributed Checkpoint knows parts of tensors as boxes: offsets and sizes in each dimension. A range of flattened
-elements is a sequence of boxes, each contiguous in it, so that they can be views: no rank gathers or copies anything.
+Torch Distributed Checkpoint describes a part of a tensor as a box: an offset and a size in each dimension. A range of
+flattened elements is divided into boxes that are contiguous in it. They are saved as views, without gathering or
+copying.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 
 class FlatShard(Tensor):
-    """This rank's elements `[start, start + len(own))` of a flattened tensor, where they live.
+    """The elements `[start, start + len(own))` of a flattened tensor, which this rank holds.
 
     Args:
-        own: `[n]`: the elements, which are neither copied nor moved; possibly none.
-        shape: Of the whole tensor.
+        own: The elements, `[n]`, possibly none; neither copied nor moved.
+        shape: Shape of the whole tensor.
         start: Index of the first element.
     """
 
@@ -38,14 +39,14 @@ class FlatShard(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Refuse to compute: only the elements of this rank are there."""
+        """Refuse every operation, because this rank holds only a part of the elements."""
         raise NotImplementedError(f"{func} on a shard; use `own`")
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FlatShard({tuple(self.shape)}, [{self.start}, {self.start + len(self.own)}), {self.own.device})"
 
     def to_local(self) -> Tensor:
-        """Return the elements of this rank, flat, as `DTensor.to_local` does."""
+        """Return the flattened elements of this rank; the counterpart of `DTensor.to_local`."""
         return self.own
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -76,18 +77,18 @@ class FlatShard(Tensor):
 
 
 def boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Divide the elements `[start, stop)` of a flattened tensor into boxes of the tensor, in their order.
+    """Divide the elements `[start, stop)` of a flattened tensor into boxes, in order.
 
-    There are at most `2 * len(shape) - 1` of them.
+    There are at most `2 * len(shape) - 1` boxes.
     """
     if start >= stop:
         return
     if not shape:
         yield (), ()
         return
-    row = math.prod(shape[1:])  # elements of one index of the first dimension
-    first, last = -(-start // row), stop // row  # the whole ones
-    if first > last:  # within a single row, and not to its end
+    row = math.prod(shape[1:])  # elements per index of the first dimension
+    first, last = -(-start // row), stop // row  # complete rows
+    if first > last:  # the range lies inside a single row
         yield from _in_row(shape, last, start - last * row, stop - last * row)
         return
     if start < first * row:

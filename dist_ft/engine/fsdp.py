@@ -26,14 +26,14 @@ from .native import NativeEngine
 
 
 class Fsdp(NativeEngine):
-    """Each block is one unit of communication, what stands outside the blocks another."""
+    """Engine that shards with FSDP2: each block is one communication unit, and the rest of the model another."""
 
     def __init__(self, config: FsdpConfig, **options: Any) -> None:
         super().__init__(**options)
         self.config = config
 
     def wrap(self, built: BuiltModel) -> nn.Module:
-        """Shard, then send every rank its shards of rank 0's weights, one tensor at a time."""
+        """Shard the model, then scatter rank 0's weights to all ranks, one tensor at a time."""
         model, anatomy = built
         mesh = init_device_mesh(self.device.type, (self.place.world_size,))
         half = self.dtype != torch.float32
@@ -45,12 +45,12 @@ class Fsdp(NativeEngine):
         }
         source = {name: p.detach() for name, p in model.named_parameters()} if self.place.is_main else {}
         modules = dict(anatomy.model.named_modules())
-        # What no text reaches is a unit of its own, or it would be gathered with what stands outside the blocks.
+        # Parts that text does not reach are separate units; otherwise they would be gathered with the root unit.
         for part in (*(modules[name] for name in anatomy.idle if name in modules), *anatomy.parts(anatomy.blocks)):
             fully_shard(part, **options)
-        # What stands outside is needed from the first embedding of a forward to the end of its backward.
+        # The root unit (embeddings, head) is needed from the start of the forward to the end of the backward.
         fully_shard(model, **options | {"reshard_after_forward": False})
-        if hasattr(model, "generate"):  # it calls an encoder by itself, whose embeddings stand outside the blocks
+        if hasattr(model, "generate"):  # calls an encoder directly, whose embeddings are in the root unit
             register_fsdp_forward_method(model, "generate")
         for name, parameter in model.named_parameters():
             _scatter(parameter, source.pop(name, None))
@@ -62,29 +62,29 @@ class Fsdp(NativeEngine):
 
     @contextlib.contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Reduce gradients after each micro-batch, into shards, or only after the last one, as the user chose."""
+        """Reduce-scatter gradients after each micro-batch or only after the last one (`engine.gradient_reduction`)."""
         reduces = last or self.config.gradient_reduction == "micro_batch"
         self.model.set_requires_gradient_sync(reduces)  # type: ignore[operator]
         yield
 
     def load(self, state: NamedState) -> None:
-        """Take over a state that `state()` gave and a checkpoint has filled."""
+        """Apply a state that was returned by `state()` and filled from a checkpoint."""
         super().load(state)
         self._forget_gathered()
 
     def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors by name, one at a time; with `trainable`, only those that learn. Every rank must iterate."""
+        """Yield full tensors by name, one at a time; with `trainable`, only trained ones. Every rank must iterate."""
         self._forget_gathered()
         yield from super().weights(trainable=trainable)
 
     def _forget_gathered(self) -> None:
-        """Let go of weights that an evaluation gathered, in the dtype of the forward, and that no backward freed."""
+        """Free weights that an evaluation gathered in the dtype of the forward; only a backward would free them."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def _offload(self) -> OffloadPolicy:
-        if self.config.offload == "none" or self.device.type == "cpu":  # on a CPU shards are where they would go
+        if self.config.offload == "none" or self.device.type == "cpu":  # shards are already in CPU memory
             return OffloadPolicy()
         return CPUOffloadPolicy()
 

@@ -1,4 +1,4 @@
-"""What DDP and FSDP2 share: PyTorch's own autograd, AdamW and clipping."""
+"""Common base of DDP and FSDP2: gradients, AdamW and clipping by PyTorch itself."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..state import Batch, Beat, BuiltModel, LossSum, NamedState, StepStats, unw
 
 
 class NativeEngine(ABC):
-    """An engine over torch modules; subclasses wrap the model and say how its weights reach every rank.
+    """Engine over torch modules; subclasses wrap the model and distribute its weights.
 
     Args:
-        device: where this rank computes.
-        place: this rank.
-        dtype: forward and backward; masters, gradients and moments are float32.
-        max_grad_norm: clip the global gradient norm to this; 0 does not clip.
-        tick: called for each tensor that is sent.
+        device: Device of this rank.
+        place: Place of this rank.
+        dtype: Dtype of forward and backward; masters, gradients and moments are float32.
+        max_grad_norm: Maximum global gradient norm; 0 disables clipping.
+        tick: Called for each tensor that is sent.
     """
 
-    module: nn.Module  # what is called: forward runs the wrapper's hooks
-    model: nn.Module  # what has the parameters' engine-neutral names
-    trained: list[tuple[str, nn.Parameter]]  # parameters of the model that learn
-    masters: list[tuple[str, nn.Parameter]]  # what the optimizer updates: the same ones, or float32 copies of them
+    module: nn.Module  # the wrapped model, which is called
+    model: nn.Module  # the model itself, whose parameter names do not depend on the engine
+    trained: list[tuple[str, nn.Parameter]]  # trainable parameters of the model
+    masters: list[tuple[str, nn.Parameter]]  # parameters that the optimizer updates: `trained` or float32 copies
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class NativeEngine(ABC):
         self.tick = tick
 
     def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None:
-        """Distribute rank 0's weights over the ranks, and build the optimizer over the trained parameters."""
+        """Distribute rank 0's weights and build the optimizer over the trained parameters."""
         self.model = built.model
         self.module = self.wrap(built)
         self.module.train()
@@ -59,22 +59,22 @@ class NativeEngine(ABC):
 
     @abstractmethod
     def wrap(self, built: BuiltModel) -> nn.Module:
-        """Distribute the model, whose weights are rank 0's afterwards, and return the module to call."""
+        """Distribute the model with the weights of rank 0 and return the module to call."""
 
     def make_masters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return what the optimizer updates, in the order of `trained`; the trained parameters unless overridden."""
+        """Return the parameters that the optimizer updates, in the order of `trained`; by default `trained` itself."""
         return self.trained
 
     def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around a micro-batch; before the last one gradients need not be reduced."""
+        """Return a context for a micro-batch; gradients need to be reduced only in the last one."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of a micro-batch."""
+        """Accumulate the gradients of a micro-batch."""
         loss.backward()
 
     def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum:
-        """Add the gradient of `loss / denominator`; the wrapper averages over ranks, hence times world size."""
+        """Accumulate the gradient of `loss / denominator`, times the world size because gradients are averaged."""
         self._set_training(True)
         with self.accumulating(last=last):
             result = loss(self.module, micro.to(self.device))
@@ -82,7 +82,7 @@ class NativeEngine(ABC):
         return LossSum(result.loss.detach(), result.weight, result.counts)
 
     def step(self, learning_rate: float) -> StepStats:
-        """Clip by the global norm, update, clear."""
+        """Clip by the global norm, update the weights, and clear the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         parameters = [p for _, p in self.masters]
@@ -98,15 +98,15 @@ class NativeEngine(ABC):
 
     @torch.no_grad()
     def evaluate(self, micro: Batch, loss: LossFn) -> LossSum:
-        """The loss without dropout and without gradients."""
+        """Compute the loss of a micro-batch in evaluation mode, without gradients."""
         self._set_training(False)
         return loss(self.module, micro.to(self.device))
 
     def state(self) -> NamedState:
-        """Masters and AdamW's moments, where they live; loading writes into these very tensors."""
+        """Return masters and AdamW's moments by name; loading a checkpoint fills these tensors in place."""
         tensors: dict[str, Any] = {}
         for name, master in self.masters:
-            if not self.optimizer.state[master]:  # before its first update AdamW has none
+            if not self.optimizer.state[master]:  # AdamW has no state before its first update
                 self.optimizer.state[master] = zero_moments(master, self.optimizer)
             tensors[f"model/{name}"] = master.data
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -114,13 +114,13 @@ class NativeEngine(ABC):
         return NamedState(tensors, updates=self.updates)
 
     def load(self, state: NamedState) -> None:
-        """Take over a state that `state()` gave and a checkpoint has filled."""
+        """Apply a state that was returned by `state()` and filled from a checkpoint."""
         for _, master in self.masters:
             self.optimizer.state[master]["step"].fill_(float(state.updates))
         self.updates = state.updates
 
     def weights(self, *, trainable: bool) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors by name, one at a time; with `trainable`, only those that learn. Every rank must iterate."""
+        """Yield full tensors by name, one at a time; with `trainable`, only trained ones. Every rank must iterate."""
         masters = dict(self.masters)
         for name, parameter in self.model.named_parameters():
             if name in masters or not trainable:
@@ -132,9 +132,9 @@ class NativeEngine(ABC):
 
 
 def zero_moments(parameter: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state that AdamW gives a parameter before its first update.
+    """Return the state of a parameter in AdamW before its first update.
 
-    A fused AdamW wants the count of updates where the parameter is, any other one on the CPU.
+    A fused AdamW needs the update count on the device of the parameter; otherwise it is on the CPU.
     """
     device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
     return {

@@ -1,4 +1,4 @@
-"""Averaging of the gradients of all ranks, for parameters of any dtype, of which some may have no gradient."""
+"""Averaging of gradients over ranks for parameters of any dtype, some of which may have no gradient."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20  # of gradients that are sent at once, at least; as DistributedDataParallel
+BUCKET_BYTES = 25 * 2**20  # minimum size of a bucket; the default of DistributedDataParallel
 
 
 class GradientAverage:
-    """Replaces the gradients of a backward by their average over the ranks, bucket by bucket while it runs.
+    """Average gradients over ranks bucket by bucket, overlapping with the backward.
 
-    Unlike the reducer of DistributedDataParallel, it sends gradients in their own dtype, which may be another than that
-    of the parameters (`Tensor.grad_dtype`), and it needs no gradient of any parameter: a rank without one sends zeros,
-    and a parameter without one on all ranks keeps none.
+    Unlike the reducer of DistributedDataParallel, it reduces gradients in their own dtype, which may differ from that
+    of the parameters (`Tensor.grad_dtype`), and accepts parameters without a gradient: a rank without one sends zeros,
+    and a parameter without a gradient on all ranks keeps None.
 
     Args:
-        parameters: Those that learn, in the same order on every rank.
+        parameters: Trained parameters, in the same order on every rank.
         world_size: Number of ranks.
     """
 
@@ -28,14 +28,14 @@ class GradientAverage:
         self.world_size = world_size
         self.buckets = _split(parameters)
         self.bucket_of = {id(p): i for i, bucket in enumerate(self.buckets) for p in bucket}
-        self.missing: list[set[int]] | None = None  # parameters of each bucket still without a gradient; None: idle
+        self.missing: list[set[int]] | None = None  # per bucket, parameters still without a gradient; None if inactive
         self.sent: list[tuple[Tensor, dist.Work]] = []
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._arrive)
 
     @contextlib.contextmanager
     def averaging(self) -> Iterator[None]:
-        """Around the last backward of a step, after which gradients are averages. Collective."""
+        """Return a context for the last backward of a step, after which gradients are averaged. Collective."""
         self.missing = [{id(p) for p in bucket} for bucket in self.buckets]
         self.sent = []
         try:
@@ -50,7 +50,7 @@ class GradientAverage:
         self.sent = []
 
     def _arrive(self, parameter: Tensor) -> None:
-        """Send the buckets that are complete now. They go in one order on all ranks, whatever arrives first."""
+        """Reduce the buckets that are complete, in the same order on all ranks."""
         if self.missing is None:
             return
         self.missing[self.bucket_of[id(parameter)]].discard(id(parameter))
@@ -64,7 +64,7 @@ class GradientAverage:
         told = torch.tensor(has_gradient, dtype=parts[0].dtype).to(parts[0].device)
         flat = torch.cat([*(part.flatten() for part in parts), told])
         for parameter, part, has in zip(bucket, _views(bucket, flat), has_gradient, strict=True):
-            if has:  # the gradient lies in the bucket from here on, so that none is held twice
+            if has:  # from now on the gradient is a view of the bucket, so that it is stored only once
                 parameter.grad = part
         work = dist.all_reduce(flat.div_(self.world_size), async_op=True)
         assert work is not None
@@ -72,7 +72,7 @@ class GradientAverage:
 
 
 def _split(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Divide parameters into buckets from the last to the first, as a backward reaches them."""
+    """Divide parameters into buckets in reverse order, which is roughly the order of the backward."""
     buckets: list[list[nn.Parameter]] = []
     room = 0
     for parameter in reversed(parameters):
@@ -90,7 +90,7 @@ def _views(bucket: Sequence[nn.Parameter], flat: Tensor) -> list[Tensor]:
 
 
 def _fill_gaps(bucket: Sequence[nn.Parameter], flat: Tensor) -> None:
-    """Give a parameter that has no gradient here the others' average, if any rank has one."""
+    """Set the gradients of parameters that only other ranks have used."""
     if all(p.grad is not None for p in bucket):
         return
     found = (flat[-len(bucket) :] > 0).tolist()

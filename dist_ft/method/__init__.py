@@ -1,4 +1,4 @@
-"""Which weights learn: one module per method.
+"""Which weights are trained: one module per method.
 
 Imports `config`, `model` and `state`.
 """

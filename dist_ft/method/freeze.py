@@ -88,5 +88,5 @@ def _tie_problems(config: FreezeConfig, anatomy: Anatomy) -> list[Problem]:
         return [Problem("method.train_head", "the model has no output head", "set it to false")]
     if not anatomy.tied or config.train_head == config.train_embeddings:
         return []
-    rule = "input embeddings and head of this model are tied, but only one of them is to be trained"
+    rule = "input embeddings and head of this model are tied, but only one of them would be trained"
     return [Problem("method.train_head", rule, "set method.train_embeddings and method.train_head to the same value")]

@@ -18,10 +18,10 @@ class Full:
 
     def __init__(self, config: MethodChoice) -> None:
         self.config = config
-        self.buffers: dict[str, Tensor] = {}  # as loaded: they are not trained, and engines stream parameters only
+        self.buffers: dict[str, Tensor] = {}  # as loaded; buffers are not trained, and engines stream only parameters
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Make all parameters trainable that a text reaches."""
+        """Make all parameters trainable that text reaches."""
         self.keep_buffers(anatomy)
         model = anatomy.model.requires_grad_(True)
         freeze_idle(anatomy)
@@ -39,7 +39,7 @@ class Full:
 
 
 def freeze_idle(anatomy: Anatomy) -> None:
-    """Freeze the parts that no text reaches: they would get no gradient, for which DDP would wait."""
+    """Freeze the parts that text does not reach: they get no gradient, and DDP would wait for one."""
     for name, parameter in anatomy.model.named_parameters():
         if lies_in(name, anatomy.idle):
             parameter.requires_grad_(False)

@@ -1,4 +1,7 @@
-"""LoRA (Hu et al. 2021) by peft, with targets that must match: neither the head nor a router is adapted unasked."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) by peft.
+
+Every target must match a module. The head and routers are adapted only on request.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,11 @@ from .through_peft import ThroughPeft, check_names, keep_to_text, task_type_of
 
 
 class Lora(ThroughPeft):
-    """See the module; DoRA and rsLoRA are settings of it.
+    """The methods `lora` and `qlora`; DoRA and rsLoRA are settings.
 
-    `start_file` is where a run keeps a start that moves the base; without one it is kept in memory.
+    Args:
+        config: Configuration of the method.
+        start_file: File for the initial factors of PiSSA and OLoRA (see `start.py`); None keeps them in memory.
     """
 
     config: LoraKeys
@@ -38,11 +43,11 @@ class Lora(ThroughPeft):
         self.start: Start | None = None
 
     def apply(self, anatomy: Anatomy) -> nn.Module:
-        """Freeze the model and put adapters beside the target modules.
+        """Freeze the model and add adapters to the target modules.
 
         Raises:
-            RequestError: a target, a pattern, a layer or a module to save matches nothing, or is where rows of added
-                tokens learn.
+            RequestError: A target, pattern, layer or module to save matches nothing, or cannot be combined with
+                another setting.
         """
         config, model = self.config, anatomy.model
         targets = _resolve_targets(config.target_modules, anatomy)
@@ -69,14 +74,15 @@ class Lora(ThroughPeft):
         if config.moves_base:
             if problems := list(start_problems(config, adapted)):
                 raise RequestError(*problems)
-            settings.init_lora_weights = config.init_lora_weights  # what `export` goes by
+            settings.init_lora_weights = config.init_lora_weights  # read by `export`
         merge_on_demand(adapted)
         return adapted
 
     def begin(self, model: nn.Module, dtype: torch.dtype, tick: Beat = unwatched) -> None:
-        """Where the model has its weights: have the adapters start with a part of them, if they are to.
+        """Initialize the adapters with a part of the base weights if `init_lora_weights` is PiSSA or OLoRA.
 
-        Ranks without weights are sent the result, as all weights. A run that goes on starts as it did.
+        Called only on a rank that has the weights; engines distribute the result. A resumed run uses the stored
+        factors.
         """
         if not self.config.moves_base:
             return
@@ -89,11 +95,11 @@ class Lora(ThroughPeft):
             write_start(self.start_file, start)
 
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None:
-        """As peft does; an adapter that started with a part of the base becomes one for the whole base."""
+        """Write the adapter in peft's format; PiSSA and OLoRA are converted to an adapter for the unchanged base."""
         assert isinstance(model, peft.PeftModel)
         settings = model.peft_config[ADAPTER]
         assert isinstance(settings, peft.LoraConfig)
-        if not self.config.moves_base or settings.init_lora_weights is True:  # one that has become it already
+        if not self.config.moves_base or settings.init_lora_weights is True:  # True: already converted
             super().export(model, weights, out)
             return
         start = self.start if self.start_file is None else read_start(self.start_file)
@@ -108,7 +114,7 @@ class Lora(ThroughPeft):
 
 
 def _settings_of(config: LoraKeys, anatomy: Anatomy, targets: str | list[str]) -> peft.LoraConfig:
-    """Return peft's settings; parts that no text reaches are neither adapted nor saved."""
+    """Return peft's settings; parts that text does not reach are neither adapted nor saved."""
     model = anatomy.model
     names = [name for name, _ in model.named_parameters()]
     rows = anatomy.token_rows if anatomy.new_token_ids else ()
@@ -134,27 +140,27 @@ def _settings_of(config: LoraKeys, anatomy: Anatomy, targets: str | list[str]) -
 
 
 def _row_problems(config: LoraKeys, rows: Sequence[str]) -> Iterator[Problem]:
-    """Rows of added tokens learn by themselves, which peft cannot do in a module that is adapted or saved whole."""
+    """Yield conflicts with `model.add_tokens`: peft cannot train single rows of a module that it adapts or saves."""
     for key in ("modules_to_save", "target_modules"):
         wanted = getattr(config, key)
         endings = [wanted] if isinstance(wanted, str) else wanted
         if taken := [name for name in rows if any(name == end or name.endswith(f".{end}") for end in endings)]:
             rule = f"{', '.join(taken)}: the rows of model.add_tokens learn there, and peft does one or the other"
-            yield Problem(f"method.{key}", rule, "leave it out, or choose method=full")
+            yield Problem(f"method.{key}", rule, "remove it, or set method=full")
 
 
 def _layer_problems(config: LoraKeys, blocks: int, targets: str | list[str]) -> list[Problem]:
     problems = []
     if config.layers_to_transform is not None:
         if not config.layers_to_transform or max(config.layers_to_transform) >= blocks:
-            rule = f"{config.layers_to_transform} names none, or more, of the model's layers 0 to {blocks - 1}"
-            problems.append(Problem("method.layers_to_transform", rule, "name some of them, or remove it"))
+            rule = f"{config.layers_to_transform} is empty or exceeds the model's layers 0 to {blocks - 1}"
+            problems.append(Problem("method.layers_to_transform", rule, "set it to some of these layers, or remove it"))
         if isinstance(targets, str):
             rule = "a regular expression in method.target_modules says itself which layers it means"
             problems.append(Problem("method.layers_to_transform", rule, "write the layers into it, or name endings"))
     ranks = {config.r, *config.rank_pattern.values()}
     if config.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
-        rule = "an orthogonal start needs even ranks"
+        rule = "the orthogonal initialization requires even ranks"
         problems.append(Problem("method.init_lora_weights", rule, "set method.r to an even number"))
     return problems
 
@@ -170,25 +176,25 @@ def _exclusion_problems(config: LoraKeys, model: nn.Module) -> list[Problem]:
 
 
 def _within(layers: list[int], targets: list[str]) -> list[str]:
-    """Endings as they are; of full names, which peft takes without looking at layers, those of the layers."""
+    """Remove full names in other layers from the targets, since peft applies `layers_to_transform` only to endings."""
     numbers = {target: re.search(r"\.(\d+)\.", target) for target in targets}
     return [target for target, number in numbers.items() if number is None or int(number[1]) in layers]
 
 
 def _pattern_problems(config: LoraKeys, adapted: list[str]) -> list[Problem]:
-    """Patterns, matched as peft does, that no adapted module has."""
+    """Return a problem for each pattern that matches no adapted module, with the matching rule of peft."""
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
                 endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adapted}))
                 rule = f"{pattern!r} matches no adapted module"
-                problems.append(Problem(f"method.{key}", rule, f"adapted are {endings}"))
+                problems.append(Problem(f"method.{key}", rule, f"the adapted modules are {endings}"))
     return problems
 
 
 def _resolve_targets(targets: str | list[str], anatomy: Anatomy) -> str | list[str]:
-    """What peft is told: the endings of names that stand for exactly the modules meant."""
+    """Return the targets for peft: name endings, or full names if the endings would also match other modules."""
     model, linears = anatomy.model, anatomy.linears
     if targets == "all-linear":
         if not linears:
@@ -210,7 +216,7 @@ def _resolve_targets(targets: str | list[str], anatomy: Anatomy) -> str | list[s
 
 
 def _ambiguous(linears: Sequence[str], model: nn.Module) -> bool:
-    """Whether an ending of the targets also names another linear layer, such as a router or the head."""
+    """Return whether an ending of the targets also matches another linear layer, such as a router or the head."""
     endings = {name.rsplit(".", 1)[-1] for name in linears}
     return any(
         isinstance(module, nn.Linear | Conv1D) and name not in linears and name.rsplit(".", 1)[-1] in endings
@@ -219,7 +225,7 @@ def _ambiguous(linears: Sequence[str], model: nn.Module) -> bool:
 
 
 def _check_parameters(config: LoraKeys, model: nn.Module) -> None:
-    """Each of `target_parameters` must be the end of a parameter's name, and nothing set that peft cannot do there."""
+    """Check that `target_parameters` match parameters and are not combined with settings that peft does not support."""
     key, problems = "method.target_parameters", []
     names = [name for name, _ in model.named_parameters()]
     fused = sorted({".".join(n.split(".")[-3:]) for n, p in model.named_parameters() if p.ndim == 3})
@@ -236,11 +242,11 @@ def _check_parameters(config: LoraKeys, model: nn.Module) -> None:
 
 
 def _keep_from_experts(settings: peft.LoraConfig, model: nn.Module, *, all_linear: bool) -> None:
-    """Have peft adapt the linear layers that are named, or say that it cannot.
+    """Leave out linear layers that peft would replace by fused experts, or refuse them if they were named.
 
-    In mixtures that were not fused in transformers 4 (DeepSeek-V3, Qwen-MoE), peft takes gate_proj, up_proj and
-    down_proj for the experts' old names: it adapts the fused experts instead of dense MLPs and shared experts, here and
-    again wherever the adapter is loaded (peft.utils.transformers_weight_conversion).
+    For mixtures that were not fused in transformers 4 (DeepSeek-V3, Qwen-MoE), peft interprets gate_proj, up_proj and
+    down_proj as the old names of the experts. It adapts the fused experts instead of dense MLPs and shared experts,
+    also when the adapter is loaded (peft.utils.transformers_weight_conversion).
     """
     asked = set(settings.target_parameters or ())
     trial = copy.deepcopy(settings)
@@ -253,33 +259,33 @@ def _keep_from_experts(settings: peft.LoraConfig, model: nn.Module, *, all_linea
         return
     lost = sorted({name.rsplit(".", 1)[-1] for name in set(settings.target_modules or ()) - set(trial.target_modules)})
     if not all_linear:
-        rule = f"peft takes {', '.join(lost)} for the fused {', '.join(unasked)} in this model"
-        way_out = "leave them out; to adapt experts name method.target_parameters, and routers by moe.router=adapt"
+        rule = f"peft interprets {', '.join(lost)} as the fused {', '.join(unasked)} in this model"
+        way_out = "remove them; to adapt experts set method.target_parameters, and for routers moe.router=adapt"
         raise RequestError.of("method.target_modules", rule, way_out)
     settings.target_modules = trial.target_modules
     warnings.warn(f"all-linear leaves out {', '.join(lost)}: peft would adapt fused experts instead", stacklevel=2)
 
 
 def _check_packed_copies(config: LoraKeys, model: nn.Module) -> None:
-    """Packed bits are no numbers to train: no module that is saved along may hold any."""
+    """Check that no module of `modules_to_save` has packed weights, which cannot be trained."""
     problems = []
     packed = find_packed(model)
     for want in config.modules_to_save:
         inside = [n for n in packed if re.search(rf"(^|\.){re.escape(want)}\.", n)]
         if inside:
-            rule = f"{want!r} would be trained whole, and {inside[0]} is packed in {packed[inside[0]].scheme}"
+            rule = f"{want!r} would be trained in full, but {inside[0]} is packed in {packed[inside[0]].scheme}"
             problems.append(Problem("method.modules_to_save", rule, "adapt it, or set model.quantization=none"))
     if problems:
         raise RequestError(*problems)
 
 
 def _explain_packed_experts(model: nn.Module, error: ValueError) -> None:
-    """Adapters of parameters add to a weight, and of packed experts none is kept to add to.
+    """Raise an error that explains why peft cannot adapt packed experts, if this is the cause of `error`.
 
-    peft takes names such as gate_proj for the fused experts that they were part of before transformers 5.
+    peft interprets names such as gate_proj as the fused experts that contain them since transformers 5.
     """
     packed = [name for name, entry in find_packed(model).items() if len(entry.shape) > 2]
     if packed and "dimensional Parameter" in str(error):
-        rule = f"peft would adapt fused experts, and {packed[0]} is packed in {find_packed(model)[packed[0]].scheme}"
+        rule = f"peft would adapt fused experts, but {packed[0]} is packed in {find_packed(model)[packed[0]].scheme}"
         way_out = "set method.target_modules to the attention's layers, or model.quantization=none"
         raise RequestError.of("method.target_modules", rule, way_out) from error

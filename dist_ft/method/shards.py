@@ -1,4 +1,4 @@
-"""A model folder written while its weights arrive: rank 0 never holds more than a shard and a tensor."""
+"""Writing of a model folder from a stream of weights: rank 0 holds at most one shard and one tensor."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..state import Weights
 
-SHARD_BYTES = 2 * 2**30  # of a file; what is held while it fills
+SHARD_BYTES = 2 * 2**30  # maximum file size, and thus the memory that a shard needs
 
 
 def write_model(model: nn.Module, weights: Weights, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """What `save_pretrained` writes, from a stream.
+    """Write the same files as `save_pretrained`, but from a stream of tensors.
 
     Args:
-        model: transformers' own; gives configuration and names, and needs no weights.
-        weights: full tensors by parameter name, each once; consumed one by one.
-        out: the folder.
-        shard_bytes: at most this much is in a file, unless one tensor is larger.
+        model: transformers model, used for configuration and names; it needs no weights.
+        weights: Full tensors by parameter name, each once; consumed one by one.
+        out: Folder to write to.
+        shard_bytes: Maximum size of a file in bytes, unless a single tensor is larger.
     """
     save_rest(model, out)
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
@@ -45,7 +45,7 @@ def write_model(model: nn.Module, weights: Weights, out: Path, shard_bytes: int 
         places[name] = files + 1
         held_bytes += size
         total_bytes += size
-        del tensor  # else it is held beside the next one
+        del tensor  # otherwise it would stay in memory with the next one
     files += 1
     _write(out, files, held)
     names = {number: f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)}
@@ -62,20 +62,20 @@ def write_model(model: nn.Module, weights: Weights, out: Path, shard_bytes: int 
 
 
 def save_rest(model: Any, out: Path) -> None:
-    """Everything of a model folder but the weights: configuration, generation settings, code of its own."""
+    """Write everything but the weights: configuration, generation settings, custom code."""
     model.save_pretrained(out, state_dict={})
     (out / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
 
 
 def to_file_names(model: Any, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Tensors under the names and in the shapes of the model's files, which may hold fused ones apart.
+    """Convert tensors to the names and shapes of the model's files, in which fused tensors may be separate.
 
-    Where a file's tensor is made of several of the model's, those of a block are held until it is complete.
+    If a tensor of the file consists of several tensors of the model, those of a block are collected first.
     """
     groups = _blocks(weights) if _joins_tensors(model) else ({name: tensor} for name, tensor in weights)
     for group in groups:
         for name, tensor in revert_weight_conversion(model, group).items():
-            # A part of another tensor must not keep all of it.
+            # Copy a view, so that it does not keep the whole tensor in memory.
             whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             yield name, tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -91,7 +91,7 @@ def _joins_tensors(model: Any) -> bool:
 
 
 def _block_of(name: str) -> str:
-    """`model.layers.3.`; of what stands outside the blocks, its own name."""
+    """Return the prefix of the block, such as `model.layers.3.`; outside of blocks, the name itself."""
     found = re.match(r".*?\.\d+\.", name)
     return found[0] if found else name
 

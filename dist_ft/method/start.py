@@ -1,8 +1,8 @@
 """LoRA initializations that move a part of the frozen weight into the adapter: PiSSA and OLoRA, by peft's formulas.
 
-W becomes W - s·B0·A0 and the adapter is initialized to B0·A0, so that the model equals the base model at first. B0 and
-A0 are stored in a file of the run: a resumed run subtracts the same part from W, whatever its machine's factorization
-would give, and the export is an adapter of twice the rank for the unchanged base model,
+W becomes W - s·B0·A0 and the adapter is initialized to B0·A0, so that the initial model equals the base model. B0 and
+A0 are stored in a file of the run, so that a resumed run subtracts the same product from W even if the factorization
+differs on its machine. The export is an adapter of twice the rank for the unchanged base model:
 s·(B·A - B0·A0) = s·[B, -B0]·[A; A0].
 """
 
@@ -39,10 +39,10 @@ def begin(
     """Initialize the adapters and subtract their part from the base weights.
 
     Args:
-        model: With its weights, and adapters of their final shapes.
+        model: Model with weights and with adapters of their final shapes.
         kind: `pissa`, `pissa_niter_N` (Meng et al. 2024, arXiv 2404.02948) or `olora` (Büyükakyüz 2024, arXiv
             2406.01775).
-        dtype: Of the forward; the factors are rounded to it, as some engines do with all weights.
+        dtype: Dtype of the forward, to which the factors are rounded, as some engines round all weights.
         start: The factors of a resumed run; computed if None.
         tick: Called for each layer: a factorization takes long.
 

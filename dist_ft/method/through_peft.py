@@ -1,4 +1,4 @@
-"""What methods by peft share: names that must match a module, and the export in peft's format."""
+"""Common parts of the methods by peft: names that must match a module, and the export in peft's format."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str])
     """Check that each of `wanted` is a module name or the end of one after a dot.
 
     Args:
-        key: Of the configuration, for the error.
+        key: Configuration key, for the error.
         wanted: Names to check.
         model: The model.
         usual: Names to suggest if none is similar.
@@ -72,19 +72,19 @@ def check_names(key: str, wanted: list[str], model: nn.Module, usual: list[str])
 
 
 def keep_to_text(key: str, wanted: str | list[str], anatomy: Anatomy, names: Iterable[str] = ()) -> str | list[str]:
-    """Return what peft is told so that it adapts only modules (or parameters) that a text reaches.
+    """Restrict the targets for peft to modules (or parameters) that text reaches.
 
     Args:
-        key: Of the configuration, for the error.
-        wanted: Ends of names after a dot, or a regular expression for full names, as for peft.
-        anatomy: Of the model.
-        names: What `wanted` is matched with; by default the names of all modules.
+        key: Configuration key, for the error.
+        wanted: Ends of names after a dot, or a regular expression for full names, as in peft.
+        anatomy: Anatomy of the model.
+        names: Names that `wanted` is matched against; by default, the names of all modules.
 
     Returns:
-        `wanted`, or the full names of what it means in reach of text if it also means something else.
+        `wanted`, or, if it also matches parts that text does not reach, the full names of the other matches.
 
     Raises:
-        RequestError: With a problem for each entry that means only what no text reaches.
+        RequestError: With a problem for each entry that matches only parts that text does not reach.
     """
     if not anatomy.idle:
         return wanted

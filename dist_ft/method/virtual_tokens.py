@@ -1,4 +1,4 @@
-"""What prompt, prefix and P-tuning share: an encoder next to the frozen model computes what precedes every row."""
+"""Common base of prompt, prefix and P-tuning: an encoder computes trained positions that precede every row."""
 
 from __future__ import annotations
 

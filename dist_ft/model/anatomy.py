@@ -1,4 +1,4 @@
-"""What a model is made of, found once from its modules and never from a list of model names."""
+"""The parts of a model, found once from its modules and never from a list of model names."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .router_form import find_form
 
 
 def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_ids: Iterable[int] = ()) -> Anatomy:
-    """Find the parts of a loaded model to which no method was applied yet.
+    """Find the parts of a loaded model before a method is applied to it.
 
     Raises:
-        RequestError: A router does not return the logits that it chooses experts by.
+        RequestError: A router does not return the logits by which it chooses experts.
     """
     idle = find_idle(model)
     blocks = [name for name in _find_blocks(model) if not lies_in(name, idle)]
@@ -57,9 +57,9 @@ def find_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Send every rank the persistent buffers of rank 0: engines distribute parameters, and some nothing else.
+    """Broadcast the persistent buffers of rank 0, because some engines distribute only parameters.
 
-    Otherwise the routers of DeepSeek-V3 would use their correction bias on rank 0 only.
+    Otherwise, only rank 0 would have the correction bias of DeepSeek-V3's routers.
     """
     buffers = find_buffers(model)
     if comm.from_main(bool(buffers)):
@@ -68,7 +68,7 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module that peft wrapped with an adapter or a trainable copy."""
+    """Return the original module inside peft's wrapper for an adapter or a trainable copy."""
     while True:
         inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
         if not isinstance(inner, nn.Module):
@@ -77,14 +77,14 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def _embeddings_of(model: Any) -> tuple[Any, Any]:
-    """Input and output embeddings of a transformers model; None where it has none."""
+    """Return the input and output embeddings of a transformers model; None if it has none."""
     if not hasattr(model, "get_input_embeddings"):
         return None, None
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
 def _find_blocks(model: nn.Module, prefix: str = "") -> list[str]:
-    """Names of the children of every outermost ModuleList that have parameters.
+    """Return the names of the children with parameters of every outermost ModuleList.
 
     Lists inside a block, such as separate experts, belong to the block.
     """
@@ -99,7 +99,7 @@ def _find_blocks(model: nn.Module, prefix: str = "") -> list[str]:
 
 
 def _find_mixtures(model: nn.Module, blocks: list[str]) -> list[Mixture]:
-    """The mixtures of experts in order; empty for a dense model."""
+    """Return the mixtures of experts in order; empty for a dense model."""
     found = []
     layers = {id(module): i for i, name in enumerate(blocks) for module in model.get_submodule(name).modules()}
     for name, module in model.named_modules():
@@ -122,7 +122,7 @@ def _find_mixtures(model: nn.Module, blocks: list[str]) -> list[Mixture]:
 
 
 def _experts_shape(module: nn.Module) -> tuple[int, set[int]] | None:
-    """How many experts `module` holds and the sizes of their matrices; None if it holds none."""
+    """Return the number of experts in `module` and the sizes of their matrices; None if it has no experts."""
     if isinstance(module, nn.ModuleList):
         shapes = [shapes_of(expert) for expert in module]
         alike = len(shapes) > 1 and bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
@@ -137,7 +137,7 @@ def _experts_shape(module: nn.Module) -> tuple[int, set[int]] | None:
 
 
 def _routes(module: nn.Module, num_experts: int, sizes: set[int]) -> bool:
-    """Whether `module` scores the input of experts of these sizes: its weight is `[experts, hidden]`."""
+    """Return whether `module` is a router of experts of these sizes: its weight is `[experts, hidden]`."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
         return False

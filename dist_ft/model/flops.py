@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, and the peak of a device: the two halves of model FLOPs utilization.
+"""Floating-point operations of a training step and peak performance of a device, for model FLOPs utilization (MFU).
 
-Counted as in PaLM (Chowdhery et al. 2022, appendix B): matrix products only; recomputation is not model work. Attention
-is counted for each document's own length and causally, so that packing gains nothing on paper. Frozen weights need no
-weight gradient: two thirds of the work of trained ones. Of a mixture's experts only the chosen ones count.
+Counted as in PaLM (Chowdhery et al. 2022, appendix B): only matrix products, without recomputation. Attention is causal
+and counted for the length of each document, so packing does not increase the count. Frozen weights need no weight
+gradient and count two thirds of trained ones. Of a mixture's experts, only the chosen ones count.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class StepCost:
 
 
 def count_step_cost(built: BuiltModel) -> StepCost:
-    """Count FLOP from the model's matrices: 2 per weight and token forward, as many for each of the two gradients.
+    """Count FLOP from the model's matrices: 2 per weight and token in the forward, and 2 for each of the two gradients.
 
-    Embedding lookups do not count; a tied head does, as a product. A token uses `top_k` of a mixture's experts,
-    so their matrices and the adapters on them count by that share; routers and shared experts see every token. A
-    low-rank adapter counts as its factors, however its product is computed. Attention counts as if every layer saw the
-    whole document: a sliding window does less than that.
+    Embedding lookups do not count, but a tied head does. A token uses `top_k` of a mixture's experts, so their matrices
+    and the adapters on them count by that share; routers and shared experts process every token. A low-rank adapter
+    counts as its factors, however its product is computed. Every layer is assumed to attend to the whole document, so
+    sliding windows are overestimated.
     """
     model, anatomy = built
     shares = {
@@ -64,8 +64,8 @@ def count_step_cost(built: BuiltModel) -> StepCost:
 
 
 def _matrices(module: nn.Module, *, is_expert: bool, is_router: bool) -> list[tuple[int, bool]]:
-    """Elements of the module's own matrices that tokens are multiplied with, and whether each is trained."""
-    if isinstance(module, nn.Linear):  # also a quantized one, whose parameter has another size
+    """Return the number of elements of each matrix that tokens are multiplied with, and whether it is trained."""
+    if isinstance(module, nn.Linear):  # also a quantized one, whose parameter has a different size
         return [(module.in_features * module.out_features, module.weight.requires_grad)]
     if isinstance(module, Conv1D):
         return [(module.weight.numel(), module.weight.requires_grad)]
@@ -75,14 +75,14 @@ def _matrices(module: nn.Module, *, is_expert: bool, is_router: bool) -> list[tu
 
 
 def _replaced(model: nn.Module) -> set[int]:
-    """Modules that are kept but not called, because peft trains a copy of them."""
+    """Return the ids of modules that are not called because peft trains a copy of them."""
     wrappers = [module for module in model.modules() if getattr(module, "modules_to_save", None)]
     originals = [getattr(wrapper, "original_module", None) for wrapper in wrappers]
     return {id(module) for original in originals if original is not None for module in original.modules()}
 
 
 def _attention_features(anatomy: Anatomy) -> float:
-    """Features of a layer's queries and of its values, over all heads."""
+    """Return the features of a layer's queries and values over all heads."""
     config: Any = anatomy.model.config
     if isinstance(config, PreTrainedConfig):
         config = config.get_text_config()

@@ -1,4 +1,4 @@
-"""Loading a model in the form that its task needs: weights on one rank, the same modules without on the others."""
+"""Loading of a model as its task requires: with weights on one rank, and the same modules without on the others."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from .vocabulary import grow, grow_settings
 
 
 def load_config(config: ModelConfig, folder: str) -> PreTrainedConfig:
-    """The architecture's configuration.
+    """Return the configuration of the model in `folder`.
 
     Raises:
-        RequestError: there is none that transformers reads.
+        RequestError: The folder has no configuration that transformers can read.
     """
     try:
         return AutoConfig.from_pretrained(folder, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError.of(
-            "model.name_or_path", f"{folder}: {_first_line(error)}", "name a folder or hub id of a transformers model"
+            "model.name_or_path", f"{folder}: {_first_line(error)}", "set it to a folder or Hub id of a model"
         ) from error
 
 
 def load_settings(config: ModelConfig, folder: str, architecture: Architecture) -> PreTrainedConfig:
-    """Return the configuration with what the task needs of it."""
+    """Return the configuration with the overrides that the task requires."""
     settings = load_config(config, folder)
     for key, value in architecture.overrides.items():
         setattr(settings, key, value)
@@ -69,8 +69,8 @@ def load_model(
         folder: The model's files.
         attention: The attention implementation.
         architecture: What the task needs of the model.
-        weights: If false, modules and buffers are the same and parameters are uninitialized memory, which the operating
-            system does not allocate before it is written: ranks that receive their weights later need none here.
+        weights: If False, parameters are uninitialized memory, which the operating system allocates only when it is
+            written. It is meant for ranks that receive their weights later; modules and buffers are the same.
 
     Returns:
         The model with its parts.
@@ -90,7 +90,7 @@ def load_model(
     }
     if weights and config.from_scratch:
         grow_settings(settings, architecture)
-        model = auto_class(architecture).from_config(settings, **options)  # which draws them from torch's generator
+        model = auto_class(architecture).from_config(settings, **options)  # draws weights from torch's generator
         _keep_in_float32(model)
     elif weights:
         model = _read(config, folder, architecture, settings, options)
@@ -111,9 +111,9 @@ def load_model(
 
 
 def find_task_head(model: Any) -> list[str]:
-    """Return the names of the modules outside a model's base: what a task puts on it. A pooler is among them.
+    """Return the names of the modules outside a model's base, that is, of the task's head, including a pooler.
 
-    The pooler of a BERT is trained for its own pre-training task, and not at all in many folders.
+    The pooler of a BERT was trained for its pre-training task, and is missing in many folders.
 
     Raises:
         RequestError: The model does not separate its base from its head.
@@ -128,21 +128,21 @@ def find_task_head(model: Any) -> list[str]:
 
 
 def auto_class(architecture: Architecture) -> Any:
-    """The class of transformers that gives models of this kind."""
+    """Return the auto class of transformers for this architecture."""
     return getattr(transformers, architecture.auto_class)
 
 
 def open_pretrained(
     config: ModelConfig, folder: str, architecture: Architecture, settings: PreTrainedConfig, /, **options: Any
 ) -> Any:
-    """What transformers' `from_pretrained` gives, also where its classes call a base by two names.
+    """Call `from_pretrained`, also if the classes of an architecture use different names for the base model.
 
-    Weights are saved again under the names of the class that they were loaded into. Those that are quantized in the
-    folder are dequantized.
+    Weights are saved under the names of the class into which they were loaded. Weights that are quantized in the folder
+    are dequantized.
 
     Raises:
         RequestError: The weights are quantized in a format that cannot be dequantized.
-        MachineError: A package that reads them is not installed.
+        MachineError: A package that is needed to read them is not installed.
     """
     renamed, stored = rename_base(config, folder, architecture), read_dequantized(settings)
     mapping = {"key_mapping": renamed} if renamed else {}
@@ -157,12 +157,12 @@ def open_pretrained(
             plain = _build_empty(settings, architecture, {"dtype": options["dtype"]})
         settle_dequantized(model, {name: tensor.dtype for name, tensor in plain.state_dict().items()})
     if renamed:
-        model._weight_conversions = None  # else saving renames them back
+        model._weight_conversions = None  # otherwise, saving would rename the weights back
     return found
 
 
 def _build_empty(settings: PreTrainedConfig, architecture: Architecture, options: dict[str, Any]) -> Any:
-    """The modules that `from_pretrained` gives for plain weights of this configuration, uninitialized."""
+    """Build the modules that `from_pretrained` builds for unquantized weights, without initializing them."""
     with no_init_weights():
         model = auto_class(architecture).from_config(settings, **options)
     _keep_in_float32(model)
@@ -171,10 +171,10 @@ def _build_empty(settings: PreTrainedConfig, architecture: Architecture, options
 
 
 def _keep_in_float32(model: Any) -> None:
-    """Give what the class wants in float32 that dtype, as `from_pretrained` does and `from_config` does not (5.23).
+    """Convert modules that the class keeps in float32, as `from_pretrained` does but `from_config` does not (5.23).
 
-    Such as the correction bias of DeepSeek-V3's routers and the whole routers of ERNIE 4.5, which ranks without weights
-    would have in bfloat16.
+    Otherwise, ranks without weights would have them in bfloat16: for example, the correction bias of DeepSeek-V3's
+    routers, and the routers of ERNIE 4.5.
     """
     wanted = [re.compile(name.replace("*", ".*")) for name in model._keep_in_fp32_modules_strict or ()]
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -183,10 +183,10 @@ def _keep_in_float32(model: Any) -> None:
 
 
 def rename_base(config: ModelConfig, folder: str, architecture: Architecture) -> dict[str, str]:
-    """The `key_mapping` of `from_pretrained` that a new head needs over a folder of another class; mostly none.
+    """Return the `key_mapping` of `from_pretrained` for a new head on a folder of another class; usually empty.
 
-    Decoders of transformers call their base `model`, and `transformer` in their form for questions (5.23): without
-    this that form begins with random weights over a folder of a language model.
+    Decoders in transformers name their base `model`, but `transformer` in their question answering class (5.23).
+    Without the mapping, that class would start with random weights when it is loaded from a language model.
     """
     if not architecture.new_head:
         return {}
@@ -210,12 +210,12 @@ def _read(
             revision=config.revision,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them
+            ignore_mismatched_sizes=True,  # mismatches are reported in the error below
             **options,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise RequestError.of(
-            "model.name_or_path", f"{folder}: {_first_line(error)}", "see that its safetensors are whole and its own"
+            "model.name_or_path", f"{folder}: {_first_line(error)}", "check that its safetensors files are complete"
         ) from error
     head = tuple(f"{name}." for name in find_task_head(model)) if architecture.new_head else ()
     problems = []
@@ -223,7 +223,7 @@ def _read(
         found = (entry if isinstance(entry, str) else entry[0] for entry in report.get(kind) or ())
         if names := sorted(name for name in found if not (head and name.startswith(head))):
             rule = f"{kind.replace('_', ' ')} would be made up at random: {', '.join(names[:5])} ({len(names)} in all)"
-            problems.append(Problem(f"model.name_or_path={folder}", rule, "use weights of the config.json beside them"))
+            problems.append(Problem(f"model.name_or_path={folder}", rule, "use weights that match its config.json"))
     if problems:
         raise RequestError(*problems)
     assert isinstance(model, PreTrainedModel)
@@ -231,19 +231,19 @@ def _read(
 
 
 def _settle_generation(model: PreTrainedModel, config: ModelConfig, folder: str) -> None:
-    """Have a model that is built from its configuration generate as one that is read from the folder.
+    """Give a model that is built from its configuration the generation settings of the folder.
 
-    Else ranks that are sent their weights would score other texts than rank 0, such as BART's without its first token.
+    Otherwise, ranks without weights would generate other texts than rank 0, such as BART's without its first token.
     """
     if model.can_generate():
-        with contextlib.suppress(OSError):  # many folders say nothing of it
+        with contextlib.suppress(OSError):  # many folders have no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(folder, revision=config.revision)
 
 
 def _model_class(config: ModelConfig, folder: str, architecture: Architecture) -> type[PreTrainedModel]:
     settings = load_config(config, folder)
     auto = auto_class(architecture)
-    with torch.device("meta"), no_init_weights():  # remote code has no mapping to look up
+    with torch.device("meta"), no_init_weights():  # built because remote code has no class mapping
         if type(settings) in auto._model_mapping:
             found: type[PreTrainedModel] = auto._model_mapping[type(settings)]
             return found
@@ -254,7 +254,7 @@ def _model_class(config: ModelConfig, folder: str, architecture: Architecture) -
             raise RequestError.of(
                 "model.name_or_path",
                 f"{Path(folder).name}: {_first_line(error)}",
-                f"name a model that has a {kind} form",
+                f"use a model that has a {kind} class",
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a step cost: time, tokens, memory, and the share of the device's arithmetic that it used."""
+"""Cost of a step: time, throughput, memory, and model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Meter:
     """A hook that measures `perf/*`.
 
     Args:
-        device: Of this rank.
-        world_size: Number of ranks, over which the device peak adds up.
-        cost: FLOP of the model.
+        device: Device of this rank.
+        world_size: Number of ranks, by which the peak of the device is multiplied.
+        cost: FLOP count of the model.
     """
 
     def __init__(self, device: torch.device, world_size: int, cost: StepCost) -> None:
@@ -27,7 +27,7 @@ class Meter:
         self.peak = None if peak is None else peak * world_size
 
     def before_step(self, micros: Sequence[Batch]) -> None:
-        """Do nothing: the loop takes the time."""
+        """Do nothing; the loop measures the time."""
 
     def after_step(self, info: StepInfo) -> Metrics:
         """Return throughput, step time, peak memory and, if the device's peak is known, MFU."""
@@ -42,7 +42,7 @@ class Meter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this rank has held: on its GPU, or of its process."""
+    """Return the peak memory of this rank in bytes: on its GPU, or of its process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
 """Random regularization of the model: dropout rates, and noise on embeddings (NEFTune).
 
-Both draw from torch's generator, one micro-batch after another. With either of them, two runs have the same loss curve
-only on the same engine, world size and micro-batch size.
+Both draw from torch's generator for each micro-batch. With either of them, two runs have the same loss curve only with
+the same engine, world size and micro-batch size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def set_dropout(settings: PreTrainedConfig, rate: float) -> None:
     """Set every dropout rate of a model's configuration and of its sub-configurations, except `layerdrop` rates.
 
     Raises:
-        RequestError: There is none.
+        RequestError: The configuration has no dropout rate.
     """
     found = 0
     below = [value for value in vars(settings).values() if isinstance(value, PreTrainedConfig)]
@@ -42,7 +42,7 @@ def add_embedding_noise(model: nn.Module, embeddings: nn.Module, alpha: float) -
     in a resumed run, but not on another world size or with another micro-batch size.
 
     Args:
-        model: Receives the inputs of the micro-batch, and with them the lengths of the documents.
+        model: The model; its inputs contain the lengths of the documents.
         embeddings: The input embeddings, with output `[batch, seq, d]`.
         alpha: 5 to 15 in the paper.
     """
@@ -63,7 +63,7 @@ def add_embedding_noise(model: nn.Module, embeddings: nn.Module, alpha: float) -
 
 
 def _lengths_of(inputs: dict[str, Any]) -> Tensor:
-    """`[batch, seq]`: the length of the document that each token belongs to."""
+    """Return the length of the document that each token belongs to, `[batch, seq]`."""
     if "document_lengths" in inputs:
         documents = torch.tensor(inputs["document_lengths"])
         return documents.repeat_interleave(documents)[None]

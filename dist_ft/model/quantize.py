@@ -1,8 +1,8 @@
-"""A frozen model in 4 or 8 bits (QLoRA: Dettmers et al. 2023): linear layers of the blocks, and fused experts.
+"""Quantization of a frozen model to 4 or 8 bits (QLoRA: Dettmers et al. 2023): linear layers and fused experts.
 
-A packed weight and its statistics are one frozen parameter under the weight's own name, viewed as the compute dtype.
-Each engine treats it as any other parameter: DDP broadcasts it, FSDP2 and ZeRO-3 shard and gather it. The 16-bit weight
-exists only while its layer computes, in the forward and again in the backward.
+A packed weight and its statistics are stored as one frozen parameter under the name of the weight, viewed as the
+compute dtype. Engines treat it as any other parameter: DDP broadcasts it, FSDP2 and ZeRO-3 shard and gather it. The
+16-bit weight exists only while its layer computes, in the forward and again in the backward.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .quantization.experts import quantize_experts
 from .quantization.linear import QuantizedLinear
 from .quantization.packing import import_bitsandbytes
 
-UNPACKED_SHARE = 0.1  # of the blocks' matrices that may be of another kind, such as convolutions
+UNPACKED_SHARE = 0.1  # maximum share of the blocks' matrices of kinds that cannot be packed, such as convolutions
 
 
 def quantize(model: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool) -> nn.Module:
     """Pack the blocks' linear layers and fused experts in place; head, embeddings, norms and routers are unchanged.
 
     Args:
-        model: On the CPU (or meta), in `dtype`.
+        model: Model in `dtype` on the CPU or the meta device.
         scheme: `nf4` or `int8`; `none` returns the model unchanged.
-        dtype: Of the forward.
-        weights: Whether the model holds its weights; otherwise only shapes are created.
+        dtype: Dtype of the forward.
+        weights: Whether the model has its weights; otherwise, packed parameters are created but not filled.
 
     Raises:
         MachineError: bitsandbytes is not installed.
@@ -40,7 +40,7 @@ def quantize(model: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool
 
 
 def quantize_parts(anatomy: Anatomy, scheme: str, dtype: torch.dtype, *, weights: bool) -> None:
-    """Do the same for a model whose anatomy is known; see `quantize`."""
+    """Quantize a model whose anatomy is known; see `quantize`."""
     model = anatomy.model
     import_bitsandbytes()
     if getattr(getattr(model, "config", None), "quantization_config", None):
@@ -71,7 +71,7 @@ def _pack_linear(linear: nn.Module, scheme: str, dtype: torch.dtype, *, weights:
 
 
 def _refuse_the_rest(anatomy: Anatomy, scheme: str, packed: list[nn.Module]) -> None:
-    """Refuse a model most of which would remain in 16 bits, such as GPT-2 with its Conv1D layers."""
+    """Refuse a model of which a large part would remain in 16 bits, such as GPT-2 with its Conv1D layers."""
     routers = anatomy.parts(mixture.router for mixture in anatomy.mixtures)
     seen_to = {id(p) for module in (*packed, *routers) for p in module.parameters(recurse=False)}
     matrices = {

@@ -1,8 +1,8 @@
 """The parts of a multimodal model that text does not reach: vision and audio towers, projectors, idle layers.
 
-Found by one forward of text over fake tensors, which have shapes but no memory: a parameter is reached if autograd
-would give it a gradient. Twins of the model are built from its configuration, so that the model itself is not touched
-and every rank finds the same.
+They are found by one forward of text over fake tensors, which have shapes but no memory: text reaches a parameter if
+autograd would give it a gradient. The forward uses a twin that is built from the model's configuration, so that the
+model itself is unchanged and every rank gets the same result.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from transformers.initialization import no_init_weights
 from ..state import Anatomy
 
 TEXT = 8  # tokens of the traced row
-DTYPE = torch.bfloat16  # of the traced weights: fake products of grouped experts know no other
+DTYPE = torch.bfloat16  # of the traced weights: the fake kernel of grouped experts supports no other
 
 
 def find_idle(model: nn.Module) -> list[str]:
-    """Return the names of the outermost modules, and of single parameters, that a text's output does not depend on.
+    """Return the names of the outermost modules, and of single parameters, that do not affect the output for text.
 
-    Only models whose configuration is made of several are looked at; empty for others. Where a class cannot be traced,
-    the towers with a configuration of their own are returned, and a warning says so.
+    Only models with a composite configuration are traced; the result is empty for others. If a class cannot be traced,
+    the towers that have their own configuration are returned with a warning.
     """
     if not isinstance(model, PreTrainedModel) or not _parts_of(model.config):
         return []
     try:
         reached = _reached_by_text(_twin_of(model))
-    except Exception as error:  # a class may fail in any way, such as one that demands an image
+    except Exception as error:  # a class may fail in any way, for example because it requires an image
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"{type(model).__name__}: no trace of a text ({reason}); towers are left out", stacklevel=2)
         return _find_towers(model)
@@ -50,7 +50,7 @@ def lies_in(name: str, parts: Iterable[str]) -> bool:
 
 
 def name_idle(anatomy: Anatomy) -> str:
-    """Return the names of the idle parts, with `*` for the number of a layer, and their parameters in all."""
+    """Describe the idle parts: their names, with `*` for layer numbers, and their total number of parameters."""
     named = anatomy.model.named_parameters()
     count = sum(parameter.numel() for name, parameter in named if lies_in(name, anatomy.idle))
     names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in anatomy.idle)
@@ -58,12 +58,12 @@ def name_idle(anatomy: Anatomy) -> str:
 
 
 def _parts_of(config: Any) -> list[PreTrainedConfig]:
-    """The configurations that a composite configuration consists of."""
+    """Return the parts of a composite configuration."""
     return [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
 
 
 def _twin_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Modules of the same class and configuration on the meta device, with attention that runs on fake tensors."""
+    """Build the same modules on the meta device, with an attention implementation that runs on fake tensors."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     with torch.device("meta"), no_init_weights():
@@ -71,7 +71,7 @@ def _twin_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _reached_by_text(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that the output for a row of text depends on."""
+    """Return the names of the parameters that the output for a row of text depends on."""
     with torch.device("cpu"), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         weights = {n: torch.empty(p.shape, dtype=DTYPE).requires_grad_() for n, p in model.named_parameters()}
         buffers = {n: torch.empty(b.shape, dtype=b.dtype) for n, b in model.named_buffers()}
@@ -81,7 +81,7 @@ def _reached_by_text(model: PreTrainedModel) -> set[str]:
 
 
 def _row_of_text(model: PreTrainedModel) -> dict[str, Any]:
-    """What the forward is called with: token ids and nothing else that it can do without."""
+    """Return the arguments of the forward: token ids, and other inputs only if they are required."""
     ids = torch.zeros(1, TEXT, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": ids}
     if model.config.is_encoder_decoder:
@@ -92,7 +92,7 @@ def _row_of_text(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def leaves_of(outputs: Any) -> set[int]:
-    """Identities of the tensors that the graph behind `outputs` ends in."""
+    """Return the `id` of each leaf tensor of the autograd graph of `outputs`."""
     open_nodes = [tensor.grad_fn for tensor in _tensors_in(outputs) if tensor.grad_fn is not None]
     seen: set[Any] = set()
     leaves = set()
@@ -116,7 +116,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _outermost(module: nn.Module, idle: set[str], prefix: str = "") -> Iterator[str]:
-    """The modules all of whose parameters are in `idle`, and the parameters of it that stand beside reached ones."""
+    """Yield the outermost modules whose parameters are all in `idle`, and single idle parameters of other modules."""
     names = [prefix + name for name, _ in module.named_parameters()]
     if prefix and names and idle.issuperset(names):
         yield prefix[:-1]
@@ -129,7 +129,7 @@ def _outermost(module: nn.Module, idle: set[str], prefix: str = "") -> Iterator[
 
 
 def _find_towers(model: PreTrainedModel) -> list[str]:
-    """The outermost models inside the model whose configuration is a part of its own, except the one of text."""
+    """Return the names of the outermost inner models with their own configuration, except the text model."""
     text = model.config.get_text_config()
     other = {id(part) for part in _parts_of(model.config) if part is not text and text not in _parts_of(part)}
     found: list[str] = []

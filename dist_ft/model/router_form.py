@@ -1,4 +1,4 @@
-"""What a router's forward returns, found by calling a copy of it on random input."""
+"""The format of a router's output, found by calling a copy of the router on random input."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..state import RouterForm
 def find_form(router: nn.Module, name: str, config: Any) -> RouterForm:
     """Call a copy of the router on random tokens and find the output that equals `x @ weight.T + bias`.
 
-    Several models return probabilities where logits are expected (transformers #45120), and a balance loss over them
-    would apply the softmax twice. Raw logits are therefore recognized by their values and not by their position.
+    Several models return probabilities in place of logits (transformers #45120), and a balance loss over them would
+    apply the softmax twice. Raw logits are therefore recognized by their values and not by their position.
 
     Args:
-        router: With a `[experts, hidden]` weight; it may be on the meta device.
-        name: Of the router, for errors.
+        router: Module with an `[experts, hidden]` weight; it may be on the meta device.
+        name: Name of the router, for errors.
         config: The model's configuration, or None.
 
     Raises:
-        RequestError: No output holds the raw logits.
+        RequestError: None of the outputs are the raw logits.
     """
     generator = torch.Generator().manual_seed(0)
     router = copy.deepcopy(router).to_empty(device="cpu").float().eval()
@@ -60,6 +60,6 @@ def _is(output: Tensor, expected: Tensor) -> bool:
 
 
 def _sigmoid(weights: Tensor, logits: Tensor, chosen: Tensor) -> bool:
-    """Whether the weights of the chosen experts are proportional to the sigmoids of their logits."""
+    """Return whether the weights of the chosen experts are proportional to the sigmoids of their logits."""
     scores = logits.sigmoid().gather(1, chosen)
     return torch.allclose(weights / weights.sum(-1, keepdim=True), scores / scores.sum(-1, keepdim=True), rtol=1e-3)

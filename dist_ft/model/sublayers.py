@@ -1,4 +1,4 @@
-"""Where the sublayers of a block end: the places of bottleneck adapters."""
+"""The last linear layers of the sublayers of a block, after which bottleneck adapters are inserted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SublayerEnd:
 
 
 def find_sublayer_ends(anatomy: Anatomy) -> list[SublayerEnd]:
-    """Return where attention (self and cross) and the MLP of each block end.
+    """Return the last linear layers of attention (self and cross) and of the MLP of each block.
 
     Attention is a module whose class name contains "Attention"; its last linear layer is its end. The linear layers
     outside attention are the block's MLP, and the last of them is its end.

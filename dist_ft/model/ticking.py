@@ -1,4 +1,4 @@
-"""Ticks of transformers' long loops (loading, saving, packing), which would otherwise look like a hang."""
+"""Progress ticks in long loops (loading, saving, packing), which would otherwise look like a hang."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..state import Beat
 
 @contextlib.contextmanager
 def ticking(tick: Beat) -> Iterator[None]:
-    """Within, each item of a loop with a progress bar of transformers ticks: a tensor loaded, a file saved."""
+    """Return a context in which every item of a transformers progress bar ticks: a tensor loaded, a file saved."""
 
     def open_bar(bar: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> _TickingBar:
         return _TickingBar(bar(*arguments, **options), str(options.get("desc") or "model files"), tick)

@@ -10,7 +10,7 @@ from ..state import Architecture
 
 
 def grow_settings(settings: PreTrainedConfig, architecture: Architecture) -> None:
-    """Set the vocabulary size that `grow` gives a loaded model in the configuration of a model to be built."""
+    """Set the vocabulary size of `grow` in the configuration, for a model that is built and not loaded."""
     if architecture.vocabulary:
         settings.get_text_config().vocab_size = architecture.vocabulary
 
@@ -18,8 +18,8 @@ def grow_settings(settings: PreTrainedConfig, architecture: Architecture) -> Non
 def grow(model: PreTrainedModel, architecture: Architecture) -> None:
     """Add the missing rows to a loaded model, each the mean of all old rows; old rows are unchanged.
 
-    transformers draws new rows around that mean, with the covariance of the old ones times 1e-9 (Hewitt 2021); the
-    mean itself is the same on every machine and needs no eigenvalues of a large matrix.
+    transformers draws new rows around this mean, with the covariance of the old ones times 1e-9 (Hewitt 2021). The mean
+    itself is the same on every machine and needs no decomposition of a large matrix.
     """
     if not architecture.vocabulary:
         return

@@ -1,7 +1,7 @@
-"""Differentially private training under data parallelism: clip each row's gradient, add up, add noise once.
+"""Differentially private training under DDP: clip each row's gradient, sum them, and add noise once per step.
 
-Which rank has a row, and in which micro-batch, changes nothing: clipped gradients of rows are summed over the whole
-step, and the noise is drawn alike on every rank from (seed, step).
+The result does not depend on which rank and micro-batch a row is in: clipped gradients are summed over the whole step,
+and every rank draws the same noise from (seed, step).
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from .rows import (
 
 
 class Private(Ddp):
-    """Ddp whose step is the mechanism of `privacy`; a row's gradient is that of the mean loss of its targets.
+    """DDP with the mechanism of `privacy`; a row's gradient is that of the mean loss of its targets.
 
-    Rows' gradients come from Opacus's hooks, once these have proved right for the model: for every parameter what a
-    backward of each row alone gives. Else (relative positions, recomputed blocks) rows go one by one.
+    Gradients of rows are computed by Opacus's hooks if, for every parameter, they agree with a separate backward per
+    row. Otherwise (relative positions, gradient checkpointing) rows are processed one by one.
     """
 
     averages_in_backward = False
 
     def __init__(self, privacy: Privacy, **options: Any) -> None:
-        super().__init__(**{**options, "max_grad_norm": 0.0})  # rows are clipped, and their noisy sum is not
+        super().__init__(**{**options, "max_grad_norm": 0.0})  # gradients of rows are clipped, not their noisy sum
         self.privacy = privacy
         self.hooks: Any = None
         self.proven = False
-        self.rows = 0  # of the micro-batch that the model sees now
+        self.rows = 0  # number of rows of the current micro-batch under hooks
 
     def setup(self, built: BuiltModel, build_optim: OptimFactory) -> None:
-        """Build as Ddp does; refuse a model that mixes rows."""
+        """Set up as `Ddp` does; refuse a model with batch norm, and attach the hooks."""
         super().setup(built, build_optim)
         refuse_batch_norm(self.model)
         self.sums = [torch.zeros_like(parameter, dtype=torch.float32) for _, parameter in self.trained]
@@ -64,14 +64,14 @@ class Private(Ddp):
                 repeat_shared_positions(self.model, lambda: self.rows)
 
     def wrap(self, built: BuiltModel) -> nn.Module:
-        """Move to the device and take the weights of rank 0; gradients are summed in `step`, not in the backward."""
+        """Move the model to the device and broadcast rank 0's weights; gradients are reduced in `step`."""
         model = built.model.to(self.device)
         if self.place.world_size > 1:
             self.send_weights(model)
         return model
 
     def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum:
-        """Add the rows' clipped gradients; `denominator` is not read, as the number of rows is itself private."""
+        """Accumulate the clipped gradients of rows; `denominator` is unused because the number of rows is private."""
         self._set_training(True)
         if not micro.samples:
             return LossSum(torch.zeros(()), torch.zeros(()))
@@ -83,7 +83,7 @@ class Private(Ddp):
         return self._take_one_by_one(micro, loss)
 
     def step(self, learning_rate: float) -> StepStats:
-        """Sum over ranks, add noise, divide by the expected number of rows, update."""
+        """Sum over ranks, add noise, divide by the expected number of rows, and update the weights."""
         step = self.updates + 1
         noise = self.privacy.stream_noise(step, (total.shape for total in self.sums), self.device)
         for (_, parameter), total, drawn in zip(self.trained, self.sums, noise, strict=True):
@@ -94,7 +94,7 @@ class Private(Ddp):
         return replace(stats, metrics={"train/epsilon": self.privacy.epsilon(step)})
 
     def _take_one_by_one(self, micro: Batch, loss: LossFn) -> LossSum:
-        """A backward for each row."""
+        """Run a separate forward and backward for each row."""
         parameters = [parameter for _, parameter in self.trained]
         parts = []
         if self.hooks is not None:
@@ -114,19 +114,19 @@ class Private(Ddp):
         return LossSum(torch.stack(parts).sum(), row_weights(micro).sum())
 
     def _take_together(self, micro: Batch, loss: LossFn) -> LossSum | None:
-        """One backward, from which Opacus's hooks take the gradients of all rows; None where they are not sound."""
+        """Compute the gradients of all rows in one backward with Opacus's hooks; return None if they are wrong."""
         state = get_chance(self.device)
         self.rows = len(micro.samples)
         try:
             result = loss(self.module, micro)
             assert result.losses is not None and result.documents is None, (
-                "the task tells no loss of each row's targets"
+                "the task must return the loss of each target"
             )
             result.losses.sum().backward(retain_graph=not self.proven)
             fault = self._find_fault(result.losses, micro.documents)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
-        except Exception as error:  # whatever a model does that the hooks do not foresee; row by row, it shows itself
+        except Exception as error:  # the hooks may fail in any way; an error of the model itself recurs row by row
             if self.proven:
                 raise
             fault = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -148,13 +148,13 @@ class Private(Ddp):
             self.sums[i].add_(torch.tensordot(factors, gradient.float(), dims=1))
 
     def _find_fault(self, losses: Tensor, documents: Tensor) -> str | None:
-        """Why what the hooks left is not the rows' gradients; these are compared with autograd's where not proven."""
+        """Return why the hooks' gradients are wrong, or None; compare with autograd unless already proven."""
         for name, parameter in self.trained:
             gradients: Any = parameter.grad_sample  # type: ignore[attr-defined]
             if gradients is None and parameter.grad is None:
                 continue
             if not isinstance(gradients, Tensor) or gradients.shape != (self.rows, *parameter.shape):
-                return f"{name} is not used once a row"
+                return f"{name} is not used exactly once per row"
         if self.proven:
             return None
         self.hooks.disable_hooks()
@@ -164,7 +164,7 @@ class Private(Ddp):
         return fault
 
     def _find_fault_of_row(self, loss: Tensor, row: int) -> str | None:
-        """The same of one row, by a backward of its own."""
+        """Compare the hooks' gradients of one row with a separate backward."""
         parameters = [parameter for _, parameter in self.trained]
         true = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         total = math.sqrt(sum(float(g.float().square().sum()) for g in true if g is not None))
@@ -175,17 +175,17 @@ class Private(Ddp):
             norm = 0.0 if gradient is None else float(gradient.float().norm())
             miss = float((found[row] if gradient is None else found[row].float() - gradient.float()).norm())
             if not miss <= TOLERANCE[self.dtype] * (norm + 1e-3 * total):
-                return f"{name}'s gradient of a row is not what its own backward gives"
+                return f"the gradient of {name} for a row differs from that of a separate backward"
         return None
 
     def _give_up_hooks(self, reason: str) -> None:
         if self.hooks is not None:
             remove_hooks(self.model, self.hooks)
             self.hooks = None
-        warnings.warn(f"gradients of rows are taken one by one, which is slower: {reason}", stacklevel=2)
+        warnings.warn(f"gradients of rows are computed one by one, which is slower: {reason}", stacklevel=2)
 
     def _forget(self) -> None:
-        """Clear what a backward left, also one that failed half-way."""
+        """Clear the gradients of a backward, including one that failed."""
         self.rows = 0
         self.model.zero_grad(set_to_none=True)
         for _, parameter in self.trained:

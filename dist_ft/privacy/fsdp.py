@@ -1,9 +1,9 @@
-"""Differentially private training under FSDP2: norms of rows' gradients first, then the sum of the clipped ones.
+"""Differentially private training under FSDP2: first the norms of the rows' gradients, then the clipped sum.
 
-Weights are whole only while their block runs, and gradients are reduced as soon as they are there. So one backward,
-whose gradients are let go at once, finds the norms of this rank's rows; a second one through the same graph, of the
-rows' losses each times its factor, gives the sum of clipped gradients, which FSDP2 adds up into shards (Lee and Kifer
-2021, arXiv 2009.03106). Every rank runs the same passes, also one that has fewer rows or none.
+A weight is gathered only while its block runs, and its gradient is reduced immediately. A first backward therefore
+computes the norms of this rank's rows and discards the gradients. A second backward through the same graph, of the
+row losses times their clip factors, computes the sum of clipped gradients, which FSDP2 reduce-scatters (Lee and Kifer
+2021, arXiv 2009.03106). Every rank runs the same passes, including ranks with fewer rows or none.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from .rows import (
 
 
 class PrivateFsdp(Fsdp):
-    """Fsdp whose step is the mechanism of `privacy`; a row's gradient is that of the mean loss of its targets.
+    """FSDP2 with the mechanism of `privacy`; a row's gradient is that of the mean loss of its targets.
 
-    Norms come from Opacus's hooks, once these have proved right for the model: parameter by parameter, what a backward
-    of each row alone gives. Else rows go one by one, and autograd itself gives their norms.
+    Norms are computed by Opacus's hooks if, for every parameter, they agree with a separate backward per row. Otherwise
+    rows are processed one by one, and the norms are those of autograd's gradients.
     """
 
     def __init__(self, privacy: Privacy, config: FsdpConfig, **options: Any) -> None:
-        super().__init__(config, **{**options, "max_grad_norm": 0.0})  # rows are clipped, and their noisy sum is not
+        super().__init__(config, **{**options, "max_grad_norm": 0.0})  # clips gradients of rows, not their noisy sum
         self.privacy = privacy
         self.norms = RowNorms()
         self.hooks: Any = None
         self.proven = False
-        self.rows = 0  # that the model sees now under hooks
+        self.rows = 0  # number of rows of the current micro-batch under hooks
 
     def wrap(self, built: BuiltModel) -> nn.Module:
-        """Attach hooks where the model is still whole, then shard; refuse a model that mixes rows."""
+        """Attach hooks to the unsharded model, then shard it; refuse a model with batch norm."""
         model = built.model
         refuse_batch_norm(model)
         if self.privacy.hooks and not getattr(model, "is_gradient_checkpointing", False):
@@ -69,12 +69,12 @@ class PrivateFsdp(Fsdp):
                 repeat_shared_positions(model, lambda: self.rows)
         wrapped = super().wrap(built)
         units: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, FSDPModule)]
-        for name, unit in units:  # behind FSDP2's own hook, which gathers the unit's weights
+        for name, unit in units:  # runs after FSDP2's own hook, which gathers the unit's weights
             unit.register_forward_pre_hook(partial(self._watch, f"{name}." if name else ""))
         return wrapped
 
     def forward_backward(self, micro: Batch, loss: LossFn, denominator: Tensor, *, last: bool) -> LossSum:
-        """Add the rows' clipped gradients; `denominator` is not read, as the number of rows is itself private."""
+        """Accumulate the clipped gradients of rows; `denominator` is unused because the number of rows is private."""
         self._set_training(True)
         micro = micro.to(self.device)
         rows = len(micro.samples)
@@ -92,7 +92,7 @@ class PrivateFsdp(Fsdp):
         return LossSum(sum((p.loss for p in parts if p), zero), sum((p.weight for p in parts if p), zero))
 
     def step(self, learning_rate: float) -> StepStats:
-        """Add this rank's shards of the noise, divide by the expected number of rows, update."""
+        """Add this rank's shards of the noise, divide by the expected number of rows, and update the weights."""
         step = self.updates + 1
         drawn = self.privacy.stream_noise(step, (parameter.shape for _, parameter in self.trained), self.device)
         for (name, parameter), noise in zip(self.trained, drawn, strict=True):
@@ -109,12 +109,15 @@ class PrivateFsdp(Fsdp):
         return StepStats(stats.grad_norm, {**stats.metrics, "train/epsilon": self.privacy.epsilon(step)})
 
     def _take(self, micro: Batch, loss: LossFn, proofs: int = 0) -> LossSum | None:
-        """All backwards of a micro-batch; None where hooks are not sound on some rank, and nothing was added.
+        """Run the forward and all backwards of a micro-batch.
 
         Args:
-            micro: any number of rows under hooks, else one or none.
-            loss: the task's.
-            proofs: how many rows, on every rank, get a backward of their own to prove hooks with.
+            micro: Any number of rows with hooks, otherwise at most one.
+            loss: Loss function of the task.
+            proofs: Number of rows, the same on every rank, with a separate backward to verify the hooks.
+
+        Returns:
+            The loss; None if the hooks are wrong on any rank, in which case no gradient was added.
         """
         rows, weights = len(micro.samples), row_weights(micro)
         by_hooks = self.hooks is not None and rows > 1
@@ -123,7 +126,7 @@ class PrivateFsdp(Fsdp):
         squares = self._find_squares(losses, micro, by_hooks=by_hooks, proofs=proofs)
         self.module.set_requires_gradient_sync(True)  # type: ignore[operator]
         if self.hooks is not None and self._agree(self.norms.fault is not None)[0]:
-            self._give_up_hooks(self.model, self.norms.fault or "they were not right for rows of another rank")
+            self._give_up_hooks(self.model, self.norms.fault or "they were wrong for rows of another rank")
             return None
         self.proven = self.proven or (by_hooks and proofs > 0)
         factors = clip_factors(total_norms(squares, rows, self.device), weights, self.privacy.max_grad_norm, self.dtype)
@@ -132,10 +135,10 @@ class PrivateFsdp(Fsdp):
         return LossSum(losses.detach().sum(), weights.sum())
 
     def _find_losses(self, micro: Batch, loss: LossFn, *, by_hooks: bool) -> Tensor:
-        """The forward: [n] the loss of each target, whose document is its row.
+        """Run the forward and return the loss of each target, `[n]`; the document of a target is its row.
 
         Raises:
-            TrainingError: the model cannot be called under hooks. To go on without them would need every rank.
+            TrainingError: The model cannot be called with hooks. Continuing without them would need all ranks.
         """
         self.norms.fault = None
         if by_hooks:
@@ -146,14 +149,14 @@ class PrivateFsdp(Fsdp):
         except RuntimeError as error:
             if not by_hooks or self.proven or isinstance(error, torch.OutOfMemoryError):
                 raise
-            rule = f"Opacus's hooks may not go with this model: {error}".splitlines()[0]
+            rule = f"Opacus's hooks may not support this model: {error}".splitlines()[0]
             raise TrainingError.of("privacy.grad_sample_mode", rule, "set it to loop") from error
         self.rows = 0
-        assert result.losses is not None and result.documents is None, "the task tells no loss of each row's targets"
+        assert result.losses is not None and result.documents is None, "the task must return the loss of each target"
         return result.losses
 
     def _find_squares(self, losses: Tensor, micro: Batch, *, by_hooks: bool, proofs: int) -> dict[str, Tensor]:
-        """A backward that leaves no gradients but tells rows' norms, and those that prove them."""
+        """Compute the squared norms by a backward that keeps no gradients, and verify them by `proofs` others."""
         rows = len(micro.samples)
         with self.norms.listening(rows, by_hooks=by_hooks):
             losses.sum().backward(retain_graph=True)
@@ -168,7 +171,7 @@ class PrivateFsdp(Fsdp):
         return squares
 
     def _agree(self, *values: int) -> list[int]:
-        """The greatest of each value over all ranks: ranks that went different ways would wait for each other."""
+        """Return the maximum of each value over all ranks, so that all ranks run the same collectives."""
         greatest = torch.tensor(values)
         if self.place.world_size > 1:
             dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
@@ -176,7 +179,7 @@ class PrivateFsdp(Fsdp):
         return found
 
     def _watch(self, prefix: str, unit: nn.Module, inputs: Any) -> None:
-        """The unit's weights are whole now, as tensors that stay the same from here on."""
+        """Watch the gathered parameters of a unit; FSDP2 keeps these tensor objects for the whole run."""
         for name, parameter in unit.named_parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 self.norms.watch(prefix + name, parameter)
@@ -185,4 +188,4 @@ class PrivateFsdp(Fsdp):
         if self.hooks is not None:
             remove_hooks(model, self.hooks)
             self.hooks = None
-        warnings.warn(f"gradients of rows are taken one by one, which is slower: {reason}", stacklevel=2)
+        warnings.warn(f"gradients of rows are computed one by one, which is slower: {reason}", stacklevel=2)

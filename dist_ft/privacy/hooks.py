@@ -11,10 +11,10 @@ from torch import nn
 
 
 def attach_hooks(model: nn.Module) -> Any:
-    """Opacus's hooks, which leave `grad_sample` [rows, …] on every parameter that learns.
+    """Attach Opacus's hooks, which set `grad_sample` `[rows, ...]` on every trained parameter.
 
     Raises:
-        NotImplementedError: Opacus knows that it cannot do this model.
+        NotImplementedError: Opacus does not support this model.
     """
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
@@ -22,17 +22,17 @@ def attach_hooks(model: nn.Module) -> Any:
 
 
 def attach_streaming_hooks(model: nn.Module, take: Callable[[Any], None], fail: Callable[[str], None]) -> Any:
-    """Opacus's hooks, which hand on each parameter as soon as its `grad_sample` [rows, …] is there.
+    """Attach Opacus's hooks and pass on each parameter as soon as its `grad_sample` `[rows, ...]` is set.
 
-    They never raise inside a forward or a backward: other ranks would wait for this one's collectives.
+    The hooks never raise inside a forward or backward, because other ranks would wait for this rank's collectives.
 
     Args:
-        model: whole, before it is sharded.
-        take: called in a backward with a parameter whose `grad_sample` is set; it must clear it.
-        fail: called with the reason where the hooks cannot do a module.
+        model: The model before it is sharded.
+        take: Called during the backward with a parameter whose `grad_sample` is set; must clear it.
+        fail: Called with the reason if the hooks fail for a module.
 
     Raises:
-        NotImplementedError: Opacus knows that it cannot do this model.
+        NotImplementedError: Opacus does not support this model.
     """
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
     from opacus.utils.module_utils import trainable_parameters
@@ -55,7 +55,7 @@ def attach_streaming_hooks(model: nn.Module, take: Callable[[Any], None], fail: 
             yield
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
-        except Exception as error:  # whatever a module does that the hooks do not foresee
+        except Exception as error:  # the hooks may fail in any way
             fail(f"{type(module).__name__}: {type(error).__name__}: {error}".splitlines()[0])
 
     return StreamingHooks(model, loss_reduction="sum")

@@ -1,8 +1,8 @@
-"""Differential privacy: what a run promises, what it has spent, and Opacus, which is imported here and nowhere else.
+"""The differential privacy mechanism: noise, privacy guarantee and accounting (by Opacus).
 
-The mechanism is that of Abadi et al. 2016 (arXiv 1607.00133, algorithm 1) with AdamW for the update: each row is
-sampled by a throw of its own, its gradient is clipped, and Gaussian noise is added to the sum. Two data sets are
-neighbours where one has a row more. engine/private.py carries it out.
+The mechanism is DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1) with AdamW for the update: each row is
+sampled independently, its gradient is clipped, and Gaussian noise is added to the sum. Two data sets are neighbors if
+one has an additional row. `privacy/ddp.py` and `privacy/fsdp.py` apply the mechanism.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ if TYPE_CHECKING:
     from ..data.order.order import PoissonOrder
 
 
-DELTA_SHARE = 0.1  # of 1 / rows, where no delta is given
+DELTA_SHARE = 0.1  # default delta, as a share of 1 / rows
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """A run's mechanism, which says how much is spent after any number of steps."""
+    """Parameters of a run's mechanism, with its noise and its privacy accounting."""
 
-    noise_multiplier: float  # deviation of the noise / max_grad_norm
-    sample_rate: float  # probability of a row to be in a step
+    noise_multiplier: float  # standard deviation of the noise / max_grad_norm
+    sample_rate: float  # probability that a row is in a step
     delta: float
-    max_grad_norm: float  # of a row
-    expected_rows: float  # of a step; the sum of gradients is divided by it
-    seed: int  # of noise
+    max_grad_norm: float  # of a single row
+    expected_rows: float  # per step; the sum of gradients is divided by it
+    seed: int  # of the noise
     hooks: bool = True  # whether to try Opacus's hooks for gradients of rows
 
     def epsilon(self, steps: int) -> float:
-        """Epsilon after so many steps at `delta`, by Rényi differential privacy (Mironov et al. 2019) as Opacus has it.
+        """Return epsilon at `delta` after `steps` steps, by Rényi differential privacy (Mironov et al. 2019).
 
-        The same as Opacus's RDPAccountant gives after so many calls of `step`.
+        It equals the result of Opacus's RDPAccountant after that many calls of `step`.
         """
         from opacus.accountants.analysis import rdp
 
         if steps == 0:
             return 0.0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # few steps have their best order at the end of the list: a looser bound
+            warnings.simplefilter("ignore")  # with few steps, the best order is the last one: the bound is looser
             orders = self._orders
             epsilon, _ = rdp.get_privacy_spent(orders=orders, rdp=self._spent_by_a_step * steps, delta=self.delta)
         return float(epsilon)
 
     def draw_noise(self, step: int, like: list[Tensor]) -> list[Tensor]:
-        """Noise for a step, of deviation `noise_multiplier * max_grad_norm`: a function of (seed, step)."""
+        """Draw noise with standard deviation `noise_multiplier * max_grad_norm`, as a function of (seed, step)."""
         return list(self.stream_noise(step, (t.shape for t in like), like[0].device))
 
     def stream_noise(self, step: int, shapes: Iterable[torch.Size], device: torch.device) -> Iterator[Tensor]:
-        """The same, one tensor at a time: each is whole, and depends on the shapes before it."""
+        """Yield the same noise one full tensor at a time; each depends on the shapes before it."""
         scale = self.noise_multiplier * self.max_grad_norm
         words = random_words("noise", self.seed, step)
-        if device.type == "cuda":  # its generator takes a key of 64 bits; the CPU's only 32
+        if device.type == "cuda":  # the CUDA generator uses 64 bits of the seed, the CPU generator only 32
             generator = torch.Generator(device).manual_seed(int(words.random_raw() >> np.uint64(1)))
             for shape in shapes:
                 yield torch.randn(shape, device=device, generator=generator).mul_(scale)
@@ -78,7 +78,7 @@ class Privacy:
                 yield torch.from_numpy(np.asarray(noise)).to(device).mul_(scale)
 
     def describe(self, steps: int) -> str:
-        """The promise, in a line."""
+        """Describe the privacy guarantee in one line."""
         return (
             f"differential privacy of rows: epsilon {self.epsilon(steps):.3f} at delta {self.delta:.2g} after {steps} "
             f"steps; noise multiplier {self.noise_multiplier:.4f}, rows sampled with probability "
@@ -86,7 +86,7 @@ class Privacy:
         )
 
     def tell(self, steps: int) -> Iterator[tuple[str, str]]:
-        """The promise after so many steps, as rows of a table."""
+        """Yield the privacy guarantee after `steps` steps as rows of a table."""
         yield "epsilon", f"{self.epsilon(steps):.4g} after {steps:,} steps"
         yield "delta", f"{self.delta:.4g}"
         yield "noise multiplier", f"{self.noise_multiplier:.4f}"
@@ -108,20 +108,20 @@ class Privacy:
 
 
 def agree_on_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
-    """`find_privacy` alike on every rank: hosts may differ in the last bit, and weights of ranks would drift apart."""
+    """Call `find_privacy` and use rank 0's noise multiplier everywhere, since hosts may differ in the last bit."""
     found = find_privacy(config, order, steps)
     return replace(found, noise_multiplier=comm.from_main(found.noise_multiplier))
 
 
 def find_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Privacy:
-    """The mechanism of a run of so many steps, with the noise that its target epsilon needs.
+    """Return the mechanism of a run of `steps` steps, with the noise required for its target epsilon.
 
     Raises:
-        RequestError: delta promises nothing, or no noise reaches the target.
+        RequestError: Delta is too large to guarantee anything, or no noise reaches the target.
     """
     delta = DELTA_SHARE / order.samples if config.delta is None else config.delta
     if delta >= 1 / order.samples:
-        rule = f"{delta:g} is no less than 1 / {order.samples} rows: publishing a row whole would keep it"
+        rule = f"{delta:g} is no less than 1 / {order.samples} rows, so that publishing a whole row would satisfy it"
         raise RequestError.of("privacy.delta", rule, f"set it below {1 / order.samples:.2g}")
     noise = config.noise_multiplier
     if noise is None:
@@ -139,7 +139,7 @@ def find_privacy(config: PrivacyConfig, order: PoissonOrder, steps: int) -> Priv
 
 
 def settle_seed(plan: Plan, place: Place) -> int:
-    """The seed of noise and sampling: the one given, or a secret one that is drawn once and kept for going on."""
+    """Return the seed of noise and sampling: `privacy.noise_seed`, or a secret one stored in the run's folder."""
     if plan.config.privacy.noise_seed is not None:
         return plan.config.privacy.noise_seed
     seed: int | None = None
@@ -162,7 +162,7 @@ def _find_noise(target: float, delta: float, rate: float, steps: int) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         least, _ = rdp.get_privacy_spent(orders=orders, rdp=[0.0] * len(orders), delta=delta)
-        if target <= least:  # Opacus would search for minutes
+        if target <= least:  # Opacus would search for minutes before it fails
             rule = f"this bound stays above {least:.3g} at delta {delta:.2g}, however large the noise"
             raise RequestError.of("privacy.target_epsilon", rule, "raise it, or privacy.delta")
         try:

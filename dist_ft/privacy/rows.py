@@ -1,4 +1,4 @@
-"""What private engines share: the rows of a micro-batch, and what their gradients are multiplied with."""
+"""Common parts of the private engines: rows of a micro-batch, clip factors, and handling of Opacus's hooks."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import RequestError
 from ..state import Batch
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # of what hooks find against autograd's own gradients
-# By how much rounding may lengthen a row's clipped gradient: the backward of a scaled loss, which FSDP2 sums, rounds
-# otherwise than the one in which the norm was measured. Measured are at most 2e-7 in float32; in bfloat16 0.006 in
-# models of 2 blocks, and 0.008 in one of 24.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # relative, of the hooks' gradients against autograd's
+# Relative amount by which rounding may increase the norm of a clipped gradient: the backward of the scaled loss under
+# FSDP2 rounds differently from the backward in which the norm was measured. Measured: at most 2e-7 in float32; in
+# bfloat16, 0.006 in models of 2 blocks and 0.008 in one of 24.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
-PADDED = ("input_ids", "attention_mask", "token_type_ids")  # [rows, T], padded behind
+PADDED = ("input_ids", "attention_mask", "token_type_ids")  # [rows, T], padded on the right
 
 
 def row_weights(micro: Batch) -> Tensor:
-    """[rows] by what each row's summed loss is divided to give its mean: its targets, at least one."""
+    """Return the divisor of each row's summed loss that gives its mean, `[rows]`: its number of targets, at least 1."""
     rows = len(micro.samples)
-    if micro.weight is not None:  # of tasks whose rows all weigh the same
+    if micro.weight is not None:  # the task gives all rows the same weight
         return torch.full((rows,), micro.weight / rows, device=micro.targets.device)
     return torch.bincount(micro.documents, minlength=rows).clamp(min=1).float()
 
 
 def clip_factors(norms: Tensor, weights: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
-    """[rows] float32: what the gradient of each row's summed loss is multiplied with.
+    """Return the factor for the gradient of each row's summed loss, `[rows]` float32.
 
     Args:
-        norms: [rows] float64, of these gradients.
-        weights: [rows], see `row_weights`.
-        limit: greatest norm that a row may add to the sum, after rounding.
-        dtype: in which gradients are computed.
+        norms: Norms of these gradients, `[rows]` float64.
+        weights: Result of `row_weights`, `[rows]`.
+        limit: Maximum norm that a row may contribute to the sum, including rounding.
+        dtype: Dtype in which gradients are computed.
     """
     means, bound = norms / weights, limit / (1 + ROUNDING[dtype])
     return (torch.where(means <= bound, 1.0, bound / means) / weights).float()
 
 
 def split_rows(micro: Batch) -> Iterator[Batch]:
-    """The rows of a padded micro-batch, each a micro-batch without padding of its own."""
+    """Yield each row of a padded micro-batch as a separate micro-batch without padding."""
     inputs = micro.inputs
     outputs: Tensor = inputs.get("decoder_input_ids", inputs["input_ids"])
-    width = 1 if torch.equal(micro.positions, micro.documents) else outputs.shape[1]  # one output a row, or a token
+    width = 1 if torch.equal(micro.positions, micro.documents) else outputs.shape[1]  # outputs per row
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     for i, (sample, length) in enumerate(zip(micro.samples, lengths, strict=False)):
         own = micro.documents == i
@@ -66,23 +66,25 @@ def split_rows(micro: Batch) -> Iterator[Batch]:
 
 
 def refuse_batch_norm(model: nn.Module) -> None:
-    """Rows must not see each other.
+    """Check that the model has no batch norm, which makes the output of a row depend on other rows.
 
     Raises:
-        RequestError: the model has batch norm.
+        RequestError: The model has batch norm.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
-            rule = f"{name} normalises by the whole batch, so that no row has a gradient of its own"
-            raise RequestError.of("privacy", rule, "take a model without batch norm")
+            rule = f"{name} normalises by the whole batch, so that rows have no separate gradients"
+            raise RequestError.of("privacy", rule, "use a model without batch norm")
 
 
 def repeat_shared_positions(model: nn.Module, rows: Callable[[], int]) -> None:
-    """Embeddings that are looked up once for all rows (positions) are looked up for each: values are the same.
+    """Repeat embedding lookups that all rows share (such as positions) for each row; the values are unchanged.
+
+    Opacus's hooks need one lookup per row.
 
     Args:
-        model: whose embeddings.
-        rows: how many the model sees now under hooks; 0 or 1 leaves all as it is.
+        model: The model whose embeddings get the hook.
+        rows: Returns the number of rows of the current micro-batch under hooks; 0 or 1 changes nothing.
     """
 
     def repeat(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -97,7 +99,7 @@ def repeat_shared_positions(model: nn.Module, rows: Callable[[], int]) -> None:
 
 
 def remove_hooks(model: nn.Module, hooks: Any) -> None:
-    """Take Opacus's hooks off, and what a failed attempt has left."""
+    """Remove Opacus's hooks and the attributes that a failed backward has left."""
     hooks.remove_hooks()
     for module in model.modules():
         module.__dict__.pop("activations", None)
@@ -107,17 +109,17 @@ def remove_hooks(model: nn.Module, hooks: Any) -> None:
 
 
 def is_proven_again(step: int) -> bool:
-    """Whether a step (1, 2, 4, 8 …) proves hooks anew: gradients that were zero, as LoRA's once are, prove nothing."""
+    """Return whether hooks are verified in this step: 1, 2, 4, 8, ..., since zero gradients (LoRA) prove nothing."""
     return step & (step - 1) == 0
 
 
 def get_chance(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Where dropout's generators stand; a failed attempt must not move them."""
+    """Return the state of the random generators that dropout uses, to restore it after a failed attempt."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def set_chance(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Let dropout's generators stand where they stood."""
+    """Restore the state of the random generators that dropout uses."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

@@ -16,8 +16,8 @@ from torch.distributed import HashStore, Store
 from ..errors import MachineError
 from .place import Place, check_devices, environ, name_device, publish_place
 
-# How long ranks wait for another one that prepares data, loads, or exports: as long as it works. Not a time limit but
-# the watchdog finds a rank that hangs, because only it sees whether any rank makes progress.
+# How long ranks wait for another rank that prepares data, loads or exports. It is not meant to detect a rank that
+# hangs: the watchdog does, because it knows whether any rank makes progress.
 WAITING_LIMIT = datetime.timedelta(days=7)
 
 

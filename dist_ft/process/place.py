@@ -86,16 +86,17 @@ def find_place() -> Place:
 def find_device(place: Place) -> torch.device:
     """Return the GPU of this local rank, or the CPU on a machine without GPUs.
 
-    A launcher may show all GPUs of the machine to each worker, or only its own ones, which are numbered from 0 again;
-    the environment does not say which (with `srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES can be 0 in every task). So
-    local ranks are counted around the visible GPUs, and `check_devices` proves that no GPU was taken twice.
+    A launcher may make all GPUs of the machine visible to each worker, or only the worker's own, renumbered from 0. The
+    environment does not show which (with `srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES can be 0 in every task).
+    Therefore, the index is the local rank modulo the number of visible GPUs, and `check_devices` checks that no two
+    ranks use the same GPU.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = place.local_rank % torch.cuda.device_count()
     torch.cuda.set_device(index)
     if place.world_size > 1:
-        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes the GPU of this number
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed uses the GPU with this index
     return torch.device("cuda", index)
 
 

@@ -1,9 +1,10 @@
 """Detection of a hanging rank, which is reported before the run is ended.
 
-Collectives wait for the slowest rank, so if one rank hangs, all ranks appear to hang; and while rank 0 loads or exports
-a large model, the others wait and nothing is wrong. So a run hangs if no rank makes progress: all ranks add theirs (a
-micro-batch, a tensor written) to one counter of the store. Each rank also publishes a heartbeat with the stack of its
-main thread and monitors that of the next rank, so that a stopped process is noticed by a running one.
+Collectives wait for the slowest rank, so if one rank hangs, all ranks appear to hang. On the other hand, ranks may wait
+for a long time while rank 0 loads or exports a large model. A run is therefore considered to hang if no rank makes
+progress: all ranks add their progress (a micro-batch, a tensor written) to one counter in the store. Each rank also
+publishes a heartbeat with the stack of its main thread and monitors that of the next rank, so that a stopped process is
+detected by a running one.
 
 After `timeout_s` seconds without progress, the suspects are the ranks that no longer publish. If all ranks still
 publish, they are those that have reached the fewest phases and are not inside a collective.
@@ -54,10 +55,10 @@ class Watchdog:
         self.count = 0  # of phases, which every rank reaches
         self.phase = "start"
         self.progress = 0  # of this rank, also inside a phase
-        self._added = 0  # of it to the counter of all ranks
-        self._total = 0  # of all ranks
+        self._added = 0  # part of it that was added to the counter of all ranks
+        self._total = 0  # progress of all ranks
         self._moved_at = self._heard_at = time.monotonic()
-        self._heard: int | None = None  # the next rank's last heartbeat
+        self._heard: int | None = None  # last heartbeat of the next rank
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -109,7 +110,7 @@ class Watchdog:
         return self._total != before
 
     def _watch_alone(self) -> None:
-        """Watch this rank only: the store's host, rank 0, is gone, and collectives may wait for it without an error."""
+        """Watch only this rank, if the store on rank 0's host is gone; collectives may wait for it without an error."""
         seen, moved_at = self.progress, time.monotonic()
         while not self._ended.wait(self.interval_s):
             if self.progress != seen:
@@ -185,5 +186,5 @@ class Watchdog:
 
 
 def _is_waiting(stack: list[str]) -> bool:
-    """Return whether a stack is inside a collective; the files of a checkpoint are written by torch.distributed too."""
+    """Return whether a stack is inside a collective; torch.distributed code that writes checkpoints does not count."""
     return any(COLLECTIVES in frame for frame in stack) and not any(FILES in frame for frame in stack)

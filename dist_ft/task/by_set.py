@@ -1,4 +1,4 @@
-"""Losses and scores of a mixture's sets in addition to those of all: sums that are exact over micro-batches and ranks.
+"""Losses and scores of each set of a mixture, in addition to the total, exact over micro-batches and ranks.
 
 In the sums, a set's value has the key `NAME@SET`, such as `loss@chat`; in metrics, `loss/chat`. A prediction names its
 set under `set`.
@@ -96,6 +96,6 @@ def _without_sets(totals: LossSum) -> LossSum:
 
 
 def _set_numbers(batch: Batch, sizes: Mapping[str, int]) -> Tensor:
-    """`[documents]` int64: the number of the set of each document of the micro-batch."""
+    """Return the index of the set of each document of the micro-batch, `[documents]` int64."""
     ends = np.cumsum(list(sizes.values()))
     return torch.from_numpy(np.searchsorted(ends, np.asarray(batch.samples, dtype=np.int64), side="right"))

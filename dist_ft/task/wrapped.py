@@ -1,4 +1,4 @@
-"""The form in which behavior is added to a task: a wrapper that is a task itself."""
+"""Base class of tasks that wrap another task to add behavior."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class WrappedTask(Task):
-    """A task that passes every call on to `inner`; subclasses override what they add to.
+    """A task that forwards every call to `inner`; subclasses override the methods that they extend.
 
-    Attributes beyond the protocol, such as `config` or `refer`, are those of `inner`.
+    Attributes that are not in the protocol, such as `config` or `refer`, are those of `inner`.
     """
 
     def __init__(self, inner: Task) -> None:

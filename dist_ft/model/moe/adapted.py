@@ -1,8 +1,8 @@
-"""LoRA on fused experts without a merged copy of their weights for every layer.
+"""LoRA on fused experts without keeping a merged copy of their weights for every layer.
 
 peft merges the adapter of a parameter into its weight for each forward, and autograd keeps the merged weight for the
-backward: with all layers of Qwen3-30B-A3B adapted, 55 GB on each GPU. Here it exists while its layer computes, and is
-merged again in the backward, from the same factors to the same bits.
+backward: 55 GB on each GPU if all layers of Qwen3-30B-A3B are adapted. Here, the merged weight exists only while its
+layer computes, and is recomputed bit for bit in the backward.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..quantization.lease import Lease
 
 
 def merge_on_demand(model: nn.Module) -> None:
-    """Have peft's adapters of fused experts keep no merged weight for the backward; what they compute is the same."""
+    """Make peft's adapters of fused experts recompute the merged weight in the backward, with identical results."""
     for module in model.modules():
         if type(module) is ParamWrapper and int(module.num_experts) > 1:  # type: ignore[arg-type]
             module.__class__ = MergedOnDemand
 
 
 class MergedOnDemand(ParamWrapper):
-    """peft's wrapper of a parameter `[experts, ..., ...]`, whose merged weight is made again in the backward."""
+    """peft's wrapper of a parameter `[experts, ..., ...]`, whose merged weight is recomputed in the backward."""
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """Merge the adapters into the parameter for the time of a forward."""
+        """Merge the adapters into the parameter during a forward."""
         with super()._activate_lora(active_adapters):
             experts, name = self.get_base_layer(), self.parameter_name
             if name not in getattr(experts, "parametrizations", {}):  # no adapter is active

@@ -1,4 +1,4 @@
-"""Which part of a mixture of experts is trained: the router policy, and experts that a rank's tokens do not reach."""
+"""Which parts of a mixture of experts are trained: the router policy, and zero gradients for experts without tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Policy = Literal["frozen", "train", "adapt"]
 
 
 def check_keys(config: MoeConfig, set_keys: Iterable[str], anatomy: Anatomy) -> None:
-    """Refuse `moe.*` keys that were set for a model without experts, which nothing reads.
+    """Check that no `moe.*` key is set for a model without experts, on which it has no effect.
 
     Raises:
-        RequestError: With a problem for each of them.
+        RequestError: With a problem for each such key.
     """
     if anatomy.mixtures:
         return
@@ -29,16 +29,16 @@ def check_keys(config: MoeConfig, set_keys: Iterable[str], anatomy: Anatomy) -> 
     wanted = sorted(changed | (given.keys() & set(set_keys)))
     rule = "has no effect: the model has no mixture of experts"
     if wanted:
-        raise RequestError(*(Problem(key, rule, "remove it, or name another model") for key in wanted))
+        raise RequestError(*(Problem(key, rule, "remove it, or use another model") for key in wanted))
 
 
 def resolve_policy(config: MoeConfig, method: MethodConfig) -> Policy:
-    """Return what `moe.router` means if it is not set: trained by methods that train the model, else frozen."""
+    """Return `moe.router`; by default, routers are trained if the method trains the whole model, and else frozen."""
     return config.router or ("train" if method.whole else "frozen")
 
 
 def resolve_aux_loss_coef(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> float:
-    """Return `moe.aux_loss_coef`, or by default the model's own where routers are trained, else 0."""
+    """Return `moe.aux_loss_coef`, or by default the model's own coefficient if routers are trained, else 0."""
     if config.aux_loss_coef is not None:
         return config.aux_loss_coef
     if resolve_policy(config, method) == "frozen":
@@ -48,7 +48,7 @@ def resolve_aux_loss_coef(config: MoeConfig, method: MethodConfig, anatomy: Anat
 
 
 def route_method(method: MethodConfig, config: MoeConfig, anatomy: Anatomy) -> MethodConfig:
-    """Return the method's configuration with the routers added as the policy says; unchanged for a dense model.
+    """Return the method's configuration with the routers added according to the policy; unchanged for a dense model.
 
     Raises:
         RequestError: The method cannot apply the policy to a router.
@@ -71,7 +71,7 @@ def route_method(method: MethodConfig, config: MoeConfig, anatomy: Anatomy) -> M
 
 
 def apply_policy(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> None:
-    """Freeze routers as the policy says, and give every trained expert a gradient; called after the method.
+    """Freeze routers according to the policy, and give every trained expert a gradient; called after the method.
 
     Raises:
         RequestError: An adapter method targets a router that the policy freezes.
@@ -89,10 +89,10 @@ def apply_policy(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> N
 
 
 def keep_in_graph(anatomy: Anatomy) -> None:
-    """Give experts that no token of a rank chose a zero gradient instead of none.
+    """Give experts that no token of a rank has chosen a zero gradient instead of None.
 
-    Experts that are modules of their own are called only where a token chose them. DDP would wait for their gradients
-    forever, FSDP2 would reduce other sizes than its neighbors, and AdamW would skip them on one rank only.
+    Experts that are separate modules are called only if a token has chosen them. Without a gradient, DDP would wait for
+    it forever, FSDP2 would reduce tensors of different sizes on each rank, and AdamW would skip it on one rank only.
     """
     for mixture in anatomy.mixtures:
         if not mixture.fused:

@@ -7,10 +7,10 @@ tokens, the balance loss of Switch Transformers (Fedus et al. 2021, eq. 4-6), as
     E * sum_e f[e] * P[e],  f[e] = C[e] / N,  P[e] = sum_t p[t, e] / N
 
 with sums over the tokens of all layers (`moe.aux_loss_per_layer`: per layer, then the mean). The z-loss (Zoph et al.
-2022, eq. 5) is the mean of logsumexp(logits) ** 2. f does not depend on the weights, so once it is known the gradient
-is a sum over tokens, however the batch is divided. To know f before the first backward, a step with one micro-batch per
-rank sums counts between forward and backward; a step with several first runs all of them forward without gradients and
-dropout, which is about a third more work.
+2022, eq. 5) is the mean of logsumexp(logits) ** 2. f has no gradient, so once it is known, the gradient of the loss is
+a sum over tokens and can be accumulated over micro-batches. To compute f before the first backward, a step with one
+micro-batch per rank sums the counts between forward and backward. A step with several micro-batches first runs all
+forwards without gradients and dropout, which is about a third more work.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from .policy import resolve_aux_loss_coef, resolve_policy
 
 
 class Routing:
-    """Records the outputs of a model's routers and adds the losses that balance them.
+    """Record the outputs of a model's routers and add the losses that balance them.
 
     Args:
-        anatomy: Of the model, with its method applied.
+        anatomy: Anatomy of the model, after its method was applied.
         aux_loss_coef: Factor of the balance loss.
         z_loss_coef: Factor of the z-loss.
-        policy: Of the routers, for `describe`.
-        per_layer: Balance each layer instead of their sum.
+        policy: Router policy, for `describe`.
+        per_layer: Whether to balance each layer separately instead of all layers together.
 
     Raises:
         RequestError: Layers have different numbers of experts and cannot be balanced together.
@@ -61,20 +61,20 @@ class Routing:
         self.seen: dict[int, Any] | None = None  # router outputs by layer while a forward is recorded
         self.shares: Tensor | None = None  # f of the global batch: [layers, experts]
         self.tokens = 0.0  # N of the global batch
-        self.weight = 0.0  # what the engine divides the global batch's loss by
+        self.weight = 0.0  # by which the engine divides the loss of the global batch
         self.alone = True  # one micro-batch per rank and step
         self.clear()
         for i, mixture in enumerate(self.mixtures):
             anatomy.part(mixture.router).register_forward_hook(self._watcher(i))
 
     def clear(self) -> None:
-        """Reset the sums by layer and expert, which are float64 on the CPU."""
+        """Reset the sums per layer and expert, which are float64 on the CPU."""
         shape = (len(self.experts), max(self.experts))
         self.counts, self.masses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         self.entropies, self.squares = torch.zeros(shape[0]).double(), torch.zeros(shape[0]).double()
 
     def survey(self, micros: Sequence[Batch], engine: Engine, loss: LossFn, beat: Beat) -> None:
-        """Prepare for a step with these micro-batches. Collective."""
+        """Count the routing of a step with these micro-batches in advance, if it is needed. Collective."""
         self.clear()
         sums = torch.tensor([[m.tokens, m.loss_weight] for m in micros], dtype=torch.float64).sum(dim=0)
         self.tokens, self.weight = comm.total(sums).tolist()
@@ -93,10 +93,10 @@ class Routing:
             self._set_shares(counts)
 
     def loss(self, model: nn.Module, batch: Batch, loss: LossFn) -> LossSum:
-        """Compute `loss` of the micro-batch with the gradient of the routers' losses added.
+        """Compute `loss` of the micro-batch and add the gradient of the routers' losses.
 
-        Its value stays the task's, so that curves with and without balancing can be compared; the routers' losses
-        are separate metrics. The engine divides by the weight of the global batch, hence the factor.
+        The value of the loss is that of the task, so that curves with and without balancing can be compared; the
+        routers' losses are separate metrics. They are scaled by the weight by which the engine divides.
         """
         result, outputs = self._watch(model, batch, loss)
         counts = self._counts(outputs)
@@ -150,7 +150,7 @@ class Routing:
         return watch
 
     def _watch(self, model: nn.Module, batch: Batch, loss: LossFn) -> tuple[LossSum, list[tuple[Tensor, Tensor]]]:
-        """The loss, and each layer's logits `[N, experts]` float32 and chosen experts `[N, top_k]` without padding."""
+        """Return the loss and, per layer without padding, logits `[N, experts]` and chosen experts `[N, top_k]`."""
         self.seen = {}
         try:
             result = loss(model, batch)
@@ -180,14 +180,14 @@ class Routing:
         self.shares = comm.total(counts) / self.tokens
 
     def _weights(self, shares: Tensor) -> Tensor:
-        """`[layers, experts]`: the coefficients of the summed probabilities in the balance loss."""
+        """Return the coefficients of the summed probabilities in the balance loss, `[layers, experts]`."""
         if not self.per_layer:
             shares = shares.mean(dim=0, keepdim=True).expand_as(shares)
         experts = torch.tensor(self.experts, dtype=torch.float64)[:, None]
         return shares * experts / (self.tokens * len(self.experts))
 
     def _extra(self, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """This micro-batch's part of the routers' losses, with coefficients; also adds to the sums for metrics."""
+        """Return this micro-batch's share of the scaled routers' losses, and add to the sums for metrics."""
         weights = None if self.shares is None else self._weights(self.shares)
         extra = torch.zeros((), device=outputs[0][0].device)
         for i, ((logits, _), form) in enumerate(zip(outputs, self.forms, strict=True)):
@@ -211,12 +211,12 @@ class Routing:
 
 
 class RoutingHook:
-    """A hook that surveys the routing of the global batch before a step and reports `moe/*` after it.
+    """Hook that counts the routing of the global batch before a step and reports `moe/*` after it.
 
     Args:
-        routing: Of the model.
-        engine: That runs the model.
-        loss: Of the task, without the routers' losses.
+        routing: Routing of the model.
+        engine: Engine that runs the model.
+        loss: Loss of the task, without the routers' losses.
         beat: Reports progress to the watchdog.
     """
 
@@ -224,7 +224,7 @@ class RoutingHook:
         self.routing, self.engine, self.loss, self.beat = routing, engine, loss, beat
 
     def before_step(self, micros: Sequence[Batch]) -> None:
-        """Count which experts the global batch chooses, where the balance loss needs it."""
+        """Count the experts that the global batch chooses, if the balance loss needs it."""
         self.routing.survey(micros, self.engine, self.loss, self.beat)
 
     def after_step(self, info: StepInfo) -> Metrics:

@@ -1,9 +1,9 @@
-"""Fused experts, the [experts, …, …] parameters of mixtures, in 4 or 8 bits.
+"""Quantization of fused experts, the `[experts, ..., ...]` parameters of mixtures, to 4 or 8 bits.
 
-They are no linear layers, so what replaces those does not see them, and nearly all of such a model stays in 16 bits.
-Here the parameter holds packed bits under its own name, for engines to move as any other, and within the experts' own
-forward, whichever it is, the attribute of that name is the weight. It exists while the forward runs and again in the
-backward: autograd, which would keep it from one to the other, is handed a note of where to find it instead.
+Fused experts are not linear layers, so replacing linear layers would leave most of such a model in 16 bits. Here, the
+parameter holds packed bits under its own name, which engines treat as any other parameter. During the forward of the
+experts' own class, the attribute of that name is the dequantized weight. It is dropped after the forward and
+dequantized again in the backward (`lease.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .packing import pack, packed_size, unpack
 
 
 def quantize_experts(experts: nn.Module, scheme: str, dtype: torch.dtype, *, weights: bool) -> None:
-    """Pack the fused parameters of `experts` in place; of modules without weights only the shapes are made."""
+    """Pack the fused parameters of `experts` in place; without weights, they are created but not filled."""
     packed = {n: Packed(scheme, tuple(p.shape)) for n, p in experts.named_parameters(recurse=False) if p.ndim == 3}
     for name, entry in packed.items():
         weight = getattr(experts, name)
@@ -34,18 +34,18 @@ def quantize_experts(experts: nn.Module, scheme: str, dtype: torch.dtype, *, wei
 
 
 class QuantizedExperts:
-    """What quantised experts have beside their own class."""
+    """Mixin for experts with quantized parameters."""
 
     packed: dict[str, Packed]
     _parameters: dict[str, nn.Parameter]
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight that the forward uses, of the parameter's shape."""
+        """Return the dequantized weight of the forward, in the shape of the original parameter."""
         bits = self._parameters[name]
         return unpack(bits, *self.packed[name], dtype or bits.dtype)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The experts' own, over weights that live as long as it runs."""
+        """Run the experts' own forward with weights that are dequantized for its duration."""
         device = hidden_states.device.type
         half = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if half else hidden_states.dtype
@@ -60,7 +60,7 @@ class QuantizedExperts:
 
 @lru_cache(maxsize=32)
 def _quantized_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """`base` whose attributes of these names are weights within its forward, and the packed parameters without."""
+    """Return a subclass of `base` whose attributes `names` are weights in its forward, and packed parameters else."""
 
     def attribute(name: str) -> property:
         def read(self: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Weights that are made for a forward, dropped after it, and made again in the backward.
+"""Weights that are computed for a forward, dropped after it, and recomputed in the backward.
 
-Autograd keeps a weight from the forward to the backward. For a weight that can be made again at any time (unpacked from
-bits, merged with an adapter) it is handed a note of where to find it instead.
+Autograd saves a weight from the forward to the backward. For a weight that can be recomputed at any time (dequantized,
+or merged with an adapter), a reference to it is saved instead, through `torch.autograd.graph.saved_tensors_hooks`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 
 class Lease:
-    """The weights of one forward, and the same ones again for its backward; a context around the forward.
+    """Context of one forward, which provides its weights and recomputes them for its backward.
 
     Args:
-        make: Returns the weight of a name; called in the forward, and again in the backward, without gradients.
+        make: Computes the weight of a given name; called in the forward and again in the backward, without gradients.
     """
 
     def __init__(self, make: Callable[[str], Tensor]) -> None:
         self.make = make
         self.weights: dict[str, Tensor] = {}
-        self.notes: Counter[str] = Counter()  # not fetched yet
+        self.notes: Counter[str] = Counter()  # by weight, references that the backward has not fetched yet
         self.outer: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.note, self.fetch)
 
     def __enter__(self) -> Lease:
-        """Hand notes to autograd from here on."""
-        # Hooks replace those around them: what is not ours goes where activation checkpointing would have it.
+        """Start saving references in place of weights."""
+        # Inner hooks replace outer ones, so other tensors are passed on to those of activation checkpointing.
         self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self.hooks.__enter__()
         return self
@@ -42,13 +42,13 @@ class Lease:
         self.weights.clear()
 
     def weight(self, name: str) -> Tensor:
-        """Return the weight, made at its first use."""
+        """Return the weight; it is computed at the first use."""
         if name not in self.weights:
             self.weights[name] = self.make(name)
         return self.weights[name]
 
     def note(self, tensor: Tensor) -> Any:
-        """Return what autograd keeps of a tensor until the backward."""
+        """Pack a tensor for autograd: a reference for a part of a weight, else the tensor itself."""
         for name, weight in self.weights.items():
             if tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
                 self.notes[name] += 1
@@ -56,8 +56,8 @@ class Lease:
         return self.outer[0](tensor) if self.outer else tensor
 
     def fetch(self, kept: Any) -> Tensor:
-        """Return the tensor again; the weight behind it is dropped when its last part has been fetched."""
-        if not isinstance(kept, _Note) or kept.lease is not self:  # leases may be inside each other
+        """Unpack a saved tensor; a weight is dropped after its last reference was fetched."""
+        if not isinstance(kept, _Note) or kept.lease is not self:  # leases may be nested
             tensor: Tensor = self.outer[1](kept) if self.outer else kept
             return tensor
         with torch.no_grad():
@@ -70,7 +70,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class _Note:
-    """A part of a weight, in place of the tensor itself."""
+    """Reference to a part of a weight, which autograd saves instead of the tensor."""
 
     lease: Lease
     name: str

@@ -13,15 +13,15 @@ from .packing import pack, packed_size, unpack
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer over packed bits; what wraps linear layers (peft) wraps it too.
+    """Linear layer with a packed weight; a subclass of `nn.Linear`, so that peft can adapt it.
 
     Args:
-        in_features: as of `nn.Linear`.
-        out_features: as of `nn.Linear`.
+        in_features: As for `nn.Linear`.
+        out_features: As for `nn.Linear`.
         scheme: `nf4` or `int8`.
-        dtype: of the forward; the bits are viewed as it.
-        bias: the layer's own, unquantised, or None.
-        device: where to put the bits.
+        dtype: Dtype of the forward, as which the packed bits are viewed.
+        bias: Unquantized bias of the layer, or None.
+        device: Device of the packed bits.
     """
 
     def __init__(
@@ -42,27 +42,27 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", bias)
 
     def pack(self, weight: Tensor) -> None:
-        """Quantise `weight` [out, in] into this layer's bits."""
+        """Quantize `weight`, `[out, in]`, into this layer's packed bits."""
         self.weight.data = pack(weight, self.scheme, self.weight.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[out, in]: the weight that the forward uses."""
+        """Return the dequantized weight of the forward, `[out, in]`."""
         return unpack(self.weight, *self.packed["weight"], dtype or self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out]."""
+        """Compute the output `[..., out]` of `x`, `[..., in]`."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         product: Tensor = _Product.apply(x, self.weight, *self.packed["weight"])
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the text that `print(model)` shows."""
         return f"{self.in_features}, {self.out_features}, {self.scheme}"
 
 
 class _Product(torch.autograd.Function):
-    """x @ W.T with a W that is unpacked for the forward and again for the backward, and kept for neither."""
+    """`x @ W.T` with a W that is unpacked in the forward and again in the backward, and never saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: Tensor, scheme: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The record of a packed parameter: its scheme and the shape of the weight that it stands for."""
+"""The record of a packed parameter: its scheme and the shape of its weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Packed(NamedTuple):
-    """The weight that a parameter of packed bits stands for; modules hold one per such parameter in `packed`."""
+    """Description of the weight of a packed parameter; modules have one per packed parameter in `packed`."""
 
     scheme: str  # nf4 or int8
     shape: tuple[int, ...]  # of the weight
@@ -24,7 +24,7 @@ def find_packed(model: nn.Module) -> dict[str, Packed]:
 
 
 def shapes_of(module: nn.Module, *, recurse: bool = True) -> list[tuple[int, ...]]:
-    """Return the shapes of a module's parameters; of packed ones the shape of the weight."""
+    """Return the shapes of a module's parameters; for a packed parameter, that of its weight."""
     packed = find_packed(module)
     return [
         packed[name].shape if name in packed else tuple(p.shape) for name, p in module.named_parameters(recurse=recurse)

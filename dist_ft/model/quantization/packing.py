@@ -1,7 +1,7 @@
-"""Weights as bytes: NF4 with double quantisation (Dettmers et al. 2023) and int8 rows (Dettmers et al. 2022).
+"""Packing of weights: NF4 with double quantization (Dettmers et al. 2023) and int8 rows (Dettmers et al. 2022).
 
-bitsandbytes quantises and dequantises; the layout is ours. Codes and statistics of a weight stand one after another in
-a flat tensor, viewed as the compute dtype, so that whoever casts parameters by dtype has nothing to cast.
+bitsandbytes quantizes and dequantizes; only the layout is our own. Codes and statistics of a weight are concatenated in
+a flat tensor, which is viewed as the compute dtype, so that code that casts parameters to that dtype leaves it as is.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch.nn import functional
 
 from ...errors import MachineError
 
-BLOCK = 64  # weights that share a statistic
-STATISTICS_BLOCK = 256  # statistics that share one of theirs (double quantisation)
-CHUNK = 2**28  # weights quantised at once: bounds the float32 copy, and kernels count in 32 bits
+BLOCK = 64  # number of weights that share a statistic
+STATISTICS_BLOCK = 256  # number of statistics that share a second-level statistic (double quantization)
+CHUNK = 2**28  # weights quantized at once: bounds the float32 copy and the 32-bit indices of the kernels
 
 
 def packed_bytes(scheme: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a packed weight of this shape, statistics included."""
+    """Return the size of a packed weight of this shape in bytes, including statistics."""
     return sum(sum(_part_bytes(scheme, rows, shape[-1])) for rows in _chunks(shape))
 
 
 def packed_size(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Elements of `dtype` that hold them."""
+    """Return the number of elements of `dtype` that hold a packed weight."""
     return math.ceil(packed_bytes(scheme, shape) / dtype.itemsize)
 
 
 def pack(weight: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
-    """The bits of `weight` [..., columns], flat and viewed as `dtype`."""
+    """Pack `weight`, `[..., columns]`, into a flat tensor viewed as `dtype`."""
     rows = weight.detach().reshape(-1, weight.shape[-1]).split(list(_chunks(tuple(weight.shape))))
     parts = [part for chunk in rows for part in (_pack_nf4 if scheme == "nf4" else _pack_int8)(chunk.float())]
     data = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in parts])
@@ -42,7 +42,7 @@ def pack(weight: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
 
 
 def unpack(bits: Tensor, scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return the weight of this shape in `dtype` from the bits that `pack` made of it.
+    """Unpack the result of `pack` to a weight of this shape in `dtype`.
 
     Peak memory is the weight and one chunk.
     """
@@ -63,10 +63,10 @@ def unpack(bits: Tensor, scheme: str, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def import_bitsandbytes() -> Any:
-    """bitsandbytes.functional.
+    """Import and return `bitsandbytes.functional`.
 
     Raises:
-        MachineError: it is not installed.
+        MachineError: bitsandbytes is not installed.
     """
     try:
         import bitsandbytes.functional
@@ -78,13 +78,13 @@ def import_bitsandbytes() -> Any:
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[int]:
-    """Rows of each part that is quantised at once; almost always it is one."""
+    """Yield the number of rows of each chunk that is quantized at once; usually, there is only one chunk."""
     rows, most = math.prod(shape[:-1]), max(1, CHUNK // shape[-1])
     yield from (min(most, rows - start) for start in range(0, rows, most))
 
 
 def _part_bytes(scheme: str, rows: int, columns: int) -> list[int]:
-    """Bytes of codes and statistics of a chunk, in their order."""
+    """Return the sizes of the codes and statistics of a chunk in bytes, in order."""
     if scheme == "int8":
         return [rows * columns, 4 * rows]
     blocks = math.ceil(rows * columns / BLOCK)
@@ -92,7 +92,7 @@ def _part_bytes(scheme: str, rows: int, columns: int) -> list[int]:
 
 
 def _pack_nf4(weight: Tensor) -> list[Tensor]:
-    """Half-byte codes, 8-bit statistics of blocks, float32 statistics of those, and their float32 offset."""
+    """Return 4-bit codes, 8-bit block statistics, their float32 second-level statistics, and a float32 offset."""
     codes, state = import_bitsandbytes().quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
@@ -116,13 +116,13 @@ def _unpack_nf4(parts: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.
 
 @lru_cache(maxsize=4)
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 values of an 8-bit statistic, and the 16 of NF4."""
+    """Return the 256 values of an 8-bit statistic and the 16 values of NF4."""
     bnb = import_bitsandbytes()
     return bnb.create_dynamic_map().to(device), bnb.get_4bit_type("nf4", device=device)
 
 
 def _pack_int8(weight: Tensor) -> list[Tensor]:
-    """Rows scaled to 127 by their largest magnitude, as bitsandbytes' `int8_vectorwise_quant` without outliers."""
+    """Scale the largest magnitude of each row to 127, as `int8_vectorwise_quant` of bitsandbytes without outliers."""
     statistics = weight.abs().amax(dim=1).clamp_min(1e-12)
     return [torch.round(weight * (127.0 / statistics[:, None])).to(torch.int8), statistics]
 
@@ -133,5 +133,5 @@ def _unpack_int8(parts: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch
 
 
 def _as_float(data: Tensor) -> Tensor:
-    """float32 values from bytes that may stand anywhere in memory."""
+    """View bytes as float32; they are copied first, because they may not be aligned in memory."""
     return data.clone().view(torch.float32)
