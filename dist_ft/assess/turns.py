@@ -86,7 +86,7 @@ def _canonical(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[tu
     """Yield the canonical rows of a set; rows that cannot be converted are skipped."""
     for place, raw in rows:
         with contextlib.suppress(RowFault):
-            yield place, normalise_for(alone, raw, place)[1]
+            yield place, normalise_for(alone, raw)[1]
 
 
 def question_of(row: dict[str, Any], place: str) -> Question:

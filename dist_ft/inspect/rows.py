@@ -60,9 +60,9 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
         augmenter, numbered = Augmenter.of(alone, split), read_numbered(alone, split)
         for number, place, row in islice(numbered, rows):
             try:
-                name, canonical, sequences = encode_row(alone, task, encoder, row, place)
+                name, canonical, sequences = encode_row(alone, task, encoder, row)
             except RowFault as fault:
-                console.print(Text(f"── {place}: cannot be used: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
+                console.print(Text(f"── {place}: cannot be used: {fault}\n   → {fault.way_out}\n", style=NOTE))
                 continue
             tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
             copies = augmenter.copies(canonical, number, place) if augmenter else iter(())

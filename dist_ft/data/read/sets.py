@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 from ...config.data import DataConfig, DataSet
 from ...config.run import RunConfig
-
-
-def sources_of(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield `(key, source)` for every data source in the configuration."""
-    for key in ("train", "validation", "test"):
-        for name, alone in sets_of(config, key).items():
-            value = getattr(alone.data, key)  # not sources(key), which returns data.train for validation folds
-            for source in [value] if isinstance(value, str) else value or []:
-                yield key_of(name, key), source
-
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")

@@ -223,7 +223,7 @@ def test_only_tags_that_are_given_become_labels() -> None:
 def test_format_tagged(column: str) -> None:
     row = {"id": "0", "tokens": ["a", "b"], column: ["O", "B-loc"]}
     assert detect(row, task="token_classification") == "tagged"
-    assert normalise(row, "auto", {}, "x:1") == {"tokens": ["a", "b"], "tags": ["O", "B-loc"]}
+    assert normalise(row, "auto", {}) == {"tokens": ["a", "b"], "tags": ["O", "B-loc"]}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_format_tagged(column: str) -> None:
 )
 def test_rows_of_another_shape_are_refused(row: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        normalise(row, "tagged", {}, "x:1")
+        normalise(row, "tagged", {})
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 )  # fmt: skip
 def test_rows_become_canonical(row: dict[str, Any], format: str, expected: dict[str, Any]) -> None:
     assert detect(row) == format
-    assert normalise(row, "auto", {}, "f:1") == expected == normalise(row, format, {}, "f:1")
+    assert normalise(row, "auto", {}) == expected == normalise(row, format, {})
 
 
 def test_columns_rename_and_decide_the_format() -> None:
@@ -87,13 +87,13 @@ def test_columns_rename_and_decide_the_format() -> None:
     columns = {"prompt": "question", "completion": "answer"}
     assert detect(row) == "text"
     assert detect(row, columns) == "prompt_completion"
-    assert normalise(row, "auto", columns, "f:1") == {"prompt": "a", "completion": "b"}
-    assert normalise({"a": "b"}, "text", {"text": "a"}, "f:1") == {"text": "b"}
+    assert normalise(row, "auto", columns) == {"prompt": "a", "completion": "b"}
+    assert normalise({"a": "b"}, "text", {"text": "a"}) == {"text": "b"}
 
 
 def problem(row: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> Any:
     with pytest.raises(RequestError) as caught:
-        normalise(row, format, columns or {}, "f.jsonl:7")
+        normalise(row, format, columns or {})
     return caught.value.problems[0]
 
 
@@ -135,10 +135,10 @@ def test_tasks_take_their_own_formats() -> None:
     for task in ("causal_lm", "instruction"):
         for name, form in FORMATS.items():
             if task in form.tasks:
-                check_task(name, task, "f:1")
+                check_task(name, task)
             else:
                 with pytest.raises(RequestError, match="is not supported with task"):
-                    check_task(name, task, "f:1")
+                    check_task(name, task)
     assert [name for name, form in FORMATS.items() if "causal_lm" in form.tasks] == ["tokens", "text"]
 
 
@@ -147,7 +147,7 @@ def test_real_sets_are_understood(shared: Any, name: str) -> None:
     path = shared / "data" / name / "validation.jsonl"
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    canonical = [normalise(row, "auto", {}, "f") for row in rows]
+    canonical = [normalise(row, "auto", {}) for row in rows]
     assert all(row["messages"][-1]["role"] == "assistant" for row in canonical)
     calls = sum("tool_calls" in message for row in canonical for message in row["messages"])
     spoken = sum(turn["from"] == "function_call" for row in rows for turn in row.get("conversations", ()))

@@ -22,7 +22,7 @@ TALK = [user("你好?"), said("Hi."), user("Weather?")]
 
 
 def read(row: dict[str, Any]) -> dict[str, Any]:
-    return normalise(row, "auto", {}, "rows.jsonl:1")
+    return normalise(row, "auto", {})
 
 
 SUN, RAIN = [said("Sun")], [said("雨")]
@@ -77,7 +77,7 @@ def test_other_values_are_named(row: dict[str, Any]) -> None:
 def test_columns_of_other_names_and_tools() -> None:
     tools = [{"name": "look", "parameters": {}}]
     row = {"question": "p", "yes": "a", "no": "b", "tools": tools}
-    found = normalise(row, "pairs", {"prompt": "question", "chosen": "yes", "rejected": "no"}, "x:1")
+    found = normalise(row, "pairs", {"prompt": "question", "chosen": "yes", "rejected": "no"})
     assert found == {
         "prompt": "p",
         "chosen": "a",

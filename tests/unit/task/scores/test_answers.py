@@ -129,7 +129,7 @@ SQUAD = {"id": "7", "title": "t", "context": "a b", "question": "b?"}
 def test_format_squad(columns: dict[str, Any], texts: list[str], starts: list[int | None]) -> None:
     given = {**SQUAD, **columns}
     assert detect(given, task="question_answering") == "squad"
-    canonical = normalise(given, "auto", {}, "x:1")
+    canonical = normalise(given, "auto", {})
     assert canonical == {
         "id": "7",
         "context": "a b",
@@ -141,4 +141,4 @@ def test_format_squad(columns: dict[str, Any], texts: list[str], starts: list[in
 @pytest.mark.parametrize("answers", [3, {"text": [1]}, [["b"]], [{"text": "b"}, "a"]])
 def test_answers_of_another_shape_are_refused(answers: Any) -> None:
     with pytest.raises(RequestError, match="neither strings nor SQuAD's"):
-        normalise({**SQUAD, "answers": answers}, "squad", {}, "x:1")
+        normalise({**SQUAD, "answers": answers}, "squad", {})
