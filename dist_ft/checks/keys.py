@@ -48,8 +48,8 @@ def _sources(config: RunConfig) -> Iterator[Path | HubSet]:
 
 
 def _draws_rows(config: RunConfig) -> bool:
-    parts = [config.data, *(config.data.mixture or {}).values()]
-    return any(part.k_shot or held_out(part.validation) for part in parts) or bool(config.data.folds)
+    sets = [alone.data for alone in sets_of(config).values()]
+    return any(data.folds or data.k_shot or held_out(data.validation) for data in sets)
 
 
 def _shares_by_size(config: RunConfig) -> bool:

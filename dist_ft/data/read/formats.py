@@ -269,7 +269,7 @@ def _label(value: Any) -> int | str | None:
     if value is not None and type(value) not in (int, str):
         rule = "the label is neither an integer nor a string"
         raise RowShape(rule, "use class labels, not scores", f"{value!r:.40}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,15 +322,8 @@ def _refuse_rejected(row: Mapping[str, Any]) -> None:
             )
 
 
-TEXTS, PAIRS = (
-    ("text", "sentence", "sentence1", "premise", "question1"),
-    (
-        "text_pair",
-        "sentence2",
-        "hypothesis",
-        "question2",
-    ),
-)
+TEXTS = ("text", "sentence", "sentence1", "premise", "question1")
+PAIRS = ("text_pair", "sentence2", "hypothesis", "question2")
 TAGS = ("ner_tags", "tags", "labels")
 FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),

@@ -49,7 +49,7 @@ def test_only_what_is_named_is_left() -> None:
         ("{translation.fr}", "column translation.fr, used by the template, does not exist"),
         ("{en.sv}", "column en.sv, used by the template, does not exist"),
         ("Say {no}", "column no, used by the template, is null"),
-        ("Say {tags}", "column tags, used by the template, is a list"),
+        ("Say {tags}", "column tags, used by the template, is list"),
     ],
 )
 def test_what_a_row_lacks_is_a_fault_that_counts(text: str, cause: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from dist_ft.data.read.faults import InvalidRow
 from dist_ft.data.read.formats import FORMATS, check_task, detect, normalise
-from dist_ft.errors import RequestError
+from dist_ft.errors import Problem, RequestError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -92,8 +93,10 @@ def test_columns_rename_and_decide_the_format() -> None:
 
 
 def problem(row: dict[str, Any], format: str = "auto", columns: dict[str, str] | None = None) -> Any:
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises((RequestError, InvalidRow)) as caught:
         normalise(row, format, columns or {})
+    if isinstance(caught.value, InvalidRow):
+        return Problem("row", str(caught.value), caught.value.way_out)
     return caught.value.problems[0]
 
 
@@ -106,8 +109,8 @@ def problem(row: dict[str, Any], format: str = "auto", columns: dict[str, str] |
         ({"conversations": []}, "messages", {}, "messages; the columns are conversations", "data.format=sharegpt"),
         ({"text": "a"}, "text", {"text": "body"}, "has no column body; its columns are text", "data.columns"),
         ({"text": "a"}, "text", {"prompt": "text"}, "format text has no column prompt", "use its columns: text"),
-        ({"text": 3}, "text", {}, "text is 3, not a string", "row"),
-        ({"prompt": "a", "completion": None}, "auto", {}, "completion is None", "row"),
+        ({"text": 3}, "text", {}, "text is not a string (such as 3)", "row"),
+        ({"prompt": "a", "completion": None}, "auto", {}, "completion is not a string (such as None)", "row"),
         ({"prompt": [USER], "completion": "x"}, "auto", {}, "both", "row"),
         ({"messages": [{"from": "human", "value": "x"}]}, "auto", {}, "message 1 has from, value", "sharegpt"),
         ({"messages": [{"role": "human", "content": "x"}]}, "auto", {}, "the role 'human'", "assistant"),
@@ -128,7 +131,7 @@ def test_misfits_name_what_is_there_and_the_way_out(
 ) -> None:
     found = problem(row, format, columns)
     assert rule in found.rule and way_out in found.way_out
-    assert found.where in ("f.jsonl:7", "data.columns")
+    assert found.where in ("row", "data.columns")
 
 
 def test_tasks_take_their_own_formats() -> None:
@@ -137,7 +140,7 @@ def test_tasks_take_their_own_formats() -> None:
             if task in form.tasks:
                 check_task(name, task)
             else:
-                with pytest.raises(RequestError, match="is not supported with task"):
+                with pytest.raises(InvalidRow, match="is not supported with task"):
                     check_task(name, task)
     assert [name for name, form in FORMATS.items() if "causal_lm" in form.tasks] == ["tokens", "text"]
 

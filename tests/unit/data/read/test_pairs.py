@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from dist_ft.data.read.faults import InvalidRow
 from dist_ft.data.read.formats import detect, normalise
-from dist_ft.errors import RequestError
 
 
 def user(text: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_a_shared_prompt_is_what_trl_takes_for_one() -> None:
     ],
 )
 def test_other_values_are_named(row: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"rows\.jsonl:1"):
+    with pytest.raises(InvalidRow, match="format pairs: "):
         read(row)
 
 

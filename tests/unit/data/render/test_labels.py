@@ -77,6 +77,12 @@ def test_nothing_to_tell_apart(tmp_path: Path, labels: list[Any], said: str) -> 
 def test_a_labels_number() -> None:
     assert [number_of(value, ("2", "10")) for value in (2, "10", 10)] == [0, 1, 1]
     assert number_of(1, ("bad", "good")) == 1 and number_of("bad", ("bad", "good")) == 0
-    for value, said in ((None, "missing"), (-1, "missing"), ("", "missing"), ("ugly", "not one of"), (2, "not one of")):
+    for value, said in (
+        (None, "missing"),
+        (-1, "the label is -1"),
+        ("", "missing"),
+        ("ugly", "not one of"),
+        (2, "not one of"),
+    ):
         with pytest.raises(RowFault, match=said):
             number_of(value, ("bad", "good"))
