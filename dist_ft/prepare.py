@@ -20,8 +20,9 @@ from .data.read.sets import ALONE, SPLITS, SplitName, key_of, name_in_mixture, s
 from .data.read.sources import survey
 from .data.render.labels import describe_alike, find_labels
 from .data.render.new_tokens import NewTokens, find_new_tokens
+from .data.render.special_text import open_chat_tokenizer
 from .data.render.template import ChatTokenizer
-from .data.render.tokenizer import check_tokenizers, load_tokenizer
+from .data.render.tokenizer import check_tokenizers
 from .data.store.identity import split_folder
 from .data.store.ledger import describe_files
 from .data.store.opened import Split
@@ -101,7 +102,7 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
 
     @cache
     def encoder() -> ChatTokenizer:
-        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+        return open_chat_tokenizer(config, tokenizer_dir)
 
     found = cache(lambda: find_facts(config, encoder))  # lazy: only computed if a split is not in the cache
     splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", found, encoder, say)}

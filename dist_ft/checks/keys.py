@@ -110,6 +110,12 @@ READ_WHEN = [
         "set method.prefix_projection=true, or remove it",
     ),
     *(ReadWhen(f"data.{key}", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET) for key in OWN_KEYS),
+    ReadWhen(
+        "data.special_tokens_in_text",
+        lambda c: hasattr(c.task, "chat_template") and not c.data.only_tokens,
+        "no messages are rendered",
+        "remove it; texts without messages keep their special tokens",
+    ),
     ReadWhen("data.delimiter", _csv_data, "no source is a CSV file", "remove it, or use a CSV file as source"),
     ReadWhen(
         "data.mixture_temperature",

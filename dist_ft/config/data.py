@@ -60,6 +60,9 @@ InvalidRows = Annotated[
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 
 
+SpecialTokensInText = Literal["keep", "plain", "refuse"]
+
+
 class DataSet(Strict):
     """One data set of a mixture; its keys have the same meaning as the keys of `data`."""
 
@@ -120,6 +123,11 @@ class DataConfig(Strict):
         None, description="Seed of k_shot and folds. Defaults to train.seed."
     )
     augment: AugmentConfig | None = Field(None, description="Augmented copies of training rows.")
+    special_tokens_in_text: SpecialTokensInText = Field(
+        "plain",
+        description="Action for special tokens such as `<|im_end|>` that a user or a tool writes in a message: tokenize"
+        " them as text, keep them as special tokens, or refuse the row.",
+    )
     shuffle: bool = Field(True, description="Shuffle the rows each epoch with train.seed; false keeps the file order.")
     cache_dir: str | None = Field(None, description="Cache of prepared data and models. Defaults to ~/.cache/dist_ft.")
 

@@ -23,6 +23,7 @@ from ..data.read.chosen import read_numbered
 from ..data.read.faults import RowFault
 from ..data.read.formats import IGNORED_LABEL
 from ..data.read.sets import ALONE, SplitName, sets_of
+from ..data.render.special_text import open_chat_tokenizer
 from ..data.render.template import ChatTokenizer
 from ..data.render.tokenizer import load_tokenizer
 from ..data.store.split import Encoder, encode_row
@@ -50,7 +51,7 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
 
     @cache
     def encoder() -> ChatTokenizer:
-        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+        return open_chat_tokenizer(config, tokenizer_dir)
 
     facts = find_facts(config, encoder)
     task = TASKS[config.task.name](config.task, facts, padding_free=True)

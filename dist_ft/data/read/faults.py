@@ -16,30 +16,21 @@ class RowFault(Exception):
     Args:
         cause: Why the row cannot be used, the same text for all rows with this problem.
         way_out: How to solve the problem.
-    """
-
-    def __init__(self, cause: str, way_out: str) -> None:
-        super().__init__(cause)
-        self.cause = cause
-        self.way_out = way_out
-        self.seen = ""
-
-
-class InvalidRow(RowFault):
-    """Error for a row that cannot be read or does not match its format; `data.invalid_rows=drop` drops it.
-
-    Args:
-        cause: See `RowFault`.
-        way_out: See `RowFault`.
-        seen: What this row has instead, which is shown for the first of the rows with this cause.
+        seen: What this row has, which is shown for the first of the rows with this cause.
     """
 
     def __init__(self, cause: str, way_out: str, seen: str = "") -> None:
-        super().__init__(cause, way_out)
+        super().__init__(cause)
+        self.cause = cause
+        self.way_out = way_out
         self.seen = seen
 
     def __str__(self) -> str:
         return describe_cause(self.cause, self.seen)
+
+
+class InvalidRow(RowFault):
+    """Error for a row that cannot be read or does not match its format; `data.invalid_rows=drop` drops it."""
 
 
 def check_text(value: Any) -> None:
@@ -65,7 +56,7 @@ def check_text(value: Any) -> None:
 
 
 def describe_cause(cause: str, seen: str) -> str:
-    """Return the cause with what the first row has instead."""
+    """Return the cause with what the first row has."""
     return f"{cause} (such as {seen})" if seen else cause
 
 
@@ -74,7 +65,7 @@ class Tally:
     """Count and first locations of the rows with one cause."""
 
     way_out: str
-    seen: str = ""  # what the first row has instead
+    seen: str = ""  # what the first row has
     key: str = ""  # key that drops these rows
     rows: int = 0
     places: list[str] = field(default_factory=list)  # locations of the first SHOWN_PLACES rows

@@ -46,6 +46,7 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
         "task": {**task, "chat_template": read_template(config.task)},
         # A training split of the same rows differs, because it determines the labels and keeps no rows for metrics.
         "labels": [split == "train", _labels_identity(config, split)],
+        "special_tokens_in_text": data.special_tokens_in_text,
         "tokenizer": _tokenizer_identity(alone),
         **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
         "packing": ("train", data.shuffle) if config.task.packs and split == "train" else "evaluation",

@@ -52,6 +52,10 @@ UNREAD = {
         [*MIXED, "data.template={prompt: '{text}', completion: '{text}'}"],
         ["data.template={prompt: '{text}', completion: '{text}'}"],
     ),
+    "data.special_tokens_in_text": (
+        ["data.special_tokens_in_text=keep", "task=causal_lm"],
+        ["data.special_tokens_in_text=keep"],
+    ),
     "data.delimiter": (['data.delimiter=";"'], ['data.delimiter=";"', "data.validation=rows.csv"]),
     "data.max_rows": ([*MIXED, "data.max_rows=3"], ["data.max_rows=3"]),
     "data.duplicates": ([*MIXED, "data.duplicates=drop"], ["data.duplicates=drop"]),
