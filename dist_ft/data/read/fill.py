@@ -58,8 +58,10 @@ def _fill(text: str, row: Mapping[str, Any]) -> Any:
         pieces.append(literal)
         if column is not None:
             value = _find(row, column)
-            if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
-                kind = "null" if value is None else "not a number" if isinstance(value, float) else type(value).__name__
+            is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+            if not isinstance(value, str) and not is_number:
+                names = {type(None): "null", float: "not a number"}
+                kind = names.get(type(value), f"a {type(value).__name__}")
                 raise InvalidRow(f"column {column}, used by the template, is {kind}", "correct the row or the template")
             pieces.append(str(value))
     return "".join(pieces)

@@ -118,5 +118,7 @@ def _rows(count: int) -> str:
 
 def describe_files(files: Mapping[str, int]) -> str:
     """Return the names of the first files that were read, each with its number of rows."""
-    shown = ", ".join(f"{rows:,} of {Path(name).name}" for name, rows in list(files.items())[:SHOWN_FILES])
+    shown = ", ".join(
+        f"{rows:,} row{'s' * (rows != 1)} of {Path(name).name}" for name, rows in list(files.items())[:SHOWN_FILES]
+    )
     return shown + (f", and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else "")

@@ -155,3 +155,64 @@ def test_real_sets_are_understood(shared: Any, name: str) -> None:
     calls = sum("tool_calls" in message for row in canonical for message in row["messages"])
     spoken = sum(turn["from"] == "function_call" for row in rows for turn in row.get("conversations", ()))
     assert calls == spoken and (calls > 0) == (name == "toolcall_sharegpt")
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "a", "completion": "b"}, "prompt_completion"),
+        ({"prompt": [USER], "completion": [ANSWER]}, "prompt_completion"),
+        ({"messages": [USER, ANSWER]}, "messages"),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}, "sharegpt"),
+        ({"instruction": "Hi", "output": "Ho"}, "alpaca"),
+    ],
+)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_an_answer_that_is_marked_as_bad_is_not_learned(row: dict[str, Any], format: str, column: str) -> None:
+    accepted = normalise(row, format, {})
+    assert normalise({**row, column: True}, format, {}) == accepted
+    for false in (False, "false", "False"):  # the strings are those of CSV files
+        with pytest.raises(InvalidRow, match=f"{column} is false, which marks the answer as one not to learn"):
+            normalise({**row, column: false}, format, {})
+
+
+def test_functions_are_tools() -> None:
+    functions = [{"name": "f", "parameters": {}}]
+    row = {"messages": [USER, ANSWER], "functions": functions}
+    expected = normalise({"messages": [USER, ANSWER], "tools": functions}, "messages", {})
+    assert normalise(row, "auto", {}) == expected and expected["tools"][0]["function"] == functions[0]
+    assert normalise({**row, "tools": None}, "auto", {}) == expected
+    with pytest.raises(InvalidRow, match="both tools and functions"):
+        normalise({**row, "tools": functions}, "auto", {})
+
+
+def test_null_arguments_are_arguments() -> None:
+    arguments = {"city": "Oslo", "unit": None, "range": {"to": None}}
+    call = {"id": None, "function": {"name": "f", "arguments": arguments}}
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    (found,) = normalise(row, "messages", {})["messages"][1]["tool_calls"]
+    assert found == {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        (True, "true"),
+        (False, "false"),
+        (2.0, 2),
+        (float("nan"), None),
+        (None, None),
+        ("a", "a"),
+        ([1.0, True], [1, "true"]),
+    ],
+)
+def test_labels_are_integers_or_strings(given: Any, label: Any) -> None:
+    found = normalise({"text": "x", "label": given}, "labelled", {})["label"]
+    assert found == label and type(found) is type(label)
+    if not isinstance(given, list):
+        assert normalise({"tokens": ["x"], "tags": [given]}, "tagged", {})["tags"] == [label]
+
+
+def test_scores_are_no_labels() -> None:
+    with pytest.raises(InvalidRow, match=r"neither an integer nor a string \(such as 0.5\)"):
+        normalise({"text": "x", "label": 0.5}, "labelled", {})
