@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .strict import Count, Strict
 
@@ -42,7 +42,8 @@ DataFormat = Literal[
 Sources = str | list[str]
 Validation = Annotated[
     Sources | None,
-    Field(description="A source, or a share of the training rows such as `10%`, drawn with subset_seed."),
+    BeforeValidator(lambda value: f"{value * 100:g}%" if isinstance(value, float) and 0 < value < 1 else value),
+    Field(description="Sources, or the share of the training rows to hold out, such as `10%`, drawn with subset_seed."),
 ]
 MaxRows = Annotated[Count | None, Field(description="Read only this many rows of each split, from its beginning.")]
 Delimiter = Annotated[

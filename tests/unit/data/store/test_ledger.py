@@ -64,15 +64,10 @@ def test_invalid_rows_are_counted_by_cause(make: Any, tmp_path: Path) -> None:
     found = problem(make(LINES))
     path = tmp_path / "rows.jsonl"
     assert found.where == "data.train" and "8 rows (of 28 read) cannot be used" in found.rule
+    third, cut = f"{path}:7, {path}:23, {path}:26", 'column 12 of \'{"prompt": "cut\''
     said = [
-        (
-            f"3 because format prompt_completion: completion is not a string (such as 3), first at {path}:7, {path}:23, "
-            f"{path}:26"
-        ),
-        (
-            f"1 because the line is not valid JSON (Unterminated string starting at) (such as column 12 of "
-            f'\'{{"prompt": "cut\'), first at {path}:6'
-        ),
+        f"3 because format prompt_completion: completion is not a string (such as 3), first at {third}",
+        f"1 because the line is not valid JSON (Unterminated string starting at) (such as {cut}), first at {path}:6",
         f"1 because a text has half of a surrogate pair (such as '\\ud83d' in 'half '), first at {path}:25",
         f"1 because columns question match no supported format, first at {path}:27",
         "1 because format text is not supported with task=instruction",
