@@ -137,12 +137,12 @@ def _wrong_byte(error: UnicodeDecodeError, offset: int) -> str:
 
 
 def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    offset = 0
+    offset, decoder = 0, _Decoder()
     for number, line in enumerate(file, start=1):
         place = f"{path}:{number}"
         try:
             if text := _decode(line, number, path).strip():
-                yield place, _parse(text)
+                yield place, _parse(text, decoder)
         except UnicodeDecodeError as error:
             yield place, InvalidRow("the line is not UTF-8", _convert(path, "latin1"), _wrong_byte(error, offset))
         offset += len(line)
@@ -170,9 +170,9 @@ class _Decoder(json.JSONDecoder):
         return InvalidRow("an object has the same key several times", "keep one of them", ", ".join(doubled))
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, decoder: _Decoder) -> Any:
     """Return the row in a line of JSON, or why it cannot be read."""
-    decoder = _Decoder()
+    decoder.doubled.clear()
     try:
         return decoder.check(decoder.decode(text))
     except (ValueError, RecursionError) as error:
@@ -203,9 +203,10 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         return
     following = next((pair for pair in lines if pair[1].strip()), None)
     if following is not None and _is_object(first):  # JSON Lines in a .json file
+        decoder = _Decoder()
         for at, line in chain([(number, first), following], lines):
             if line.strip():
-                yield f"{path}:{at}", _parse(line)
+                yield f"{path}:{at}", _parse(line, decoder)
         return
     text = first + (following[1] if following else "") + "".join(line for _, line in lines)
     yield from _rows_of_object(path, _parse_whole(path, text))
