@@ -28,7 +28,7 @@ from ..data.render.template import ChatTokenizer
 from ..data.render.tokenizer import load_tokenizer
 from ..data.store.split import Encoder, encode_row
 from ..errors import DistFtError, RequestError
-from ..prepare import find_facts, prepare
+from ..prepare import describe_data, find_facts, prepare
 from ..pretrained.fetch import prepare_model
 from ..protocols import Task
 from ..state import Example, Facts, Row
@@ -139,6 +139,8 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
         for table in ledger_tables(config, getattr(prepared, options["split"]), options["split"]):
             console.print(table)
+        for line in describe_data(config, prepared, options["split"]):
+            console.print(line, soft_wrap=True)
     except DistFtError as error:
         sys.stdout.flush()
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
