@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _WORD = re.compile(rf"({'|'.join(_WORDS)})(?:sets?|data)?")
 _DOCUMENTS = {"readme", "license", "licence", "notice", "changelog", "changes", "citation", "copying", "authors"}
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 SHOWN_FILES = 3
+_MOST_ENTRIES = 10_000  # looked at in a subfolder whose files are only counted
 
 
 @dataclass
@@ -90,8 +92,9 @@ def files_of_folder(folder: Path, split: str) -> Found:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            inside = [path for path in sorted(entry.rglob("*")) if path.is_file() and _why_no_rows(path) is None]
-            if (its_split := split_of(entry.name) if inside else None) is not None:
+            its_split = _split_of_folder(entry)
+            inside = _data_files_below(entry, None if its_split else _MOST_ENTRIES)
+            if its_split is not None:
                 named += [(path, its_split) for path in inside]
             elif inside:
                 below[entry] = inside
@@ -110,6 +113,23 @@ def files_of_folder(folder: Path, split: str) -> Found:
         raise RequestError.of(str(folder), rule, f"use files, a folder or a glob such as {hint}")
     _take(found, named, split, str(folder))
     return found
+
+
+def _split_of_folder(folder: Path) -> str | None:
+    try:
+        return split_of(folder.name)
+    except RequestError:  # its name has the words of several splits; its files are left out
+        return None
+
+
+def _data_files_below(folder: Path, most: int | None) -> list[Path]:
+    """Return the data files in a folder and its subfolders, of the first `most` entries, without hidden ones."""
+    shown = (
+        path
+        for path in islice(folder.rglob("*"), most)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    return sorted(path for path in shown if path.is_file() and _why_no_rows(path) is None)
 
 
 def files_of_glob(pattern: str, split: str) -> Found:

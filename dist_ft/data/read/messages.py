@@ -115,6 +115,7 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
         found = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         way_out = "set data.format=sharegpt with data.columns={conversations: messages}"
         raise RowShape(f"message {number} has {found}, not role and content", way_out)
+    message = _modern(message)
     if message["role"] not in ROLES:
         raise RowShape(f"message {number} has the role {message['role']!r}", f"use one of {', '.join(ROLES)}")
     kept: dict[str, Any] = {name: _without_nulls(value) for name, value in message.items() if value is not None}
@@ -124,6 +125,16 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
         raise RowShape(f"message {number} has neither content nor tool_calls")
     kept["content"] = _text_of(kept.get("content", ""), number)
     return kept
+
+
+def _modern(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with tool calls instead of `function_call` and the role `function`, their older form."""
+    modern = dict(message)
+    if modern["role"] == "function":
+        modern["role"] = "tool"
+    if (call := modern.pop("function_call", None)) and not modern.get("tool_calls"):
+        modern["tool_calls"] = [call]
+    return modern
 
 
 def _calls(text: str, number: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dist_ft.data.read.sets import sets_of
 from dist_ft.data.store.identity import split_folder
 from dist_ft.errors import RequestError
 from dist_ft.inspect.ledger import ledger_tables
-from dist_ft.prepare import prepare
+from dist_ft.prepare import describe_data, prepare
 
 LABELS = ["good", "bad", "good", "fair", "good", "bad", "fair", "good", "bad", "good", "fair", "good"] * 3
 ROWS: list[dict[str, Any]] = [{"text": f"text {n}", "label": label} for n, label in enumerate(LABELS)]
@@ -235,3 +235,11 @@ def test_keys_that_change_rows_change_the_prepared_split(make: Any) -> None:
     assert len({split_folder(make(data), "train").name for data in changes}) == len(changes)
     shared = [{"validation": share, "subset_seed": seed} for share in ("25%", "30%") for seed in (0, 1)]
     assert len({split_folder(make(data), "validation").name for data in shared}) == len(shared)
+
+
+def test_labels_that_are_almost_the_same_are_told(make: Any) -> None:
+    rows = [{"text": f"text {n}", "label": ("Good", "good", "bad")[n % 3]} for n in range(6)]
+    config = make({}, rows)
+    (line,) = describe_data(config, prepare(config))
+    assert line == "labels that are almost the same are separate classes: 'Good' and 'good'"
+    assert list(describe_data(make({}), prepare(make({})))) == []

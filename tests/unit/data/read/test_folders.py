@@ -88,7 +88,7 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path, names: list[str], split:
 
 def test_what_is_no_data_is_left_out_and_said(tmp_path: Path) -> None:
     names = ["a.jsonl", "b.jsonl", "README.txt", "LICENSE.txt", "dataset_info.json", "notes.docx", "sub/c.jsonl"]
-    found = survey(str(write(tmp_path, *names, ".hidden.jsonl")))
+    found = survey(str(write(tmp_path, *names, ".hidden.jsonl", "sub/.cache/d.jsonl", "test/.cache/e.jsonl")))
     assert [path.name for path in found.read if isinstance(path, Path)] == ["a.jsonl", "b.jsonl"]
     assert describe_left_out(found.left_out) == (
         "2 files (documentation): LICENSE.txt, README.txt; 1 file (metadata): dataset_info.json; "

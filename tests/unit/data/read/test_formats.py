@@ -186,6 +186,21 @@ def test_functions_are_tools() -> None:
         normalise({**row, "tools": functions}, "auto", {})
 
 
+def test_function_calls_of_the_old_form_are_tool_calls() -> None:
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    old = [USER, {"role": "assistant", "content": None, "function_call": call}, {"role": "function", "content": "2"}]
+    new = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "2"},
+    ]
+    expected = normalise({"messages": new}, "messages", {})
+    assert normalise({"messages": old}, "messages", {}) == expected
+    assert expected["messages"][1]["tool_calls"] == [CALL]
+    spoken = [{**new[1], "content": "Let me see."}, {**old[1], "content": "Let me see."}]
+    assert normalise({"messages": spoken[1:]}, "messages", {}) == normalise({"messages": spoken[:1]}, "messages", {})
+
+
 def test_null_arguments_are_arguments() -> None:
     arguments = {"city": "Oslo", "unit": None, "range": {"to": None}}
     call = {"id": None, "function": {"name": "f", "arguments": arguments}}

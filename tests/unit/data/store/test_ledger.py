@@ -12,6 +12,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.data.read.faults import InvalidRow
 from dist_ft.data.store.ledger import Ledger
 from dist_ft.errors import Problem, RequestError
+from dist_ft.inspect.ledger import ledger_tables
 from dist_ft.prepare import describe_data, prepare
 
 GOOD = [{"prompt": f"question {n}", "completion": "answer"} for n in range(20)]
@@ -112,6 +113,9 @@ def test_files_and_what_is_left_out_are_said(make: Any, tmp_path: Path) -> None:
     config = make([], train=str(folder), validation=str(folder))
     prepared = prepare(config)
     assert prepared.train.ledger["files"] == {str(folder / "train-0.jsonl"): 4, str(folder / "train-1.jsonl"): 5}
+    (table,) = ledger_tables(config, prepared.train, "train")
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert [column[1] for column in cells] == ["  of files", "2", "4 rows of train-0.jsonl, 5 rows of train-1.jsonl"]
     assert list(describe_data(config, prepared)) == [
         (
             "data.train: 2 files: 4 rows of train-0.jsonl, 5 rows of train-1.jsonl; left out: "
