@@ -21,7 +21,7 @@ from ...config.data import SpecialTokensInText
 from ...config.run import RunConfig
 from ..read.faults import RowFault
 from .spans import Message
-from .template import ChatTokenizer, Encoded
+from .template import ChatTokenizer, Encoded, render_prompt
 from .tokenizer import load_tokenizer
 
 _FIRST = 0xF0000  # names of the copy are single characters from here on, of a private-use area
@@ -36,10 +36,8 @@ def open_chat_tokenizer(config: RunConfig, folder: str) -> ChatTokenizer:
     Raises:
         RequestError: See `load_tokenizer`.
     """
-    tokenizer, action = load_tokenizer(config, folder), config.data.special_tokens_in_text
-    return ChatTokenizer(
-        tokenizer, None if action == "keep" else SpecialText(tokenizer, config.model.add_tokens, action)
-    )
+    tokenizer = load_tokenizer(config, folder)
+    return ChatTokenizer(tokenizer, SpecialText.of(config, tokenizer))
 
 
 class SpecialText:
@@ -59,6 +57,26 @@ class SpecialText:
         self.names = {name: chr(_FIRST + i) for i, name in enumerate(name for name in special if name not in own)}
         ordered = sorted(self.names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    @classmethod
+    def of(cls, config: RunConfig, tokenizer: Any) -> SpecialText | None:
+        """Return the encoder of a run, or None if special tokens in text are kept."""
+        action = config.data.special_tokens_in_text
+        return None if action == "keep" else cls(tokenizer, config.model.add_tokens, action)
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
+        """Return the token ids of messages up to the start of the answer, with special tokens of a user as text.
+
+        A tokenizer or a chat template that does not allow this encodes them as special tokens, as if they were kept.
+        """
+        ids = render_prompt(self.tokenizer, messages, tools)
+        if self._copy is None or all(self._find(message) is None for message in messages):
+            return ids
+        harmless = [self._replace(message, "x") for message in messages]
+        expected = render_prompt(self.tokenizer, harmless, tools)
+        if render_prompt(self._copy.tokenizer, self._renamed(harmless), tools) != expected:
+            return ids
+        return render_prompt(self._copy.tokenizer, self._renamed(messages), tools)
 
     def __call__(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0

@@ -36,6 +36,18 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
     return end
 
 
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
+    """Return the token ids of messages rendered with the chat template, up to the start of the answer."""
+    rendered = tokenizer.apply_chat_template(
+        list(messages),
+        tools=list(tools) if tools else None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+    return list(rendered["input_ids"])
+
+
 Encoded = dict[str, list[int]]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)

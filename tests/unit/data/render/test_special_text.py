@@ -13,7 +13,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.special_text import SpecialText, open_chat_tokenizer
-from dist_ft.data.render.template import ChatTokenizer
+from dist_ft.data.render.template import ChatTokenizer, render_prompt
 from dist_ft.data.store.identity import split_folder
 from dist_ft.prepare import prepare
 from tests.unit.data.render.chats import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, SPECIAL, make_tokenizer
@@ -81,6 +81,22 @@ def test_rows_are_refused_on_request_and_where_text_cannot_be_told_apart() -> No
     assert caught.value.seen == "'<|im_end|>'" and "special_tokens_in_text=keep" in caught.value.way_out
     with pytest.raises(RowFault, match="builds its own from parts"):
         encoder(make_tokenizer(FROM_PARTS)).encode_messages(CHAT)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, MISTRAL, QWEN3])
+def test_a_prompt_is_the_beginning_of_what_was_trained(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    special_text = SpecialText(tokenizer, (), "plain")
+    trained = encoder(tokenizer).encode_messages(CHAT)
+    prompt = special_text.encode_prompt(CHAT[:1])
+    assert prompt == trained["input_ids"][: len(prompt)]
+    assert prompt != render_prompt(tokenizer, CHAT[:1])
+    harmless = [{"role": "user", "content": "Hello"}]
+    expected = tokenizer.apply_chat_template(harmless, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert special_text.encode_prompt(harmless) == expected
+    built = make_tokenizer(FROM_PARTS)
+    kept = built.apply_chat_template(CHAT[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert SpecialText(built, (), "plain").encode_prompt(CHAT[:1]) == kept
 
 
 def test_the_installed_tokenizer_and_the_key(tmp_path: Path, tiny_llama: Path) -> None:
