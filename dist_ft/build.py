@@ -43,7 +43,7 @@ from .model.moe.routing import Routing, RoutingHook, build_routing
 from .model.reach import name_idle
 from .model.ticking import ticking
 from .optim.schedule import learning_rate
-from .prepare import Prepared
+from .prepare import Prepared, describe_data
 from .pretrained.folder import stored_scheme
 from .privacy.mechanism import Privacy, agree_on_privacy, settle_seed
 from .privacy.rules import MIXES_ROWS, takes_rows_together
@@ -247,7 +247,7 @@ def describe_parts(
     if routing is not None:
         yield routing.describe()
     yield from describe_mixture(plan.config, prepared.train)
-    yield from prepared.describe_shared()
+    yield from describe_data(plan.config, prepared)
     if privacy is not None:
         yield privacy.describe(steps)
 

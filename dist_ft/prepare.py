@@ -15,12 +15,16 @@ from pathlib import Path
 
 from .config.plan import read_plan
 from .config.run import RunConfig
-from .data.read.sets import ALONE, SPLITS, SplitName, name_in_mixture, sets_of
-from .data.render.labels import find_labels
+from .data.read.folders import describe_left_out
+from .data.read.sets import ALONE, SPLITS, SplitName, key_of, name_in_mixture, sets_of
+from .data.read.sources import survey
+from .data.render.labels import describe_alike, find_labels
 from .data.render.new_tokens import NewTokens, find_new_tokens
+from .data.render.special_text import open_chat_tokenizer
 from .data.render.template import ChatTokenizer
-from .data.render.tokenizer import check_tokenizers, load_tokenizer
+from .data.render.tokenizer import check_tokenizers
 from .data.store.identity import split_folder
+from .data.store.ledger import describe_files
 from .data.store.opened import Split
 from .data.store.repeats import describe_shared
 from .data.store.split import LEDGER, build_split
@@ -59,6 +63,28 @@ class Prepared:
                 yield line
 
 
+def describe_data(config: RunConfig, prepared: Prepared, *names: SplitName) -> Iterator[str]:
+    """Yield what a user should know of the data of each split, of `names` or of all.
+
+    These are the files that are read of a folder or glob and those beside them that are not, labels that are almost
+    the same, and rows that are in several splits.
+    """
+    for name in names or SPLITS:
+        for part, alone in sets_of(config, name).items():
+            split: Split | None = getattr(prepared, name)
+            own = split.parts.get(part, split) if split is not None else None
+            if own is None or alone.data.source_split(name) != name:
+                continue
+            left_out = survey(alone.data.sources(name) or [], name).left_out
+            files = own.ledger.get("files", {})
+            if left_out or len(files) > 1:
+                line = f"{key_of(part, name)}: {len(files):,} file{'s' * (len(files) != 1)}: {describe_files(files)}"
+                yield line + (f"; left out: {describe_left_out(left_out)}" if left_out else "")
+    if (alike := describe_alike(prepared.facts.labels)) is not None:
+        yield alike
+    yield from prepared.describe_shared(*names)
+
+
 def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
     """Download, convert, tokenize and pack everything that is not in the cache yet.
 
@@ -76,7 +102,7 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
 
     @cache
     def encoder() -> ChatTokenizer:
-        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+        return open_chat_tokenizer(config, tokenizer_dir)
 
     found = cache(lambda: find_facts(config, encoder))  # lazy: only computed if a split is not in the cache
     splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", found, encoder, say)}

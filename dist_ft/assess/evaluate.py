@@ -22,7 +22,7 @@ from ..config.run import RunConfig
 from ..data.store.opened import Split
 from ..export.opened import find_export, find_trained_run
 from ..families import build_task
-from ..prepare import Prepared, prepare
+from ..prepare import Prepared, describe_data, prepare
 from ..process.command import read_words, run_command, split_run
 from ..process.place import Place, find_device
 from ..protocols import Refers
@@ -112,7 +112,7 @@ def show_split(
     ledger = find_split(prepared, options.split).ledger
     title = f"{options.split}: {ledger['samples']:,} samples, {ledger['supervised_tokens']:,} supervised tokens"
     console.print(title, render_table({which: result.metrics for which, result in found.items()}), sep="\n")
-    for line in prepared.describe_shared(options.split):
+    for line in describe_data(config, prepared, options.split):
         console.print(line)
     for which, result in found.items():
         if "per_class" in result.details:

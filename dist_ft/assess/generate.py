@@ -25,6 +25,7 @@ from ..config.plan import read_plan
 from ..config.run import RunConfig
 from ..config.strict import Strict
 from ..data.read.sets import SPLITS, SplitName
+from ..data.render.special_text import SpecialText
 from ..data.render.template import find_end_token
 from ..data.render.tokenizer import open_tokenizer
 from ..errors import Problem, RequestError
@@ -63,10 +64,17 @@ class Speaker:
         tokenizer: tokenizer of the run.
         end_token_id: id of the token that ends an answer in training, or None.
         options: generation options.
+        special_text: encoder of the prompts that write out special tokens, see data/render/special_text.py.
     """
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, end_token_id: int | None, options: GenerateOptions
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        end_token_id: int | None,
+        options: GenerateOptions,
+        special_text: SpecialText | None = None,
     ) -> None:
         self.name = name
         self.model = model.eval()
@@ -75,6 +83,7 @@ class Speaker:
         pads = (tokenizer.pad_token_id, *self.ends, 0)  # a single prompt is never padded
         self.pad_id = next(token for token in pads if token is not None)
         self.options = options
+        self.special_text = special_text
 
     @torch.no_grad()
     def answer(self, question: Question) -> str:
@@ -83,7 +92,7 @@ class Speaker:
         Raises:
             RequestError: If prompt and answer together exceed the model's maximum length.
         """
-        ids = question.encode(self.tokenizer)
+        ids = question.encode(self.tokenizer, self.special_text)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) + self.options.max_new_tokens > limit:
             rule = f"{len(ids)} tokens plus {self.options.max_new_tokens} new ones exceed the model's limit of {limit}"
@@ -212,11 +221,13 @@ def main(arguments: list[str]) -> None:
             show_one(row, predictors, console, alone=options.prompts is None)
         return
     device, end = find_device(Place()), find_end_token(tokenizer, config.task)
+    plain = SpecialText.of(config, tokenizer)
     of_text = functools.partial(Question.of_text, chat=chat)
     questions = find_questions(options, of_text, functools.partial(read_questions, config))
     models = [open_model(which, config, prepared, run_dir, device, padded=True)[0] for which in wanted]
     speakers = [
-        Speaker(NAMES[which], model, tokenizer, end, options) for which, model in zip(wanted, models, strict=True)
+        Speaker(NAMES[which], model, tokenizer, end, options, plain)
+        for which, model in zip(wanted, models, strict=True)
     ]
     if not questions:
         chat_loop(speakers, chat=chat, console=console)

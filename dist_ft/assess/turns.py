@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,8 @@ from ..data.read.chosen import read_split
 from ..data.read.faults import RowFault
 from ..data.read.formats import normalise_for
 from ..data.read.sets import SplitName, sets_of
-from ..data.render.template import CONVERSING, ChatTokenizer
+from ..data.render.special_text import SpecialText
+from ..data.render.template import CONVERSING, ChatTokenizer, render_prompt
 from ..errors import RequestError
 
 Message = dict[str, Any]
@@ -33,21 +35,15 @@ class Question:
         """Build a question from text: a user message with `chat`, otherwise a plain text prompt to complete."""
         return cls([{"role": "user", "content": text}] if chat else None, text)
 
-    def encode(self, tokenizer: Any) -> list[int]:
-        """Return the token ids of the prompt, up to the start of the answer."""
+    def encode(self, tokenizer: Any, special_text: SpecialText | None = None) -> list[int]:
+        """Return the token ids of the prompt, up to the start of the answer; see special_text.py for `special_text`."""
         if self.messages is None:
             ids: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
             chat = ChatTokenizer(tokenizer)
             begins = chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id]
             return [chat.bos_id, *ids] if begins else ids  # type: ignore[list-item]
-        rendered = tokenizer.apply_chat_template(
-            list(self.messages),
-            tools=list(self.tools) if self.tools else None,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
-        return list(rendered["input_ids"])
+        encode = functools.partial(render_prompt, tokenizer) if special_text is None else special_text.encode_prompt
+        return encode(self.messages, self.tools)
 
 
 def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
@@ -86,7 +82,7 @@ def _canonical(alone: RunConfig, rows: Iterable[tuple[str, Any]]) -> Iterator[tu
     """Yield the canonical rows of a set; rows that cannot be converted are skipped."""
     for place, raw in rows:
         with contextlib.suppress(RowFault):
-            yield place, normalise_for(alone, raw, place)[1]
+            yield place, normalise_for(alone, raw)[1]
 
 
 def question_of(row: dict[str, Any], place: str) -> Question:

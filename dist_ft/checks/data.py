@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ..config.data import held_out
 from ..config.run import RunConfig
 from ..data.read.chosen import has_labels
+from ..data.read.faults import InvalidRow, Tally, describe_cause
 from ..data.read.fill import template_problems
 from ..data.read.formats import FORMATS, detect
-from ..data.read.rows import read_rows
-from ..data.read.sets import ALONE, key_of, sets_of, sources_of
+from ..data.read.rows import RawRow, read_rows
+from ..data.read.sets import ALONE, SPLITS, key_of, sets_of
 from ..data.read.sources import HubSet, resolve
 from ..errors import DistFtError, Problem
 
@@ -33,18 +34,37 @@ def chat_template_problems(config: RunConfig) -> Iterator[Problem]:
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that sources exist and that their first rows can be read; all rows are checked when they are prepared."""
-    for key, source in sources_of(config):
-        yield from (replace(problem, where=f"{key}, {problem.where}") for problem in _first_rows_problems(source))
+    for split in SPLITS:
+        for name, alone in sets_of(config, split).items():
+            if alone.data.source_split(split) == split:  # else the rows are held out from those of data.train
+                key = key_of(name, split)
+                yield from (replace(found, where=f"{key}, {found.where}") for found in _first_rows(alone, split))
 
 
-def _first_rows_problems(source: str) -> list[Problem]:
-    try:
-        for file in resolve(source):
-            if not isinstance(file, HubSet):
-                collections.deque(itertools.islice(read_rows(str(file)), FIRST_ROWS), maxlen=0)
-    except DistFtError as error:
-        return list(error.problems)
-    return []
+def _first_rows(alone: RunConfig, split: str) -> Iterator[Problem]:
+    data = alone.data
+    given = data.sources(split) or []
+    for source in [given] if isinstance(given, str) else given:
+        try:
+            for file in resolve(source, split):
+                if not isinstance(file, HubSet):
+                    rows = read_rows(str(file), split=split, delimiter=data.delimiter)
+                    found = list(_invalid(itertools.islice(rows, FIRST_ROWS)))
+                    yield from found if data.invalid_rows == "error" else ()
+        except DistFtError as error:
+            yield from error.problems
+
+
+def _invalid(rows: Iterable[tuple[str, RawRow]]) -> Iterator[Problem]:
+    """Yield a problem for each cause for which some of the rows cannot be read."""
+    tallies: dict[str, Tally] = {}
+    for place, row in rows:
+        if isinstance(row, InvalidRow):
+            tallies.setdefault(row.cause, Tally(row.way_out, row.seen)).add(place)
+    for cause, tally in tallies.items():
+        rule = f"{describe_cause(cause, tally.seen)}; {tally.rows} of the first {FIRST_ROWS} rows, such as "
+        way_out = f"{tally.way_out}, or set data.invalid_rows=drop"
+        yield Problem(tally.places[0], rule + ", ".join(tally.places), way_out)
 
 
 def set_problems(config: RunConfig) -> Iterator[Problem]:
@@ -71,6 +91,8 @@ def set_problems(config: RunConfig) -> Iterator[Problem]:
             yield Problem("data.mixture", rule, "set a weight for all sets or for none")
     for name, alone in sets_of(config).items():
         yield from _format_problems(alone, name)
+        if (share := held_out(alone.data.validation)) is not None and not 0 < share < 1:
+            yield Problem(key_of(name, "validation"), "must be more than 0% and less than 100%", "set 10%, for example")
 
 
 def _format_problems(alone: RunConfig, name: str) -> Iterator[Problem]:

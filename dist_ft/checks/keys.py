@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..config.data import held_out
 from ..config.launch import LocalConfig
 from ..config.run import RunConfig
-from ..data.read.sets import sources_of
+from ..data.read.folders import ending_of
+from ..data.read.sets import SPLITS, sets_of
 from ..data.read.sources import HubSet, resolve
 from ..errors import DistFtError, Problem
 from ..pretrained.source import is_hub_id
@@ -30,11 +33,23 @@ def _packs(config: RunConfig) -> bool:
 
 
 def _hub_data(config: RunConfig) -> bool:
-    for _, source in sources_of(config):
-        with contextlib.suppress(DistFtError):  # invalid sources are reported by data_problems
-            if any(isinstance(found, HubSet) for found in resolve(source)):
-                return True
-    return False
+    return any(isinstance(found, HubSet) for found in _sources(config))
+
+
+def _csv_data(config: RunConfig) -> bool:
+    return any(not isinstance(found, HubSet) and ending_of(found) in (".csv", ".tsv") for found in _sources(config))
+
+
+def _sources(config: RunConfig) -> Iterator[Path | HubSet]:
+    for split in SPLITS:
+        for alone in sets_of(config, split).values():
+            with contextlib.suppress(DistFtError):  # invalid sources are reported by data_problems
+                yield from resolve(alone.data.sources(split) or [], alone.data.source_split(split))
+
+
+def _draws_rows(config: RunConfig) -> bool:
+    sets = [alone.data for alone in sets_of(config).values()]
+    return any(data.folds or data.k_shot or held_out(data.validation) for data in sets)
 
 
 def _shares_by_size(config: RunConfig) -> bool:
@@ -42,6 +57,7 @@ def _shares_by_size(config: RunConfig) -> bool:
     return len(sets) > 1 and all(part.weight is None for part in sets.values())
 
 
+OWN_KEYS = ("format", "columns", "template", "revision", "delimiter", "max_rows", "duplicates", "invalid_rows")
 OF_SETS = "each set of data.mixture has its own"
 SAY_OF_SET = "set it for each data set, as data.mixture.NAME.KEY"
 NO_VALIDATION = "there is no validation data"
@@ -93,9 +109,14 @@ READ_WHEN = [
         "without method.prefix_projection there is no MLP",
         "set method.prefix_projection=true, or remove it",
     ),
-    *(ReadWhen(f"data.{key}", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET) for key in ("format", "columns")),
-    ReadWhen("data.template", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
-    ReadWhen("data.revision", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET),
+    *(ReadWhen(f"data.{key}", lambda c: c.data.mixture is None, OF_SETS, SAY_OF_SET) for key in OWN_KEYS),
+    ReadWhen(
+        "data.special_tokens_in_text",
+        lambda c: hasattr(c.task, "chat_template") and not c.data.only_tokens,
+        "no messages are rendered",
+        "remove it; texts without messages keep their special tokens",
+    ),
+    ReadWhen("data.delimiter", _csv_data, "no source is a CSV file", "remove it, or use a CSV file as source"),
     ReadWhen(
         "data.mixture_temperature",
         _shares_by_size,
@@ -105,9 +126,9 @@ READ_WHEN = [
     ReadWhen("data.fold", lambda c: c.data.folds is not None, "data.folds is not set", "set data.folds, or remove it"),
     ReadWhen(
         "data.subset_seed",
-        lambda c: any((c.data.folds, c.data.k_shot, *(part.k_shot for part in (c.data.mixture or {}).values()))),
+        _draws_rows,
         "no rows are drawn at random",
-        "set data.k_shot or data.folds, or remove it",
+        "set data.k_shot, data.folds or a share as data.validation, or remove it",
     ),
     ReadWhen("data.revision", _hub_data, "no source comes from the Hub", "remove it, or use a Hub ID as source"),
     ReadWhen("train.eval_steps", lambda c: c.data.has("validation"), NO_VALIDATION, GIVE_VALIDATION),

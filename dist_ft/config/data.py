@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .strict import Count, Strict
 
@@ -39,14 +40,35 @@ DataFormat = Literal[
     "tokens",
 ]
 Sources = str | list[str]
+Validation = Annotated[
+    Sources | None,
+    BeforeValidator(lambda value: f"{value * 100:g}%" if isinstance(value, float) and 0 < value < 1 else value),
+    Field(description="Sources, or the share of the training rows to hold out, such as `10%`, drawn with subset_seed."),
+]
+MaxRows = Annotated[Count | None, Field(description="Read only this many rows of each split, from its beginning.")]
+Delimiter = Annotated[
+    Annotated[str, Field(min_length=1, max_length=1)] | None,
+    Field(description="Delimiter of CSV files. Defaults to a comma, and a tab for .tsv."),
+]
+Duplicates = Annotated[
+    Literal["keep", "drop"],
+    Field(description="Action for a row that equals an earlier one of its split in all columns of the format."),
+]
+InvalidRows = Annotated[
+    Literal["error", "drop"],
+    Field(description="Action for a row that cannot be read or does not match its format."),
+]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+
+
+SpecialTokensInText = Literal["keep", "plain", "refuse"]
 
 
 class DataSet(Strict):
     """One data set of a mixture; its keys have the same meaning as the keys of `data`."""
 
     train: Sources
-    validation: Sources | None = None
+    validation: Validation = None
     test: Sources | None = None
     weight: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -59,6 +81,10 @@ class DataSet(Strict):
         default_factory=dict, description="Column of the format → text with {COLUMN} placeholders."
     )
     revision: str | None = Field(None, description="Hub revision of the data set.")
+    delimiter: Delimiter = None
+    max_rows: MaxRows = None
+    duplicates: Duplicates = "keep"
+    invalid_rows: InvalidRows = "error"
     augment: AugmentConfig | None = Field(None, description="Augmented copies of the training rows.")
     k_shot: Count | None = Field(None, description="Training rows per label, drawn with data.subset_seed.")
 
@@ -67,7 +93,7 @@ class DataConfig(Strict):
     """Sources of the rows. A source is a file, a glob pattern, a folder or a Hub ID; a list is a single data set."""
 
     train: Sources | None = Field(None, description="Training rows; set data.mixture instead for several data sets.")
-    validation: Sources | None = None
+    validation: Validation = None
     test: Sources | None = None
     format: DataFormat = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="Column of the format → column of the data.")
@@ -76,6 +102,10 @@ class DataConfig(Strict):
         description="Column of the format → text with {COLUMN} placeholders; a lone `{COLUMN}` keeps the value as is.",
     )
     revision: str | None = Field(None, description="Hub revision of the data set.")
+    delimiter: Delimiter = None
+    max_rows: MaxRows = None
+    duplicates: Duplicates = "keep"
+    invalid_rows: InvalidRows = "error"
     mixture: dict[SetName, DataSet] | None = Field(
         None, description="Name → data set; each set keeps its share of the samples throughout the run."
     )
@@ -94,6 +124,11 @@ class DataConfig(Strict):
         None, description="Seed of k_shot and folds. Defaults to train.seed."
     )
     augment: AugmentConfig | None = Field(None, description="Augmented copies of training rows.")
+    special_tokens_in_text: SpecialTokensInText = Field(
+        "plain",
+        description="Action for special tokens such as `<|im_end|>` that a user or a tool writes in a message: tokenize"
+        " them as text, keep them as special tokens, or refuse the row.",
+    )
     shuffle: bool = Field(True, description="Shuffle the rows each epoch with train.seed; false keeps the file order.")
     cache_dir: str | None = Field(None, description="Cache of prepared data and models. Defaults to ~/.cache/dist_ft.")
 
@@ -102,12 +137,23 @@ class DataConfig(Strict):
         return bool(self.sources(split)) or any(getattr(part, split) for part in (self.mixture or {}).values())
 
     def sources(self, split: str) -> Sources | None:
-        """Return the sources of a split; with `folds`, the validation rows are part of the training sources."""
-        found: Sources | None = self.train if split == "validation" and self.folds else getattr(self, split)
+        """Return the sources of a split; those of validation rows held out from the training rows are theirs."""
+        found: Sources | None = getattr(self, self.source_split(split))
         return found
+
+    def source_split(self, split: str) -> str:
+        """Return the split whose sources contain the rows of `split`."""
+        is_held_out = self.folds is not None or held_out(self.validation) is not None
+        return "train" if split == "validation" and is_held_out else split
 
     @property
     def only_tokens(self) -> bool:
         """Whether all rows are already tokenized, so that no tokenizer is needed."""
         parts = [self] if self.mixture is None else list(self.mixture.values())
         return all(part.format == "tokens" for part in parts)
+
+
+def held_out(validation: Sources | None) -> float | None:
+    """Return the share of the training rows that `validation` is, such as 0.1 for `10%`, or None for sources."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", validation) if isinstance(validation, str) else None
+    return None if match is None else float(match[1]) / 100

@@ -9,6 +9,7 @@ from rich.table import Table
 from ..config.run import RunConfig
 from ..data.order.proportions import proportions
 from ..data.read.sets import key_of
+from ..data.store.ledger import describe_files
 from ..data.store.opened import Split
 
 
@@ -29,6 +30,8 @@ def ledger_table(split: Split, title: str) -> Table:
     if ledger.get("chosen"):
         table.add_row("rows in the source", f"{ledger['rows_of_source']:,}", f"read: {ledger['chosen']}")
     table.add_row("rows read", f"{ledger['rows_read']:,}", ", ".join(ledger["formats"]))
+    if len(ledger.get("files", {})) > 1:
+        table.add_row("  of files", f"{len(ledger['files']):,}", describe_files(ledger["files"]))
     for cause, tally in ledger["dropped"].items():
         table.add_row("  dropped", f"{tally['rows']:,}", f"{cause}; first at {', '.join(tally['places'])}")
     if any(ledger.get(key) for key in ("augmented", "unchanged", "copies_left_out")):

@@ -23,7 +23,7 @@ from ..config.run import RunConfig
 from ..families import ModelRecipe, architecture_of, build_method
 from ..model.load import attention_of
 from ..model.quantization.packed import find_packed
-from ..prepare import prepare
+from ..prepare import describe_data, prepare
 from ..privacy.rules import takes_rows_together
 from ..process.command import run_command, split_run
 from ..state import BuiltModel, Facts
@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> None:
     for shown in (*tables, *ledgers):
         console.print(shown)
         console.print()
-    for line in prepared.describe_shared():
+    for line in describe_data(plan.config, prepared):
         console.print(line, soft_wrap=True)
 
 

@@ -23,11 +23,12 @@ from ..data.read.chosen import read_numbered
 from ..data.read.faults import RowFault
 from ..data.read.formats import IGNORED_LABEL
 from ..data.read.sets import ALONE, SplitName, sets_of
+from ..data.render.special_text import open_chat_tokenizer
 from ..data.render.template import ChatTokenizer
 from ..data.render.tokenizer import load_tokenizer
 from ..data.store.split import Encoder, encode_row
 from ..errors import DistFtError, RequestError
-from ..prepare import find_facts, prepare
+from ..prepare import describe_data, find_facts, prepare
 from ..pretrained.fetch import prepare_model
 from ..protocols import Task
 from ..state import Example, Facts, Row
@@ -50,7 +51,7 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
 
     @cache
     def encoder() -> ChatTokenizer:
-        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+        return open_chat_tokenizer(config, tokenizer_dir)
 
     facts = find_facts(config, encoder)
     task = TASKS[config.task.name](config.task, facts, padding_free=True)
@@ -60,9 +61,9 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
         augmenter, numbered = Augmenter.of(alone, split), read_numbered(alone, split)
         for number, place, row in islice(numbered, rows):
             try:
-                name, canonical, sequences = encode_row(alone, task, encoder, row, place)
+                name, canonical, sequences = encode_row(alone, task, encoder, row)
             except RowFault as fault:
-                console.print(Text(f"── {place}: cannot be used: {fault.cause}\n   → {fault.way_out}\n", style=NOTE))
+                console.print(Text(f"── {place}: cannot be used: {fault}\n   → {fault.way_out}\n", style=NOTE))
                 continue
             tokenizer = _tokenizer_of_tokens(config, tokenizer_dir) if name == "tokens" else encoder().tokenizer
             copies = augmenter.copies(canonical, number, place) if augmenter else iter(())
@@ -138,6 +139,8 @@ def main(arguments: list[str]) -> int:
         prepared = prepare(config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
         for table in ledger_tables(config, getattr(prepared, options["split"]), options["split"]):
             console.print(table)
+        for line in describe_data(config, prepared, options["split"]):
+            console.print(line, soft_wrap=True)
     except DistFtError as error:
         sys.stdout.flush()
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config.data import held_out
 from ..config.run import RunConfig
-from ..data.read.sets import sources_of
-from ..errors import Problem
+from ..data.read.sources import HubSet, resolve
+from ..errors import DistFtError, Problem
 from ..pretrained.folder import is_known_dense
 
 ENGINES = ("ddp", "fsdp")
@@ -20,7 +22,13 @@ TASKS = (  # tasks in which each sample is one row
     "token_classification",
     "seq2seq",
 )
-SUBSETS = ("mixture", "k_shot", "folds")  # keys of `data` that make the use of a row depend on other rows
+SUBSETS = {  # keys of `data` that make the use of a row depend on other rows, and values that do not
+    "mixture": None,
+    "k_shot": None,
+    "folds": None,
+    "max_rows": None,
+    "duplicates": "keep",
+}
 MIXES_ROWS = "experts are balanced over all rows of a step, so that rows have no separate gradients"
 
 
@@ -43,10 +51,12 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
     if config.task.name not in TASKS:
         rule = f"a row of task={config.task.name} is not a single sample with its own gradient"
         yield Problem("task", rule, f"set task to one of {', '.join(TASKS)}")
-    for key in SUBSETS:
-        if getattr(config.data, key, None) is not None:
-            rule = "which rows are sampled, and how often, would depend on other rows"
+    rule = "which rows are sampled, and how often, would depend on other rows"
+    for key, harmless in SUBSETS.items():
+        if getattr(config.data, key) != harmless:
             yield Problem(f"data.{key}", rule, "remove it, and set data.train to the rows")
+    if held_out(config.data.validation) is not None:
+        yield Problem("data.validation", rule, "set it to a file with rows that data.train does not have")
     if config.task.packs:
         rule = "packed samples contain parts of several rows, so the influence of a single row is not bounded"
         yield Problem("task.packing", rule, "set task.packing=false")
@@ -80,7 +90,14 @@ def _selection_problems(config: RunConfig) -> Iterator[Problem]:
     chooses = [key for key in ("load_best_model_at_end", "early_stopping_patience") if getattr(train, key)]
     if not chooses:
         return
-    trained = {source for key, source in sources_of(config) if key == "data.train"}
-    if any(source in trained for key, source in sources_of(config) if key == "data.validation"):
+    trained, scored = ({str(found) for found in _files(config, split)} for split in ("train", "validation"))
+    if trained & scored:
         rule = "the step is selected by exact scores of training rows, which epsilon does not account for"
         yield Problem(f"train.{chooses[0]}", rule, "set data.validation to other rows, or remove it")
+
+
+def _files(config: RunConfig, split: str) -> list[Path | HubSet]:
+    with contextlib.suppress(DistFtError):  # invalid sources are reported by checks/data.py
+        if sources := config.data.sources(split):
+            return resolve(sources, split)
+    return []

@@ -49,7 +49,7 @@ class SequenceClassification(Task):
     def labels_of(row: Row) -> Iterable[tuple[int | str, str | None]]:
         """Return the labels of a row, each with its name if the row has one; missing labels are skipped."""
         several = row["label"] if isinstance(row["label"], list) else [row["label"]]
-        return [(value, row.get("label_text")) for value in several if value not in (None, "", -1)]
+        return [(value, row.get("label_text")) for value in several if value not in (None, "")]
 
     @property
     def layout(self) -> Layout:

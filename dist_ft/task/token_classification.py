@@ -10,8 +10,8 @@ import numpy as np
 
 from ..config.task import TokenClassificationConfig
 from ..data.read.faults import RowFault
-from ..data.read.formats import IGNORED_LABEL
-from ..data.render.labels import NO_LABEL, OUTSIDE, head_settings, number_of
+from ..data.read.formats import IGNORED_LABEL, NO_LABEL
+from ..data.render.labels import OUTSIDE, head_settings, number_of
 from ..data.store.pack import count_labels
 from ..errors import RequestError
 from ..protocols import Task

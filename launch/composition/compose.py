@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ...config.run import RunConfig
+from ...data.read.folders import ENDINGS, ending_of
 from ...errors import Problem, RequestError
 from . import keys
 from .paths import CONF_DIR, settle_paths
@@ -110,7 +111,9 @@ def sort_words(words: Sequence[str], groups: dict[str, list[str]]) -> Words:
         except (OverrideParseException, HydraException):
             found.problems.append(Problem(word, "cannot be parsed", "write key=value, quoted: 'key=\"some text\"'"))
             continue
-        if problem := _refuse(word, override, groups):
+        if (source := _source_of_data(override, groups)) is not None:
+            found.choices["data"], found.values["data.train"] = "jsonl", source
+        elif problem := _refuse(word, override, groups):
             found.problems.append(problem)
         elif override.key_or_group in groups:
             found.choices[override.key_or_group] = str(override.value())
@@ -122,6 +125,15 @@ def sort_words(words: Sequence[str], groups: dict[str, list[str]]) -> Words:
             else:
                 found.values[section] = value
     return found
+
+
+def _source_of_data(override: Override, groups: dict[str, list[str]]) -> str | None:
+    """Return the source of the rows if it is given in place of a choice (`data=rows.jsonl`), else None."""
+    value = override.value() if override.key_or_group == "data" and not override.is_sweep_override() else None
+    if not isinstance(value, str) or value in groups["data"]:
+        return None
+    is_source = "/" in value or ending_of(Path(value)) in ENDINGS or Path(value).expanduser().exists()
+    return value if is_source else None
 
 
 def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Problem | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .messages import RowShape
@@ -31,12 +31,33 @@ def answers_of(row: Mapping[str, Any]) -> dict[str, list[Any]]:
         value, starts = [item.get("text") for item in value], [item.get("answer_start") for item in value]
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise RowShape(f"the answers are {value!r:.40}, neither strings nor SQuAD's text and answer_start")
+        raise RowShape("the answers are neither strings nor SQuAD's text and answer_start", seen=f"{value!r:.40}")
     places = starts if isinstance(starts, list) else [starts]
     if len(places) != len(texts):
         places = [None] * len(texts)
     given = [(text, _number(place)) for text, place in zip(texts, places, strict=True) if text.strip()]
     return {"text": [text for text, _ in given], "answer_start": [place for _, place in given]}
+
+
+def flatten_articles(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield a row for each question of an article of SQuAD's files, and other rows unchanged.
+
+    An article is `{"title": …, "paragraphs": [{"context": …, "qas": [{"question": …, "answers": […]}]}]}`. The place of
+    a question is that of its article and its number in it.
+    """
+    for place, row in rows:
+        paragraphs = row.get("paragraphs") if isinstance(row, dict) else None
+        if not isinstance(paragraphs, list) or not all(isinstance(part, dict) and "qas" in part for part in paragraphs):
+            yield place, row
+            continue
+        whole = {name: value for name, value in row.items() if name != "paragraphs"}
+        number = 0
+        for part in paragraphs:
+            own = {name: value for name, value in part.items() if name != "qas"}
+            for question in part["qas"]:
+                number += 1
+                flat = {**whole, **own, **question} if isinstance(question, dict) else question
+                yield f"{place}, question {number}", flat
 
 
 def _number(place: Any) -> int | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import Any
 
 from ...errors import Problem
-from .faults import RowFault
+from .faults import InvalidRow
 
 _MISSING = object()
 
@@ -25,7 +26,7 @@ def fill(template: Mapping[str, str], columns: Mapping[str, str], row: Mapping[s
         row: Raw row.
 
     Raises:
-        RowFault: The row lacks a column, or its value cannot be inserted into text.
+        InvalidRow: The row lacks a column, or its value cannot be inserted into text.
     """
     filled = {name: _fill(text, row) for name, text in template.items()}
     return {**{ours: _find(row, theirs) for ours, theirs in columns.items()}, **filled}
@@ -57,9 +58,11 @@ def _fill(text: str, row: Mapping[str, Any]) -> Any:
         pieces.append(literal)
         if column is not None:
             value = _find(row, column)
-            if not isinstance(value, str | int | float):
-                kind = "null" if value is None else f"a {type(value).__name__}"
-                raise RowFault(f"column {column}, used by the template, is {kind}", "correct the row or the template")
+            is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+            if not isinstance(value, str) and not is_number:
+                names = {type(None): "null", float: "not a number"}
+                kind = names.get(type(value), f"a {type(value).__name__}")
+                raise InvalidRow(f"column {column}, used by the template, is {kind}", "correct the row or the template")
             pieces.append(str(value))
     return "".join(pieces)
 
@@ -73,7 +76,9 @@ def _find(row: Mapping[str, Any], name: str) -> Any:
         value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
     if value is _MISSING:
         has = ", ".join(str(column) for column in row)
-        raise RowFault(f"column {name}, used by the template, does not exist (columns: {has})", "correct the template")
+        raise InvalidRow(
+            f"column {name}, used by the template, does not exist (columns: {has})", "correct the template"
+        )
     return value
 
 

@@ -19,18 +19,22 @@ messages are not supervised.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...config.run import RunConfig
 from ...errors import Problem, RequestError
 from .answers import ANSWERS, answers_of
+from .faults import InvalidRow, check_text
 from .fill import fill
 from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
 from .pairs import pair_of
+from .rows import RawRow
 
 IGNORED_LABEL = -100
+NO_LABEL = -1  # marks rows without a label in Hub datasets
 
 
 @dataclass(frozen=True)
@@ -63,80 +67,89 @@ def detect(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, tas
     return next((name for name in fitting if task in FORMATS[name].tasks), fitting[0] if fitting else None)
 
 
-def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str], place: str) -> dict[str, Any]:
+def normalise(row: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> dict[str, Any]:
     """Convert a raw row to its canonical form.
 
     Args:
         row: Raw row.
         format: Key of `FORMATS`, or `auto`.
         columns: Column name of the format -> column name in the data.
-        place: Location of the row, for errors.
 
     Raises:
-        RequestError: The columns or values of the row do not match the format.
+        InvalidRow: The columns or values of the row do not match the format.
+        RequestError: `columns` has a column that the format does not have.
     """
     name = detect(row, columns) if format == "auto" else format
     if name is None:
-        raise RequestError(_no_format(row, columns, place))
+        raise _no_format(row, columns)
     form = FORMATS[name]
     if unknown := [key for key in columns if key not in form.columns]:
         rule = f"format {name} has no column {', '.join(unknown)}"
         raise RequestError(Problem("data.columns", rule, f"use its columns: {', '.join(form.columns)}"))
     if absent := [source for source in columns.values() if source not in row]:
         rule = f"the row has no column {', '.join(absent)}; its columns are {_listed(row)}"
-        raise RequestError(Problem(place, rule, "set data.columns to column names of the rows"))
+        raise InvalidRow(rule, "set data.columns to column names of the rows")
     renamed = {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
     if not form.fits(renamed):
-        raise RequestError(_misfit(renamed, name, columns, place))
+        raise _misfit(renamed, name)
     try:
         return form.convert(renamed)
     except RowShape as fault:
-        raise RequestError(Problem(place, f"format {name}: {fault}", fault.way_out)) from fault
+        raise InvalidRow(f"format {name}: {fault}", fault.way_out, fault.seen) from fault
 
 
-def normalise_for(config: RunConfig, row: Mapping[str, Any], place: str) -> tuple[str, dict[str, Any]]:
+def normalise_for(config: RunConfig, row: RawRow) -> tuple[str, dict[str, Any]]:
     """Return the format of a row and its canonical form for the task of the run.
 
     Raises:
-        RequestError: The row does not match the configured format, or the task does not support the format.
-        RowFault: The row lacks a column used by `data.template`.
+        InvalidRow: The row could not be read, lacks a column used by `data.template`, contains characters that are not
+            Unicode text, does not match the configured format, or has a format that the task does not support.
     """
+    if isinstance(row, InvalidRow):
+        raise row
     data = config.data
     columns = {} if data.template else data.columns
     if data.template:
         row = fill(data.template, data.columns, row)
     name = (detect(row, columns, config.task.name) if data.format == "auto" else data.format) or "auto"
-    canonical = normalise(row, name, columns, place)
-    check_task(name, config.task.name, place)
+    canonical = normalise(row, name, columns)
+    check_task(name, config.task.name)
+    if name != "tokens":
+        check_text(canonical)
     return name, canonical
 
 
-def check_task(format: str, task: str, place: str) -> None:
+def check_task(format: str, task: str) -> None:
     """Check that `task` supports rows of `format`.
 
     Raises:
-        RequestError: The task does not support the format.
+        InvalidRow: The task does not support the format.
     """
     if task not in FORMATS[format].tasks:
         fitting = [name for name, form in FORMATS.items() if task in form.tasks]
         other = " or ".join(FORMATS[format].tasks)
         rule = f"format {format} is not supported with task={task}, which supports {', '.join(fitting)}"
-        raise RequestError(Problem(place, rule, f"set task={other}, or set data.columns to match another format"))
+        raise InvalidRow(rule, f"set task={other}, or set data.columns to match another format")
 
 
-def _no_format(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Problem:
+def is_unlabelled(label: Any, labels: Sequence[str] | None) -> bool:
+    """Return whether a canonical label is missing; -1 is a class only if `task.labels` says so."""
+    return label in (None, "") or (label == NO_LABEL and str(NO_LABEL) not in (labels or ()))
+
+
+def _no_format(row: Mapping[str, Any], columns: Mapping[str, str]) -> InvalidRow:
     known = [f"{name} ({', '.join(form.required)})" for name, form in FORMATS.items()]
     rule = f"columns {_listed(row)} match no supported format"
     if columns:
         rule += f" (data.columns sets {', '.join(columns)})"
-    return Problem(place, rule, f"{_suggest(row)}; supported formats are {', '.join(known)}")
+    return InvalidRow(rule, f"{_suggest(row)}; supported formats are {', '.join(known)}")
 
 
-def _misfit(row: Mapping[str, Any], name: str, columns: Mapping[str, str], place: str) -> Problem:
+def _misfit(row: Mapping[str, Any], name: str) -> InvalidRow:
     missing = [names for names in FORMATS[name].required if not any(n in row for n in names.split("|"))]
     rule = f"format {name} requires {', '.join(missing)}; the columns are {_listed(row)}"
     found = detect(row)
-    return Problem(place, rule, f"set data.format={found}" if found else _suggest(row, name))
+    return InvalidRow(rule, f"set data.format={found}" if found else _suggest(row, name))
 
 
 _USUAL = {  # common dataset column names for the columns of prompt_completion and text
@@ -175,18 +188,22 @@ def _text(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_rejected(row)
     return _with_tools({"messages": check_messages(row["messages"])}, row)
 
 
 def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_rejected(row)
     return _with_tools({"messages": messages_of_sharegpt(row)}, row)
 
 
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_rejected(row)
     return {"messages": messages_of_alpaca(row)}
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse_rejected(row)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         both = {"messages": check_messages([*prompt, *completion]), "context": len(prompt)}
@@ -219,7 +236,9 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
             raise RowShape(f"{name} must be a list of integers")
     if len(ids) != len(labels):
         raise RowShape(
-            f"{len(ids)} input_ids but {len(labels)} labels", "write one label for each token (-100: no loss)"
+            "input_ids and labels differ in number",
+            "write one label for each token (-100: no loss)",
+            f"{len(ids)} input_ids but {len(labels)} labels",
         )
     if any(not 0 <= value < 2**31 for value in ids):
         raise RowShape("an input id is negative or at least 2³¹")
@@ -229,10 +248,8 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
-    label = next((row[name] for name in ("label", "labels", "label_text") if name in row), None)
-    several = label if isinstance(label, list) else [label]
-    if label is not None and any(type(value) not in (int, str) for value in several):
-        raise RowShape(f"the label is {label!r:.40}, neither an integer nor a string", "use class labels, not scores")
+    given = next((row[name] for name in ("label", "labels", "label_text") if name in row), None)
+    label = [_label(one) for one in given] if isinstance(given, list) else _label(given)
     canonical = {"text": _string(row, _first(row, TEXTS)), "label": label}
     if (pair := _first(row, PAIRS)) is not None:
         canonical["text_pair"] = _string(row, pair)
@@ -241,15 +258,30 @@ def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
     return canonical
 
 
+def _label(value: Any) -> int | str | None:
+    """Return a label as an integer or string: `true` for True, 1 for 1.0, and None for NaN."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if value is not None and type(value) not in (int, str):
+        rule = "the label is neither an integer nor a string"
+        raise RowShape(rule, "use class labels, not scores", f"{value!r:.40}")
+    return value
+
+
 def _tagged(row: Mapping[str, Any]) -> dict[str, Any]:
     words, tags = row["tokens"], row[_first(row, TAGS)]
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise RowShape(f"tokens is {words!r:.40}, not a list of strings")
-    if not isinstance(tags, list) or any(tag is not None and type(tag) not in (int, str) for tag in tags):
-        raise RowShape(f"the tags are {tags!r:.40}, not a list of strings or integers")
+        raise RowShape("tokens is not a list of strings", seen=f"{words!r:.40}")
+    if not isinstance(tags, list):
+        raise RowShape("the tags are not a list", seen=f"{tags!r:.40}")
     if len(words) != len(tags):
-        raise RowShape(f"{len(words)} tokens but {len(tags)} tags", "write one tag for each word")
-    return {"tokens": words, "tags": tags}
+        way_out = "write one tag for each word"
+        raise RowShape("tokens and tags differ in number", way_out, f"{len(words)} tokens but {len(tags)} tags")
+    return {"tokens": words, "tags": [_label(tag) for tag in tags]}
 
 
 def _squad(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,30 +297,41 @@ def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 def _string(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, str):
-        raise RowShape(f"{name} is {value!r:.40}, not a string")
+        raise RowShape(f"{name} is not a string", seen=f"{value!r:.40}")
     return value
 
 
 def _with_tools(canonical: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = check_tools(row.get("tools"))
-    return {**canonical, "tools": tools} if tools else canonical
+    tools, functions = check_tools(row.get("tools")), check_tools(row.get("functions"))
+    if tools and functions:
+        raise RowShape("the row has both tools and functions", "keep one of these columns")
+    return {**canonical, "tools": tools or functions} if tools or functions else canonical
 
 
-TEXTS, PAIRS = (
-    ("text", "sentence", "sentence1", "premise", "question1"),
-    (
-        "text_pair",
-        "sentence2",
-        "hypothesis",
-        "question2",
-    ),
-)
+def _refuse_rejected(row: Mapping[str, Any]) -> None:
+    """Refuse a row whose answer is marked as a bad one, as in unpaired preference data (KTO).
+
+    Raises:
+        RowShape: The column `label` or `kto_tag` is false.
+    """
+    for name in ("label", "kto_tag"):
+        if row.get(name) is False or row.get(name) in ("false", "False"):
+            way_out = "remove these rows, or use pairs with task=preference; to train on them, remove the column"
+            raise RowShape(
+                f"{name} is false, which marks the answer as one not to learn (unpaired preference)", way_out
+            )
+
+
+TEXTS = ("text", "sentence", "sentence1", "premise", "question1")
+PAIRS = ("text_pair", "sentence2", "hypothesis", "question2")
 TAGS = ("ner_tags", "tags", "labels")
 FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),
-    "messages": Format(("messages",), ("tools",), _messages, ("instruction",)),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt, ("instruction",)),
-    "prompt_completion": Format(("prompt", "completion"), ("tools",), _prompt_completion, ("instruction", "seq2seq")),
+    "messages": Format(("messages",), ("tools", "functions"), _messages, ("instruction",)),
+    "sharegpt": Format(("conversations",), ("system", "tools", "functions"), _sharegpt, ("instruction",)),
+    "prompt_completion": Format(
+        ("prompt", "completion"), ("tools", "functions"), _prompt_completion, ("instruction", "seq2seq")
+    ),
     "alpaca": Format(
         ("instruction", "output|response"), ("input", "context", "system", "history"), _alpaca, ("instruction",)
     ),
@@ -300,6 +343,6 @@ FORMATS: dict[str, Format] = {
         ("context", "question", "|".join(ANSWERS)), ("id", "answer_start"), _squad, ("question_answering",)
     ),
     "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
-    "pairs": Format(("chosen", "rejected"), ("prompt", "tools"), _pairs, ("preference", "reward")),
+    "pairs": Format(("chosen", "rejected"), ("prompt", "tools", "functions"), _pairs, ("preference", "reward")),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

@@ -24,9 +24,10 @@ _SHAREGPT_ROLES = {
 class RowShape(Exception):
     """Error for a row whose values do not match its format."""
 
-    def __init__(self, rule: str, way_out: str = "fix or remove the row") -> None:
+    def __init__(self, rule: str, way_out: str = "fix or remove the row", seen: str = "") -> None:
         super().__init__(rule)
         self.way_out = way_out
+        self.seen = seen  # what this row has instead
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
@@ -114,6 +115,7 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
         found = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         way_out = "set data.format=sharegpt with data.columns={conversations: messages}"
         raise RowShape(f"message {number} has {found}, not role and content", way_out)
+    message = _modern(message)
     if message["role"] not in ROLES:
         raise RowShape(f"message {number} has the role {message['role']!r}", f"use one of {', '.join(ROLES)}")
     kept: dict[str, Any] = {name: _without_nulls(value) for name, value in message.items() if value is not None}
@@ -123,6 +125,16 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
         raise RowShape(f"message {number} has neither content nor tool_calls")
     kept["content"] = _text_of(kept.get("content", ""), number)
     return kept
+
+
+def _modern(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with tool calls instead of `function_call` and the role `function`, their older form."""
+    modern = dict(message)
+    if modern["role"] == "function":
+        modern["role"] = "tool"
+    if (call := modern.pop("function_call", None)) and not modern.get("tool_calls"):
+        modern["tool_calls"] = [call]
+    return modern
 
 
 def _calls(text: str, number: int) -> list[dict[str, Any]]:
@@ -150,7 +162,7 @@ def _text_of(value: Any, number: int | None = None) -> str:
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
         return "".join(str(part.get("text", "")) for part in value)
     where = f"message {number}" if number else "a column"
-    raise RowShape(f"the content of {where} is {value!r:.40}, not a string")
+    raise RowShape(f"the content of {where} is not a string", seen=f"{value!r:.40}")
 
 
 def _parsed(value: Any, name: str) -> Any:
@@ -160,11 +172,15 @@ def _parsed(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise RowShape(f"{name}: invalid JSON: {error.msg} in {value[:40]!r}") from error
+        raise RowShape(f"{name}: invalid JSON ({error.msg})", seen=f"{value[:40]!r}") from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove null values, which Parquet stores for keys that only other rows have."""
+    """Remove null values, which columnar files store for keys that only other rows have, except in arguments of calls.
+
+    A null argument may be meant; columnar.py removes those that are not.
+    """
     if isinstance(value, Mapping):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+        kept = {name: item for name, item in value.items() if item is not None}
+        return {name: item if name == "arguments" else _without_nulls(item) for name, item in kept.items()}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

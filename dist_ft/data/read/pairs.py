@@ -26,7 +26,7 @@ def pair_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     prompt = row.get("prompt")
     if prompt is not None and not isinstance(prompt, str | list):
-        raise RowShape(f"prompt is {prompt!r:.40}, neither a string nor a list of messages")
+        raise RowShape("prompt is neither a string nor a list of messages", seen=f"{prompt!r:.40}")
     chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str) and not isinstance(prompt, list):
         if prompt is None:
@@ -51,7 +51,7 @@ def _answer(row: Mapping[str, Any], name: str) -> str | list[Any]:
     value = row[name]
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, str | list):
-        raise RowShape(f"{name} is {value!r:.40}, neither a string nor a list of messages")
+        raise RowShape(f"{name} is neither a string nor a list of messages", seen=f"{value!r:.40}")
     return value
 
 

@@ -5,68 +5,96 @@
 | `.jsonl` `.ndjson` | a line with a JSON object; blank lines are skipped |
 | `.json` | an element of the array, or of the only list in the object; JSON Lines are also accepted |
 | `.csv` `.tsv` | a record with all values as strings; the first line is the header |
-| `.parquet` | a row |
+| `.parquet` `.arrow` | a row |
 | `.txt` | a document, in the column `text`: a paragraph that ends at a blank line |
 
-Text files are UTF-8 and may be compressed with gzip (`.gz`). Memory use is bounded by the size of a row (Parquet: of a
-batch; a `.json` object: of the file), not by the size of the dataset.
+An element of a `.json` file that is an article of SQuAD (`paragraphs` with `qas`) gives a row for each question.
+
+Text files are UTF-8 and may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). Memory use is bounded by the size of a row
+(Parquet, Arrow: of a batch; a `.json` object: of the file), not by the size of the dataset.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
+import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from ...errors import Problem, RequestError
-from .sources import HubSet, ending_of, resolve, unreadable
+from .answers import flatten_articles
+from .columnar import read_columnar, read_hub
+from .faults import InvalidRow
+from .folders import COMPRESSED, ending_of
+from .sources import HubSet, open_file, resolve, unreadable
 
 _CHUNK = 1 << 20
-_PARQUET_BATCH = 256
 csv.field_size_limit(2**31 - 1)  # fields can be whole documents, longer than the default limit of 128 KiB
-Placed = Iterator[tuple[str, dict[str, Any]]]
+RawRow = dict[str, Any] | InvalidRow
+Placed = Iterator[tuple[str, RawRow]]
 
 
-def read_rows(sources: str | list[str], *, revision: str | None = None) -> Placed:
+def read_rows(
+    sources: str | list[str], *, revision: str | None = None, split: str = "train", delimiter: str | None = None
+) -> Placed:
     """Yield `(place, row)` for the rows of all sources in order.
 
-    The place is `FILE:LINE`. Parquet files, Hub datasets and JSON arrays or objects have the row number instead of the
-    line.
+    The place is `FILE:LINE`. Parquet and Arrow files, Hub datasets and JSON arrays or objects have the row number
+    instead of the line. A row that cannot be read is an `InvalidRow`, which says why, if those after it can be read.
+
+    Args:
+        sources: Sources as in the configuration.
+        revision: Hub revision.
+        split: Split to which the files of folders and globs must belong.
+        delimiter: Delimiter of CSV files. Defaults to a comma, and a tab for `.tsv`.
 
     Raises:
         RequestError: A source does not exist, is empty, cannot be read or is malformed.
     """
-    for source in resolve(sources):
-        rows = _read_hub(source, revision) if isinstance(source, HubSet) else _read_file(source)
+    for source in resolve(sources, split):
+        rows = read_hub(source, revision) if isinstance(source, HubSet) else _read_file(source, delimiter)
         empty = True
         for place, row in rows:
             empty = False
-            if not isinstance(row, dict):
-                rule = f"the row is {_kind(row)}, not an object"
-                raise _wrong(place, rule, 'write rows as {"COLUMN": VALUE, …}')
-            yield place, row
+            if not isinstance(row, dict | InvalidRow):
+                yield place, InvalidRow("the row is not an object", 'write rows as {"COLUMN": VALUE, …}', _kind(row))
+            else:
+                yield place, row
         if empty:
             raise _wrong(str(source), "contains no rows", "remove this source, or use another one")
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    ending = ending_of(path)
+def _read_file(path: Path, delimiter: str | None) -> Iterator[tuple[str, Any]]:
+    ending, compression = ending_of(path), path.suffix.lower()
     try:
-        if ending == ".parquet":
-            yield from _read_parquet(path)
+        if ending in (".parquet", ".arrow"):
+            yield from read_columnar(path)
             return
-        opener: Callable[..., IO[bytes]] = gzip.open if path.suffix.lower() == ".gz" else open  # type: ignore[assignment]
-        with opener(path, "rb") as file:
-            yield from _READERS[ending](path, file)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _wrong(str(path), f"is not a complete gzip file ({error})", "write or copy the file again") from error
+        with open_file(path) as file:
+            if ending in (".csv", ".tsv"):
+                usual = "\t" if ending == ".tsv" else ","
+                yield from _read_csv(path, file, delimiter or usual, is_given=delimiter is not None)
+            elif ending == ".json":
+                yield from flatten_articles(_read_json(path, file))
+            else:
+                yield from (_read_text if ending == ".txt" else _read_jsonl)(path, file)
+    except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _incomplete(path, error) from error
     except OSError as error:
+        if compression in COMPRESSED and error.errno is None:  # of bz2 and pyarrow, which have no class of their own
+            raise _incomplete(path, error) from error
         raise unreadable(path, error) from error
+
+
+def _incomplete(path: Path, error: Exception) -> RequestError:
+    rule = f"is not a complete {path.suffix.lower()} file ({error})"
+    return _wrong(str(path), rule, "write or copy the file again")
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
@@ -74,31 +102,90 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
     offset = 0
     for number, line in enumerate(file, start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield number, _decode(line, number, path)
         except UnicodeDecodeError as error:
-            raise _wrong(
-                f"{path}:{number}",
-                f"is not UTF-8 (byte 0x{line[error.start]:02x} at offset {offset + error.start})",
-                f"convert it: iconv -f latin1 -t utf-8 {path.name} (replace latin1 with its encoding)",
-            ) from error
+            rule = f"is not UTF-8 ({_wrong_byte(error, offset)})"
+            raise _wrong(f"{path}:{number}", rule, _convert(path, "latin1")) from error
         offset += len(line)
-        yield number, text
+
+
+def _decode(line: bytes, number: int, path: Path) -> str:
+    """Decode a line, without the byte order mark of the first.
+
+    Raises:
+        RequestError: The file is UTF-16 or UTF-32.
+        UnicodeDecodeError: The line is not UTF-8.
+    """
+    if number > 1:
+        return line.decode("utf-8")
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    encoding = next((name for mark, name in marks.items() if line.startswith(mark)), None)
+    if encoding is None and b"\0" in line[:4]:  # without a mark
+        encoding = "UTF-16LE" if line[1:2] == b"\0" else "UTF-16BE"
+    if encoding is not None:
+        raise _wrong(f"{path}:1", f"is {encoding}, not UTF-8", _convert(path, encoding))
+    return line.decode("utf-8-sig")
+
+
+def _convert(path: Path, encoding: str) -> str:
+    unsure = " (replace latin1 with its encoding)" if encoding == "latin1" else ""
+    return f"convert it: iconv -f {encoding} -t utf-8 {path.name}{unsure}"
+
+
+def _wrong_byte(error: UnicodeDecodeError, offset: int) -> str:
+    return f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
 
 
 def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path, file):
-        if line.strip():
-            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+    offset, decoder = 0, _Decoder()
+    for number, line in enumerate(file, start=1):
+        place = f"{path}:{number}"
+        try:
+            if text := _decode(line, number, path).strip():
+                yield place, _parse(text, decoder)
+        except UnicodeDecodeError as error:
+            yield place, InvalidRow("the line is not UTF-8", _convert(path, "latin1"), _wrong_byte(error, offset))
+        offset += len(line)
 
 
-def _parse(text: str, place: str) -> Any:
+class _Decoder(json.JSONDecoder):
+    """JSON decoder that collects the keys that occur several times in an object, of which it keeps the last."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.doubled: list[str] = []
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.doubled += sorted({name for name in names if names.count(name) > 1})
+        return found
+
+    def check(self, value: Any) -> Any:
+        """Return the value that was decoded last, or the fault if an object in it has a key several times."""
+        doubled, self.doubled = self.doubled, []
+        if not doubled:
+            return value
+        return InvalidRow("an object has the same key several times", "keep one of them", ", ".join(doubled))
+
+
+def _parse(text: str, decoder: _Decoder) -> Any:
+    """Return the row in a line of JSON, or why it cannot be read."""
+    decoder.doubled.clear()
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        message = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        shown = text.strip()[:60]
-        raise _wrong(place, f"invalid JSON{column}: {message} in {shown!r}", "fix or remove the line") from error
+        return decoder.check(decoder.decode(text))
+    except (ValueError, RecursionError) as error:
+        column = f"column {error.colno} of " if isinstance(error, json.JSONDecodeError) else ""
+        return InvalidRow(
+            f"the line is not valid JSON ({_message(error)})", "fix the line", f"{column}{text.strip()[:60]!r}"
+        )
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
 
 
 def _read_json(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -116,10 +203,10 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         return
     following = next((pair for pair in lines if pair[1].strip()), None)
     if following is not None and _is_object(first):  # JSON Lines in a .json file
-        yield f"{path}:{number}", json.loads(first)
-        for number, line in chain([following], lines):
+        decoder = _Decoder()
+        for at, line in chain([(number, first), following], lines):
             if line.strip():
-                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+                yield f"{path}:{at}", _parse(line, decoder)
         return
     text = first + (following[1] if following else "") + "".join(line for _, line in lines)
     yield from _rows_of_object(path, _parse_whole(path, text))
@@ -128,15 +215,20 @@ def _read_json(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _parse_whole(path: Path, text: str) -> Any:
+    decoder = _Decoder()
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _wrong(f"{path}:{error.lineno}", f"invalid JSON: {error.msg}", "fix the file") from error
+        value = decoder.check(decoder.decode(text))
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise _wrong(f"{path}{line}", f"invalid JSON: {_message(error)}", "fix the file") from error
+    if isinstance(value, InvalidRow):
+        raise _wrong(str(path), str(value), value.way_out)
+    return value
 
 
 def _rows_of_object(path: Path, value: Any) -> Iterator[tuple[str, Any]]:
@@ -151,7 +243,7 @@ def _rows_of_object(path: Path, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], line: int) -> Iterator[tuple[str, Any]]:
     """Yield the elements of an array that may be larger than memory, with their 1-based index as the place."""
-    decoder = json.JSONDecoder()
+    decoder = _Decoder()
     text, at, number, wanted, ended = first.lstrip()[1:], 0, 0, _CHUNK, False  # `line` is that of text[0]
     while True:
         while at < len(text) and text[at] in " \t\r\n,":
@@ -162,19 +254,24 @@ def _read_array(path: Path, first: str, lines: Iterator[tuple[int, str]], line: 
             value, stop = decoder.raw_decode(text, at)
             if stop < len(text) or ended:  # a number at the end of the chunk may continue in the next one
                 number, at, wanted = number + 1, stop, _CHUNK
-                yield f"{path}:{number}", value
+                yield f"{path}:{number}", decoder.check(value)
                 continue
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if ended or not _may_go_on(error):
-                place = f"{path}:{line + text.count(chr(10), 0, error.pos)}"
-                raise _wrong(place, f"invalid JSON in element {number + 1}: {error.msg}", "fix the file") from error
+                pos = error.pos if isinstance(error, json.JSONDecodeError) else at
+                place = f"{path}:{line + text.count(chr(10), 0, pos)}"
+                rule = f"invalid JSON in element {number + 1}: {_message(error)}"
+                raise _wrong(place, rule, "fix the file") from error
+        decoder.doubled.clear()
         line += text.count("\n", 0, at)
         more, ended = _take(lines, wanted)
         text, at, wanted = text[at:] + more, 0, wanted * 2  # doubling keeps parsing a large element linear
 
 
-def _may_go_on(error: json.JSONDecodeError) -> bool:
+def _may_go_on(error: Exception) -> bool:
     """Return whether the JSON may be invalid only because it is not read completely yet."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
     longest_word = len("-Infinity")
     return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - longest_word
 
@@ -190,23 +287,25 @@ def _take(lines: Iterator[tuple[int, str]], characters: int) -> tuple[str, bool]
     return "".join(pieces), True
 
 
-def _read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    records = csv.reader(
-        (line for _, line in _lines(path, file)),
-        delimiter="\t" if ending_of(path) == ".tsv" else ",",
-        strict=True,
-    )
+def _read_csv(path: Path, file: IO[bytes], delimiter: str, *, is_given: bool) -> Iterator[tuple[str, Any]]:
+    records = csv.reader((line for _, line in _lines(path, file)), delimiter=delimiter, strict=True)
     place = f"{path}:1"
     try:
         names = next(records, [])
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise _wrong(place, f"duplicate column names: {', '.join(doubled)}", "give each column a unique name")
+        other = next((sign for sign in ";\t|," if len(names) == 1 and sign in names[0]), None)
+        if other is not None and not is_given:
+            rule = f"the header has a single column, {names[0][:60]!r}, which contains {other!r}"
+            way_out = f"set 'data.delimiter=\"{other}\"', or {delimiter!r} if this is the name of the column"
+            raise _wrong(place, rule, way_out)
         place = f"{path}:{records.line_num + 1}"
         for record in records:
-            if record:
-                if len(record) != len(names):
-                    rule = f"has {len(record)} fields, but the header has {len(names)}"
-                    raise _wrong(place, rule, "quote fields that contain delimiters or line breaks")
+            if record and len(record) != len(names):
+                way_out = "quote fields that contain delimiters or line breaks"
+                seen = f"{len(record)} instead of {len(names)}"
+                yield place, InvalidRow("the number of fields differs from the header", way_out, seen)
+            elif record:
                 yield place, dict(zip(names, record, strict=True))
             place = f"{path}:{records.line_num + 1}"
     except csv.Error as error:
@@ -230,60 +329,6 @@ def _read_text(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{start}", {"text": "".join(paragraph).strip("\r\n")}
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except pyarrow.ArrowException as error:
-        way_out = "write or copy the file again"
-        raise _wrong(f"{path}:{number + 1}", f"is not valid Parquet ({_first_line(error)})", way_out) from error
-
-
-def _read_hub(source: HubSet, revision: str | None) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    way_out = "check the id, config and split (OWNER/NAME:CONFIG/SPLIT) and the network, or use local files"
-    try:
-        split, first, last = source.slice()  # streaming does not support split slicing
-        rows = datasets.load_dataset(source.name, source.config, split=split, revision=revision, streaming=True)
-        classes = _class_names(getattr(rows, "features", None) or {})
-        for number, row in enumerate(islice(rows, first, last), start=first + 1):
-            named = {column: _named(row[column], names) for column, names in classes.items()}
-            yield f"{source}:{number}", {**row, **named}
-    except Exception as error:  # errors of datasets, the Hub client, HTTP and the data decoders share no base class
-        raise _wrong(str(source), f"cannot be loaded from the Hub ({_first_line(error)})", way_out) from error
-
-
-def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the class names of each column of type ClassLabel or list of ClassLabel."""
-    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
-    return {column: feature.names for column, feature in inner.items() if type(feature).__name__ == "ClassLabel"}
-
-
-def _named(value: Any, names: Sequence[str]) -> Any:
-    """Replace class indices with class names; indices without a name, such as -1 for hidden labels, become None."""
-    if isinstance(value, list):
-        return [_named(one, names) for one in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
-
-
-_READERS: dict[str, Callable[[Path, IO[bytes]], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".txt": _read_text,
-}
-
-
 def _wrong(place: str, rule: str, way_out: str) -> RequestError:
     return RequestError(Problem(place, rule, way_out))
 
@@ -291,7 +336,3 @@ def _wrong(place: str, rule: str, way_out: str) -> RequestError:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

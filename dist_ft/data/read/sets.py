@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 from ...config.data import DataConfig, DataSet
 from ...config.run import RunConfig
-
-
-def sources_of(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield `(key, source)` for every data source in the configuration."""
-    for key in ("train", "validation", "test"):
-        for name, alone in sets_of(config, key).items():
-            value = getattr(alone.data, key)  # not sources(key), which returns data.train for validation folds
-            for source in [value] if isinstance(value, str) else value or []:
-                yield key_of(name, key), source
-
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -48,6 +37,7 @@ def name_in_mixture(where: str, name: str) -> str:
 
 def _alone(config: RunConfig, given: DataSet) -> RunConfig:
     keys = given.model_dump(exclude={"weight"})
-    shared = {key: getattr(config.data, key) for key in ("subset_seed", "shuffle", "cache_dir")}
+    keys_of_all = ("subset_seed", "shuffle", "special_tokens_in_text", "cache_dir")
+    shared = {key: getattr(config.data, key) for key in keys_of_all}
     data = DataConfig(**keys, **shared)
     return config.model_copy(update={"data": data})

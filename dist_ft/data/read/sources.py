@@ -5,19 +5,23 @@ Does not import torch, because the launcher computes fingerprints while planning
 
 from __future__ import annotations
 
+import bz2
 import difflib
 import glob
+import gzip
 import hashlib
+import io
+import lzma
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 from ...errors import Problem, RequestError
 from ...storage.files import PACKAGE, digest_file, find_package
+from .folders import ENDINGS, Found, ending_of, files_of_folder, files_of_glob, unsupported
 
-ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-_SPLITS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
 _HUB_ID = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]*)(?:/(?P<split>[\w.-]+(?:\[\d*:\d*\])?))?)?"
 )
@@ -41,30 +45,40 @@ class HubSet:
         return split, int(first or 0), int(last) if last else None
 
 
-def ending_of(path: Path) -> str:
-    """Return the lowercase file extension that determines the data format, ignoring a final `.gz`."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+@dataclass
+class Survey:
+    """Files and Hub datasets of a split in the order in which they are read, and the files beside them, by reason."""
+
+    read: list[Path | HubSet] = field(default_factory=list)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
 
 
-def resolve(sources: str | list[str]) -> list[Path | HubSet]:
-    """Return the files and Hub datasets of `sources` in order; files of a glob or folder are sorted by path.
+def survey(sources: str | list[str], split: str = "train") -> Survey:
+    """Return the files and Hub datasets of `sources` that belong to `split`; see folders.py for folders and globs.
+
+    A file that is named itself is read whatever its name says. A Hub id without a split stands for `split`.
 
     Raises:
-        RequestError: A source does not exist, or a folder contains several splits or no data.
+        RequestError: A source does not exist, or has no data or none of this split.
     """
-    found: list[Path | HubSet] = []
+    found = Survey()
     for source in [sources] if isinstance(sources, str) else sources:
-        found.extend(_resolve(source))
-    if not found:
+        _add(found, source, split)
+    if not found.read:
         raise RequestError.of("data", "has no source", "set data.train to a file, a glob, a folder or a Hub id")
     return found
 
 
+def resolve(sources: str | list[str], split: str = "train") -> list[Path | HubSet]:
+    """Return the files and Hub datasets of `sources` that belong to `split` (see `survey`)."""
+    return survey(sources, split).read
+
+
 def fingerprint(
-    sources: str | list[str], revision: str | None = None, digest: Callable[[Path], str] | None = None
+    sources: str | list[str],
+    revision: str | None = None,
+    digest: Callable[[Path], str] | None = None,
+    split: str = "train",
 ) -> str:
     """Return the SHA-256 of the sources: file contents, names and order, or the id and revision of Hub datasets.
 
@@ -73,12 +87,13 @@ def fingerprint(
         revision: Hub revision.
         digest: Function that hashes the contents of a file, such as the caching one of storage/cache.py. Defaults to
             `digest_file`.
+        split: Split to which the files of folders and globs must belong.
 
     Raises:
         RequestError: A source does not exist or cannot be read.
     """
     whole = hashlib.sha256()
-    for source in resolve(sources):
+    for source in resolve(sources, split):
         if isinstance(source, HubSet):
             whole.update(f"hub\0{source}\0{revision or 'main'}\n".encode())
             continue
@@ -94,29 +109,52 @@ def unreadable(path: Path, error: OSError) -> RequestError:
     return RequestError(Problem(str(path), f"cannot be read ({error.strerror or error})", "check its permissions"))
 
 
-def _resolve(source: str) -> list[Path | HubSet]:
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading, decompressed as its extension says."""
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+    opened: IO[bytes] = openers.get(path.suffix.lower(), open)(path, "rb")
+    return opened
+
+
+def _open_zst(path: Path, mode: str) -> IO[bytes]:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), mode), "zstd"))
+
+
+def _add(found: Survey, source: str, split: str) -> None:
     if source.startswith(PACKAGE):
-        return [_package_file(source)]
+        found.read.append(_package_file(source))
+        return
     path = Path(source).expanduser()
     if path.is_dir():
-        return list(_folder_files(path))
+        _extend(found, files_of_folder(path, split))
+        return
     if path.exists():
-        return [_known(path)]
+        found.read.append(_known(path))
+        return
     match = _HUB_ID.fullmatch(source)
     local_parent = "/" in source and Path(source.split("/", 1)[0]).is_dir()
     sliced = match is not None and "[" in (match["split"] or "")  # OWNER/NAME:/train[:1000] is not a glob
     if glob.has_magic(source) and not sliced:
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-        if not files:
+        files = files_of_glob(str(path), split)
+        if not files.read:
             raise RequestError.of(
                 source, "the glob matches no file", _nearest(path) or "check its folder and extension"
             )
-        return [_known(file) for file in files]
-    if match and ending_of(Path(match["name"])) not in ENDINGS and not local_parent:
-        return [HubSet(match["name"], match["config"] or None, match["split"] or "train")]
-    raise RequestError.of(
-        source, "the file or folder does not exist", _nearest(path) or "use a file path, a glob, or OWNER/NAME"
-    )
+        _extend(found, files)
+    elif match and ending_of(Path(match["name"])) not in ENDINGS and not local_parent:
+        found.read.append(HubSet(match["name"], match["config"] or None, match["split"] or split))
+    else:
+        raise RequestError.of(
+            source, "the file or folder does not exist", _nearest(path) or "use a file path, a glob, or OWNER/NAME"
+        )
+
+
+def _extend(found: Survey, files: Found) -> None:
+    found.read += files.read
+    for reason, paths in files.left_out.items():
+        found.left_out.setdefault(reason, []).extend(paths)
 
 
 def _package_file(source: str) -> Path:
@@ -134,30 +172,8 @@ def _package_file(source: str) -> Path:
 
 def _known(path: Path) -> Path:
     if ending_of(path) not in ENDINGS:
-        raise RequestError.of(
-            str(path),
-            f"the file extension {path.suffix or '(none)'!r} is not supported",
-            f"use one of {' '.join(ENDINGS)} (text formats also with .gz)",
-        )
+        raise unsupported(path)
     return path
-
-
-def _folder_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder; several splits raise an error, because test rows would be trained on."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and ending_of(path) in ENDINGS)
-    if not files:
-        raise RequestError.of(
-            str(folder), "the folder contains no data file", f"use files or a glob such as {folder}/**/*.jsonl"
-        )
-    splits = {_SPLITS[stem] for path in files if (stem := path.name.split(".")[0].lower()) in _SPLITS}
-    if len(splits) > 1:
-        names = ", ".join(path.name for path in files[:5])
-        raise RequestError.of(
-            str(folder),
-            f"the folder contains several splits ({names})",
-            f"use one of them, such as {folder / files[0].name}",
-        )
-    return files
 
 
 def _nearest(path: Path) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,14 +13,12 @@ from typing import Any
 from ...config.run import RunConfig
 from ...errors import RequestError
 from ...state import Facts
-from ..read.chosen import Chosen, choose
+from ..read.chosen import Chosen, choose, source_rows
 from ..read.faults import RowFault
-from ..read.formats import normalise_for
-from ..read.rows import read_rows
+from ..read.formats import NO_LABEL, is_unlabelled, normalise_for
 from ..read.sets import name_in_mixture, sets_of
 
 Labels = Callable[[Mapping[str, Any]], Iterable[tuple[int | str, str | None]]]  # row -> (label, name of the label)
-NO_LABEL = -1  # marks rows without a label in Hub datasets
 OUTSIDE = "O"  # tag of the IOB schemes, which always gets label id 0
 
 
@@ -45,11 +45,13 @@ def find_labels(config: RunConfig, labels_of: Labels) -> tuple[tuple[str, ...], 
     for name, alone in sets_of(config).items():
         chosen = _choose(name, alone)
         taken = None if chosen is None else set(chosen.rows.tolist())
-        for at, (place, row) in enumerate(read_rows(alone.data.train or [], revision=alone.data.revision)):
+        for at, (_, row) in enumerate(source_rows(alone, "train")):
             is_taken = taken is None or at in taken
             rows += is_taken
             with contextlib.suppress(RowFault):  # counted when the row is tokenized
-                for value, text in labels_of(normalise_for(alone, row, place)[1]):
+                for value, text in labels_of(normalise_for(alone, row)[1]):
+                    if is_unlabelled(value, config.task.labels):  # type: ignore[union-attr]
+                        continue
                     seen.add(value)
                     counts[value] += is_taken
                     if text is not None:
@@ -90,10 +92,36 @@ def head_settings(facts: Facts) -> dict[str, Any]:
 
 
 def find_number(value: int | str, labels: Sequence[str]) -> int | None:
-    """Return the id of a label given by name or id, or None if the label is unknown."""
+    """Return the id of a label given by name or id, or None if the label is unknown.
+
+    An integer is an id only if no name is an integer: of the labels 1, 2 and 3, 0 is none and 1 is not the second.
+    """
     if str(value) in labels:
         return labels.index(str(value))
-    return value if isinstance(value, int) and 0 <= value < len(labels) else None
+    is_id = isinstance(value, int) and 0 <= value < len(labels) and not any(_is_integer(name) for name in labels)
+    return int(value) if is_id else None
+
+
+def _is_integer(name: str) -> bool:
+    return name.strip().removeprefix("-").isdecimal()
+
+
+def describe_alike(labels: Sequence[str]) -> str | None:
+    """Return a warning about labels that differ only in case, white space, punctuation or notation, or None."""
+    alike: dict[str, list[str]] = {}
+    for name in labels:
+        alike.setdefault(_folded(name), []).append(name)
+    if groups := [names for names in alike.values() if len(names) > 1]:
+        shown = "; ".join(" and ".join(map(repr, names)) for names in groups[:8])
+        return f"labels that are almost the same are separate classes: {shown}"
+    return None
+
+
+def _folded(name: str) -> str:
+    folded = " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", name).casefold().strip(" \t\r\n.")))
+    with contextlib.suppress(ValueError):
+        return repr(float(folded))
+    return folded
 
 
 def number_of(value: Any, labels: Sequence[str]) -> int:
@@ -102,7 +130,10 @@ def number_of(value: Any, labels: Sequence[str]) -> int:
     Raises:
         RowFault: The label is missing or not one of `labels`.
     """
-    if value in (None, "", NO_LABEL):
+    if value == NO_LABEL and is_unlabelled(value, labels):
+        way_out = "set task.labels with '-1' among the names if it is a class, or give every row a label"
+        raise RowFault("the label is -1, which marks rows without a label", way_out)
+    if is_unlabelled(value, labels):
         raise RowFault("the label is missing", "give every row a label")
     number = find_number(value, labels)
     if number is None:

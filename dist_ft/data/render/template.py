@@ -7,7 +7,7 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -36,6 +36,18 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
     return end
 
 
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
+    """Return the token ids of messages rendered with the chat template, up to the start of the answer."""
+    rendered = tokenizer.apply_chat_template(
+        list(messages),
+        tools=list(tools) if tools else None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+    return list(rendered["input_ids"])
+
+
 Encoded = dict[str, list[int]]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
@@ -46,10 +58,12 @@ class ChatTokenizer:
 
     Args:
         tokenizer: A transformers tokenizer, whose `chat_template` is used for messages.
+        special_text: Encoder of the conversations that write out special tokens, see special_text.py.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, special_text: Callable[..., Encoded | None] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.special_text = special_text
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
@@ -103,6 +117,8 @@ class ChatTokenizer:
             RowFault: There is no supervised assistant turn, or the chat template cannot render the conversation.
             RequestError: The tokenizer has no chat template.
         """
+        if self.special_text is not None and (encoded := self.special_text(messages, tools, context)) is not None:
+            return encoded
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
         if not turns:
             raise RowFault(
@@ -115,10 +131,10 @@ class ChatTokenizer:
         if tools and not all(_tool_name(tool) in text for tool in tools):
             way_out = "set task.chat_template to a template that renders tools, such as chatml"
             raise RowFault("the chat template does not render the row's tools", way_out)
-        encoded = self._by_marks(render, messages, turns) if context == 0 else None
-        if encoded is None:
-            encoded = self._by_spans(text, find_spans(render, messages, turns, self.closers))
-        return self._once(self._closed(encoded, is_last=turns[-1] == len(messages) - 1))
+        labelled = self._by_marks(render, messages, turns) if context == 0 else None
+        if labelled is None:
+            labelled = self._by_spans(text, find_spans(render, messages, turns, self.closers))
+        return self._once(self._closed(labelled, is_last=turns[-1] == len(messages) - 1))
 
     def _by_spans(self, text: str, spans: Sequence[Span]) -> Encoded:
         """Tokenize the rendered text and label the tokens inside the spans."""

@@ -15,7 +15,7 @@ from ...storage.cache import CODE_VERSION, cache_root, hash_of, remembering_dige
 from ...storage.files import digest_file
 from ...storage.published import is_whole
 from ..read.augment import augment_identity
-from ..read.chosen import identity
+from ..read.chosen import identity, source_identity
 from ..read.sets import ALONE, SPLITS, SplitName, sets_of
 from ..read.sources import fingerprint
 from ..render.template_file import read_template
@@ -39,20 +39,25 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
     task = config.task.model_dump(mode="json")
     content = {
         "version": CODE_VERSION,
-        "rows": fingerprint(data.sources(split) or [], data.revision, remembering_digest(root)),
-        "format": data.format,
-        "columns": data.columns,
-        **({"template": data.template} if data.template else {}),
+        "rows": _fingerprint(alone, split, root),
+        "reading": source_identity(alone),
         **({"augment": augment} if (augment := augment_identity(alone, split)) else {}),
         **({"chosen": chosen} if (chosen := identity(alone, split)) else {}),
         "task": {**task, "chat_template": read_template(config.task)},
         # A training split of the same rows differs, because it determines the labels and keeps no rows for metrics.
         "labels": [split == "train", _labels_identity(config, split)],
+        "special_tokens_in_text": data.special_tokens_in_text,
         "tokenizer": _tokenizer_identity(alone),
         **({"add_tokens": config.model.add_tokens} if config.model.add_tokens else {}),
         "packing": ("train", data.shuffle) if config.task.packs and split == "train" else "evaluation",
     }
     return root / "data" / hash_of(content)
+
+
+def _fingerprint(alone: RunConfig, split: SplitName, root: Path) -> str:
+    data = alone.data
+    digest = remembering_digest(root)
+    return fingerprint(data.sources(split) or [], data.revision, digest, data.source_split(split))
 
 
 def is_prepared(config: RunConfig) -> bool:
@@ -98,11 +103,10 @@ def _labels_identity(config: RunConfig, split: SplitName) -> Any:
         return None
     if config.data.mixture is None:
         return None if split == "train" else split_folder(config, "train").name
-    digest = remembering_digest(cache_root(config))
     return [
         [
-            fingerprint(part.data.train or [], part.data.revision, digest),
-            *(part.data.format, part.data.columns, part.data.template),
+            _fingerprint(part, "train", cache_root(config)),
+            source_identity(part),
             *([chosen] if (chosen := identity(part, "train")) else []),
         ]
         for part in sets_of(config).values()

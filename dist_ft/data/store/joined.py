@@ -73,6 +73,7 @@ def join_ledgers(ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     found = dict(every[0])
     for key in ("rows_read", "rows_kept", "repeated", "tokens", "samples", "tokens_in_samples", "tokens_left_over"):
         found[key] = sum(ledger[key] for ledger in every)
+    found["files"] = {name: rows for ledger in every for name, rows in ledger.get("files", {}).items()}
     for key in ("augmented", "unchanged"):
         found[key] = sum(ledger.get(key, 0) for ledger in every)
     found["supervised_tokens"] = sum(ledger["supervised_tokens"] for ledger in every)

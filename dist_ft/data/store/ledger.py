@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ...errors import Problem
-from ..read.faults import RowFault, Tally
+from ..read.faults import InvalidRow, RowFault, Tally, describe_cause
+from ..read.folders import SHOWN_FILES
 
 TOO_LONG = "longer than task."
 STOP_AFTER_FAULTS = 1000  # reading stops after this many invalid rows, since the split is an error anyway
+SHOWN_CAUSES = 8
 
 
 def too_long(key: str) -> str:
@@ -27,6 +30,7 @@ class Ledger:
 
     chosen: str = ""  # description of the row selection if only some rows of the source are read, see chosen.py
     rows_of_source: int = 0  # number of rows in the source in that case
+    files: dict[str, int] = field(default_factory=dict)  # rows read of each file or Hub dataset
     rows_read: int = 0
     rows_kept: int = 0
     repeated: int = 0  # kept rows with the same tokens as an earlier row
@@ -49,9 +53,9 @@ class Ledger:
     tokens_left_over: int = 0  # tokens of blocks without targets
     supervised_tokens: int = 0  # number of targets, after the label shift
 
-    def drop(self, cause: str, place: str) -> None:
+    def drop(self, cause: str, place: str, seen: str = "") -> None:
         """Count a row that is dropped as configured."""
-        self.dropped.setdefault(cause, Tally("")).add(place)
+        self.dropped.setdefault(cause, Tally("", seen)).add(place)
 
     def leave_out(self, fault: RowFault, place: str) -> None:
         """Count an augmented copy that cannot be used; its original row is kept."""
@@ -59,7 +63,8 @@ class Ledger:
 
     def refuse(self, fault: RowFault, place: str) -> bool:
         """Count an invalid row; return True if STOP_AFTER_FAULTS is reached and reading should stop."""
-        self.refused.setdefault(fault.cause, Tally(fault.way_out)).add(place)
+        key = "data.invalid_rows" if isinstance(fault, InvalidRow) else "task.unsupervised"
+        self.refused.setdefault(fault.cause, Tally(fault.way_out, fault.seen, key)).add(place)
         return sum(tally.rows for tally in self.refused.values()) >= STOP_AFTER_FAULTS
 
     def problems(self, split: str, limits: Mapping[str, int]) -> list[Problem]:
@@ -77,14 +82,17 @@ class Ledger:
                 found.append(Problem(f"data.{split}", rule, way_out))
         if causes:
             total = sum(tally.rows for tally in causes.values())
+            shown = sorted(causes.items(), key=lambda pair: -pair[1].rows)[:SHOWN_CAUSES]
             parts = [
-                f"{tally.rows} because {cause}, first at {', '.join(tally.places)}" for cause, tally in causes.items()
+                f"{tally.rows} because {describe_cause(cause, tally.seen)}, first at {', '.join(tally.places)}"
+                for cause, tally in shown
             ]
+            if more := total - sum(tally.rows for _, tally in shown):
+                parts.append(f"{more} for {len(causes) - len(shown)} other reasons")
             rule = f"{_rows(total)} (of {self.rows_read} read) cannot be used: {'; '.join(parts)}"
-            ways = dict.fromkeys(tally.way_out for tally in causes.values())
-            found.append(
-                Problem(f"data.{split}", rule, "; ".join([*ways, "or drop these rows: set task.unsupervised=drop"]))
-            )
+            ways = dict.fromkeys(tally.way_out for _, tally in shown)
+            keys = " and ".join(f"{key}=drop" for key in dict.fromkeys(tally.key for tally in causes.values()))
+            found.append(Problem(f"data.{split}", rule, "; ".join([*ways, f"or drop these rows: set {keys}"])))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -106,3 +114,11 @@ class Ledger:
 def _rows(count: int) -> str:
     at_least = "at least " if count >= STOP_AFTER_FAULTS else ""
     return f"{at_least}{count} row{'s' if count != 1 else ''}"
+
+
+def describe_files(files: Mapping[str, int]) -> str:
+    """Return the names of the first files that were read, each with its number of rows."""
+    shown = ", ".join(
+        f"{rows:,} row{'s' * (rows != 1)} of {Path(name).name}" for name, rows in list(files.items())[:SHOWN_FILES]
+    )
+    return shown + (f", and {len(files) - SHOWN_FILES} more" if len(files) > SHOWN_FILES else "")

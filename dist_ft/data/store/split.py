@@ -21,8 +21,10 @@ from ...state import ORIGIN, Example, Facts, Say
 from ...storage.published import require_room
 from ..read.augment import Augmenter
 from ..read.chosen import choose, read_numbered
-from ..read.faults import EMPTY_TEXT, RowFault
+from ..read.faults import EMPTY_TEXT, InvalidRow, RowFault
+from ..read.folders import COMPRESSED
 from ..read.formats import normalise_for
+from ..read.rows import RawRow
 from ..read.sets import SplitName
 from ..read.sources import HubSet, resolve
 from .ledger import TOO_LONG, Ledger, too_long
@@ -34,7 +36,7 @@ LEDGER = "ledger.json"
 ROWS = "rows.jsonl"  # raw columns of each row that metrics need, see state.Layout.kept
 TEXT_TASKS = ("causal_lm", "masked_lm")  # these tasks drop empty rows instead of raising an error
 _REPORT_EVERY_S = 5.0
-_PACKED_KINDS = (".gz", ".parquet")
+_PACKED_KINDS = (*COMPRESSED, ".parquet")
 Encoder = Callable[[], Any]  # returns the ChatTokenizer; not called if the rows are already tokenized
 
 
@@ -57,7 +59,7 @@ def build_split(
         MachineError: There is not enough disk space for the table.
     """
     copies = config.data.augment.copies if config.data.augment and split == "train" else 0
-    require_room(folder, _needed_bytes(config.data.sources(split) or []) * (1 + copies))
+    require_room(folder, _needed_bytes(config, split) * (1 + copies))
     ledger, layout = Ledger(), task.layout
     with TableWriter(folder, layout.columns, layout.row_columns) as writer:
         kept = (folder / ROWS).open("w", encoding="utf-8") if layout.kept and split != "train" else None
@@ -85,15 +87,14 @@ def build_split(
 
 
 def encode_row(
-    config: RunConfig, task: Task, encoder: Encoder, row: Mapping[str, Any], place: str
+    config: RunConfig, task: Task, encoder: Encoder, row: RawRow
 ) -> tuple[str, dict[str, Any], Sequence[Example]]:
     """Return the format of a row, its canonical form and its encoded sequences, without applying length limits.
 
     Raises:
-        RequestError: The row does not match the configured format, or the task does not support the format.
-        RowFault: The row cannot be used for training.
+        RowFault: The row is invalid (`InvalidRow`), or cannot be used for training.
     """
-    name, canonical = normalise_for(config, row, place)
+    name, canonical = normalise_for(config, row)
     return name, canonical, task.encode(canonical, None if name == "tokens" else encoder())
 
 
@@ -143,7 +144,6 @@ def _write_rows(
     ledger: Ledger,
     say: Say,
 ) -> None:
-    drops = getattr(config.task, "unsupervised", "error") == "drop"
     told = time.monotonic()
     chosen = choose(config, split)
     if chosen is not None:
@@ -151,16 +151,17 @@ def _write_rows(
     augmenter = Augmenter.of(config, split)
     for number, place, row in read_numbered(config, split, chosen):
         ledger.rows_read += 1
+        source = place.rpartition(":")[0]
+        ledger.files[source] = ledger.files.get(source, 0) + 1
         try:
-            name, canonical, sequences = encode_row(config, task, encoder, row, place)
+            name, canonical, sequences = encode_row(config, task, encoder, row)
             if name not in ledger.formats:
                 ledger.formats.append(name)
             shorten = functools.partial(task.truncate, canonical, None if name == "tokens" else encoder())
             limited = limit_length(sequences, task, getattr(config.task, "overlong", "error"), place, ledger, shorten)
         except RowFault as fault:
-            blank = config.task.name in TEXT_TASKS and fault.cause == EMPTY_TEXT
-            if (drops and not fault.cause.startswith(TOO_LONG)) or blank:
-                ledger.drop(fault.cause, place)
+            if _drops(config, fault):
+                ledger.drop(fault.cause, place, fault.seen)
             elif ledger.refuse(fault, place):
                 return
             continue
@@ -177,6 +178,16 @@ def _write_rows(
             say(f"data.{split}: {ledger.rows_read} rows read, {writer.tokens} tokens")
     if augmenter is not None and ledger.rows_kept:
         augmenter.require_columns()
+
+
+def _drops(config: RunConfig, fault: RowFault) -> bool:
+    """Return whether a row that cannot be used is dropped as configured."""
+    if isinstance(fault, InvalidRow):
+        return config.data.invalid_rows == "drop"
+    if fault.cause.startswith(TOO_LONG):
+        return False  # limit_length decides about these
+    blank = config.task.name in TEXT_TASKS and fault.cause == EMPTY_TEXT
+    return blank or getattr(config.task, "unsupervised", "error") == "drop"
 
 
 def _write_copy(
@@ -226,10 +237,10 @@ def _plan(config: RunConfig, split: str, task: Task, table: TokenTable, ledger: 
     return "packed, in order", pack_in_order(lengths, layout.limits["max_length"])
 
 
-def _needed_bytes(sources: str | list[str]) -> int:
+def _needed_bytes(config: RunConfig, split: SplitName) -> int:
     """Return a rough upper bound of the table size in bytes: two 4-byte columns, one token per three bytes of text."""
     needed = 16 << 20
-    for source in resolve(sources):
+    for source in resolve(config.data.sources(split) or [], config.data.source_split(split)):
         if not isinstance(source, HubSet):
             size = source.stat().st_size
             needed += size * (12 if source.suffix.lower() in _PACKED_KINDS else 3)

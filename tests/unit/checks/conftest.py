@@ -12,4 +12,5 @@ ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.jsonl").write_text(ROW * 3)
+    (tmp_path / "rows.csv").write_text("text;label\nx;1\n")
     monkeypatch.chdir(tmp_path)

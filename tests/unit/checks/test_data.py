@@ -67,8 +67,8 @@ def test_format_must_fit_the_task():
     [
         ("no.jsonl", None, "does not exist"),
         ("empty.jsonl", b"", "no rows"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "invalid JSON"),
-        ("latin.jsonl", '{"text": "é"}\n'.encode("latin1"), "not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "is not valid JSON"),
+        ("latin.jsonl", '{"text": "é"}\n'.encode("latin1"), "is not UTF-8"),
     ],
 )
 def test_data_is_opened(name, content, rule):

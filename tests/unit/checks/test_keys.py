@@ -52,6 +52,14 @@ UNREAD = {
         [*MIXED, "data.template={prompt: '{text}', completion: '{text}'}"],
         ["data.template={prompt: '{text}', completion: '{text}'}"],
     ),
+    "data.special_tokens_in_text": (
+        ["data.special_tokens_in_text=keep", "task=causal_lm"],
+        ["data.special_tokens_in_text=keep"],
+    ),
+    "data.delimiter": (['data.delimiter=";"'], ['data.delimiter=";"', "data.validation=rows.csv"]),
+    "data.max_rows": ([*MIXED, "data.max_rows=3"], ["data.max_rows=3"]),
+    "data.duplicates": ([*MIXED, "data.duplicates=drop"], ["data.duplicates=drop"]),
+    "data.invalid_rows": ([*MIXED, "data.invalid_rows=drop"], ["data.invalid_rows=drop"]),
     "data.mixture_temperature": (
         ["data.mixture_temperature=2"],
         [*MIXED, "data.mixture.b.train=rows.jsonl", "data.mixture_temperature=2"],

@@ -29,8 +29,8 @@ def test_a_saved_plan_is_read(run_file: Path) -> None:
 
 
 def test_a_prepared_split_keeps_its_name_in_the_cache(run_file: Path) -> None:
-    """The name was computed by version 0.1.0: another one would prepare all data anew."""
-    assert split_folder(read_plan(run_file).config, "train").name == "df625f04422a063a3cdb01cb8b3f7da9"
+    """The name is that of CODE_VERSION 4: another one would prepare all data anew."""
+    assert split_folder(read_plan(run_file).config, "train").name == "2d20eab5a3972d1d15b1859636464444"
 
 
 def test_a_plan_that_is_not_understood_is_refused_with_the_way_out(run_file: Path) -> None:

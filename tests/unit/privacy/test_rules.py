@@ -30,6 +30,9 @@ REFUSED = {
     "data.mixture": ["data.train=null", "data.mixture.a.train=rows.jsonl"],
     "data.k_shot": ["task=sequence_classification", "data.k_shot=1"],
     "data.folds": ["data.folds=2"],
+    "data.max_rows": ["data.max_rows=1"],
+    "data.duplicates": ["data.duplicates=drop"],
+    "data.validation": ["data.validation=50%"],
     "model.name_or_path": ["model.name_or_path=experts"],
 }
 

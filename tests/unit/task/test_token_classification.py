@@ -13,7 +13,7 @@ import torch
 
 from dist_ft.config.run import RunConfig
 from dist_ft.config.task import TokenClassificationConfig
-from dist_ft.data.read.faults import RowFault
+from dist_ft.data.read.faults import InvalidRow, RowFault
 from dist_ft.data.read.formats import detect, normalise
 from dist_ft.data.store.pack import in_groups
 from dist_ft.data.store.table import TableWriter, TokenTable
@@ -223,7 +223,7 @@ def test_only_tags_that_are_given_become_labels() -> None:
 def test_format_tagged(column: str) -> None:
     row = {"id": "0", "tokens": ["a", "b"], column: ["O", "B-loc"]}
     assert detect(row, task="token_classification") == "tagged"
-    assert normalise(row, "auto", {}, "x:1") == {"tokens": ["a", "b"], "tags": ["O", "B-loc"]}
+    assert normalise(row, "auto", {}) == {"tokens": ["a", "b"], "tags": ["O", "B-loc"]}
 
 
 @pytest.mark.parametrize(
@@ -231,13 +231,13 @@ def test_format_tagged(column: str) -> None:
     [
         ({"tokens": ["a", "b"], "tags": [0]}, "2 tokens but 1 tags"),
         ({"tokens": "a b", "tags": [0, 0]}, "not a list of strings"),
-        ({"tokens": ["a"], "tags": "O"}, "not a list of strings"),
-        ({"tokens": ["a"], "tags": [0.5]}, "not a list of strings"),
+        ({"tokens": ["a"], "tags": "O"}, "the tags are not a list"),
+        ({"tokens": ["a"], "tags": [0.5]}, "neither an integer nor a string"),
     ],
 )
 def test_rows_of_another_shape_are_refused(row: dict[str, Any], says: str) -> None:
-    with pytest.raises(RequestError, match=says):
-        normalise(row, "tagged", {}, "x:1")
+    with pytest.raises(InvalidRow, match=says):
+        normalise(row, "tagged", {})
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dist_ft.data.read.sets import sets_of
 from dist_ft.data.store.identity import split_folder
 from dist_ft.errors import RequestError
 from dist_ft.inspect.ledger import ledger_tables
-from dist_ft.prepare import prepare
+from dist_ft.prepare import describe_data, prepare
 
 LABELS = ["good", "bad", "good", "fair", "good", "bad", "fair", "good", "bad", "good", "fair", "good"] * 3
 ROWS: list[dict[str, Any]] = [{"text": f"text {n}", "label": label} for n, label in enumerate(LABELS)]
@@ -167,3 +167,79 @@ def test_a_set_of_a_mixture_has_shots_of_its_own(make: Any, tmp_path: Path) -> N
     with pytest.raises(RequestError) as found:
         prepare(mixed(k_shot=10))
     assert [problem.where for problem in found.value.problems] == ["data.mixture.few.k_shot"]
+
+
+def test_a_share_of_the_rows_is_held_out(make: Any) -> None:
+    config = make({"validation": "25%"})
+    held, trained = numbers(config, "validation"), numbers(config, "train")
+    assert len(held) == 9 and sorted(held + trained) == list(range(36))
+    assert held == sorted(held) != list(range(9)) and held != list(range(27, 36))
+    assert numbers(make({"validation": "25%", "subset_seed": 0}), "validation") == held  # train.seed is 0
+    assert numbers(make({"validation": "25%", "subset_seed": 1}), "validation") != held
+    assert len(numbers(make({"validation": "0.1%"}), "validation")) == 1
+    with pytest.raises(RequestError, match="leaves none to train on"):
+        numbers(make({"validation": "99%"}, ROWS[:2]), "train")
+
+
+def test_a_share_of_a_set_of_a_mixture(make: Any) -> None:
+    config = make({"validation": "25%"})
+    path = config.data.train
+    mixed = make({"train": None, "mixture": {"a": {"train": path, "validation": "25%"}, "b": {"train": path}}})
+    assert set(sets_of(mixed, "validation")) == {"a"}
+    alone = sets_of(mixed, "validation")["a"]
+    assert numbers(alone, "validation") == numbers(config, "validation")
+    assert numbers(alone, "train") == numbers(config, "train")
+
+
+def test_held_out_rows_are_evaluated_and_not_trained(make: Any) -> None:
+    prepared = prepare(make({"validation": "25%"}))
+    assert prepared.train.ledger["rows_kept"] == 27 and prepared.train.ledger["rows_of_source"] == 36
+    assert prepared.validation is not None and prepared.validation.ledger["rows_kept"] == 9
+    assert prepared.validation.ledger["chosen"] == "25% of the training rows; seed 0"
+    assert not set(prepared.train.digests().tolist()) & set(prepared.validation.digests().tolist())
+
+
+def test_only_the_first_rows_are_read(make: Any) -> None:
+    assert numbers(make({"max_rows": 5}), "train") == list(range(5))
+    assert numbers(make({"max_rows": 100}), "train") == list(range(36))
+    config = make({"max_rows": 8, "validation": "50%"})
+    assert sorted(numbers(config, "train") + numbers(config, "validation")) == list(range(8))
+    assert prepare(make({"max_rows": 5})).train.ledger["files"] == {config.data.train: 5}
+
+
+REPEATED = [{**row, "id": n} for n, row in enumerate([*ROWS[:6], *ROWS[3:9], {"text": "text 0", "label": "bad"}])]
+
+
+def test_repeated_rows_are_left_out(make: Any) -> None:
+    """A row is repeated if all columns of its format are: `id` is none, and text 0 has another label."""
+    config = make({"duplicates": "drop", "validation": "rows"}, REPEATED)
+    assert numbers(config, "train") == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]
+    ledger = prepare(make({"duplicates": "drop"}, REPEATED)).train.ledger
+    assert (ledger["rows_of_source"], ledger["rows_read"], ledger["chosen"]) == (13, 10, "without 3 repeated")
+    assert ledger["repeated"] == 1  # the same tokens with two labels
+    held = make({"duplicates": "drop", "validation": "30%"}, REPEATED)
+    assert sorted(numbers(held, "train") + numbers(held, "validation")) == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_keys_that_change_rows_change_the_prepared_split(make: Any) -> None:
+    changes: list[dict[str, Any]] = [
+        {"validation": "25%"},
+        {"validation": "30%"},
+        {"max_rows": 5},
+        {"duplicates": "drop"},
+        {"invalid_rows": "drop"},
+        {"special_tokens_in_text": "keep"},
+        {"delimiter": ";"},
+        {},
+    ]
+    assert len({split_folder(make(data), "train").name for data in changes}) == len(changes)
+    shared = [{"validation": share, "subset_seed": seed} for share in ("25%", "30%") for seed in (0, 1)]
+    assert len({split_folder(make(data), "validation").name for data in shared}) == len(shared)
+
+
+def test_labels_that_are_almost_the_same_are_told(make: Any) -> None:
+    rows = [{"text": f"text {n}", "label": ("Good", "good", "bad")[n % 3]} for n in range(6)]
+    config = make({}, rows)
+    (line,) = describe_data(config, prepare(config))
+    assert line == "labels that are almost the same are separate classes: 'Good' and 'good'"
+    assert list(describe_data(make({}), prepare(make({})))) == []

@@ -16,6 +16,7 @@ ROW = {
     "a.b": "dotted",
     "tags": ["x"],
     "no": None,
+    "nan": float("nan"),
 }
 
 
@@ -50,6 +51,7 @@ def test_only_what_is_named_is_left() -> None:
         ("{en.sv}", "column en.sv, used by the template, does not exist"),
         ("Say {no}", "column no, used by the template, is null"),
         ("Say {tags}", "column tags, used by the template, is a list"),
+        ("Say {nan}", "column nan, used by the template, is not a number"),
     ],
 )
 def test_what_a_row_lacks_is_a_fault_that_counts(text: str, cause: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from dist_ft.data.read.faults import InvalidRow
 from dist_ft.data.read.formats import detect, normalise
-from dist_ft.errors import RequestError
 
 
 def user(text: str) -> dict[str, Any]:
@@ -22,7 +22,7 @@ TALK = [user("你好?"), said("Hi."), user("Weather?")]
 
 
 def read(row: dict[str, Any]) -> dict[str, Any]:
-    return normalise(row, "auto", {}, "rows.jsonl:1")
+    return normalise(row, "auto", {})
 
 
 SUN, RAIN = [said("Sun")], [said("雨")]
@@ -70,14 +70,14 @@ def test_a_shared_prompt_is_what_trl_takes_for_one() -> None:
     ],
 )
 def test_other_values_are_named(row: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"rows\.jsonl:1"):
+    with pytest.raises(InvalidRow, match="format pairs: "):
         read(row)
 
 
 def test_columns_of_other_names_and_tools() -> None:
     tools = [{"name": "look", "parameters": {}}]
     row = {"question": "p", "yes": "a", "no": "b", "tools": tools}
-    found = normalise(row, "pairs", {"prompt": "question", "chosen": "yes", "rejected": "no"}, "x:1")
+    found = normalise(row, "pairs", {"prompt": "question", "chosen": "yes", "rejected": "no"})
     assert found == {
         "prompt": "p",
         "chosen": "a",

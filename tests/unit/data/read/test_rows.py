@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_ft.data.read.faults import InvalidRow
+from dist_ft.data.read.formats import normalise
 from dist_ft.data.read.rows import read_rows
 from dist_ft.data.read.sources import fingerprint
-from dist_ft.errors import RequestError
+from dist_ft.errors import Problem, RequestError
 
 ROWS = [{"text": 'Hej, "du"\nöäå 🙂', "other": "a"}, {"text": "zwei", "other": "b"}, {"text": "x,y", "other": ""}]
 
@@ -23,9 +27,13 @@ def read(source: Any, **options: Any) -> list[dict[str, Any]]:
 
 
 def fault(source: Any) -> Any:
-    with pytest.raises(RequestError) as caught:
-        read(source)
-    return caught.value.problems[0]
+    """Return the problem of the source, or that of its first invalid row."""
+    try:
+        placed = read_rows(source if isinstance(source, list) else str(source))
+        place, row = next(pair for pair in placed if isinstance(pair[1], InvalidRow))
+    except RequestError as error:
+        return error.problems[0]
+    return Problem(place, str(row), row.way_out)
 
 
 def write_csv(path: Path, delimiter: str = ",") -> None:
@@ -33,6 +41,12 @@ def write_csv(path: Path, delimiter: str = ",") -> None:
         writer = csv.DictWriter(file, ["text", "other"], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(ROWS)
+
+
+def zst(content: bytes) -> bytes:
+    import pyarrow
+
+    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -52,7 +66,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    packed = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zst}
+    for ending, compress in packed.items():
+        (tmp_path / f"a.jsonl.{ending}").write_bytes(compress(lines.encode()))
+    (tmp_path / "two_frames.jsonl.zst").write_bytes(zst(lines.encode()[:9]) + zst(lines.encode()[9:]))
+    table = pyarrow.Table.from_pylist(ROWS)
+    for name, kind in (("stream.arrow", pyarrow.ipc.new_stream), ("file.arrow", pyarrow.ipc.new_file)):
+        with kind(tmp_path / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
     write_csv(tmp_path / "a.csv")
     write_csv(tmp_path / "a.tsv", "\t")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
@@ -83,12 +104,6 @@ def test_globs_and_folders_are_sorted_and_lists_keep_their_order(tmp_path: Path)
     assert [row["n"] for row in read([str(tmp_path / "c.jsonl"), str(tmp_path / "a.jsonl")])] == ["c", "a"]
 
 
-def test_a_folder_that_mixes_splits_is_refused(tmp_path: Path) -> None:
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("{}")
-    assert "contains several splits (test.jsonl, train.jsonl)" in fault(tmp_path).rule
-
-
 def test_a_file_of_a_package_is_found() -> None:
     rows = read("package:dist_ft/data/support_desk/train.jsonl")
     assert rows and "messages" in rows[0]
@@ -98,24 +113,40 @@ def test_a_file_of_a_package_is_found() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "place", "rule"),
     [
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2", "invalid JSON at column"),
-        ("a.jsonl", b'{"a": 1}\n[1]\n', ":2", "the row is a list"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xe5"}\n', ":2", "is not UTF-8 (byte 0xe5 at offset 16)"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2", "the line is not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', ":2", "the row is not an object (such as a list)"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe5"}\n', ":2", "the line is not UTF-8 (such as byte 0xe5 at offset 16)"),
         ("a.jsonl", b"", "", "no rows"),
         ("a.jsonl", b"\n \n", "", "no rows"),
         ("a.json", b'[{"a": 1},\n {"a": ]', ":2", "invalid JSON in element 2"),
         ("a.json", b'[{"a": 1}', ":1", "invalid JSON in element 2"),
         ("a.json", b'{"a": 1}', "", "an object with 0 lists"),
         ("a.json", b'{"a":\n 1,,}', ":2", "invalid JSON"),
-        ("a.json", b'[{"a": 1}, 3]', ":2", "the row is a number"),
-        ("a.csv", b"a,b\n1,2\n3\n", ":3", "has 1 fields, but the header has 2"),
+        ("a.json", b'[{"a": 1}, 3]', ":2", "the row is not an object (such as a number)"),
+        ("a.csv", b"a,b\n1,2\n3\n", ":3", "fields differs from the header (such as 1 instead of 2)"),
         ("a.csv", b'a,b\n1,"2\n', ":2", "invalid CSV"),
         ("a.csv", b"a,a\n1,2\n", ":1", "duplicate column names: a"),
         ("a.csv", b"a,b\n", "", "no rows"),
         ("a.txt", b"\n\n", "", "no rows"),
         ("a.parquet", b"PAR1 not really", ":1", "is not valid Parquet"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "", "is not a complete gzip file"),
-        ("a.jsonl.gz", b'{"a": 1}', "", "is not a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "", "is not a complete .gz file"),
+        ("a.jsonl.gz", b'{"a": 1}', "", "is not a complete .gz file"),
+        ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 99)[:-9], "", "is not a complete .bz2 file"),
+        ("a.jsonl.bz2", b'{"a": 1}', "", "is not a complete .bz2 file"),
+        ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 99)[:-9], "", "is not a complete .xz file"),
+        ("a.jsonl.xz", b'{"a": 1}', "", "is not a complete .xz file"),
+        ("a.jsonl.zst", zst(b'{"a": 1}\n' * 99)[:-3], "", "is not a complete .zst file"),
+        ("a.jsonl.zst", b'{"a": 1}', "", "is not a complete .zst file"),
+        ("a.arrow", b"ARROW1 not really", ":1", "is not valid Arrow"),
+        ("a.jsonl", b'{"a": 1, "b": {"c": 1, "c": 2}}\n', ":1", "the same key several times (such as c)"),
+        ("a.json", b'[{"a": 1}, {"a": 1, "a": 2}]', ":2", "the same key several times (such as a)"),
+        ("a.json", b'{"data": [{"a": 1, "a": 2}]}', "", "the same key several times (such as a)"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", ":1", "nested too deeply"),
+        ("a.json", b'[{"a": ' + b"[" * 100_000 + b"\n", ":1", "nested too deeply"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), ":1", "is UTF-16, not UTF-8"),
+        ("a.csv", "a,b\n1,2".encode("utf-16-le"), ":1", "is UTF-16LE, not UTF-8"),
+        ("a.txt", "a text".encode("utf-32"), ":1", "is UTF-32, not UTF-8"),
+        ("a.csv", b"text;label\nx;1\n", ":1", "a single column, 'text;label', which contains ';'"),
         ("a.xlsx", b"x", "", "the file extension '.xlsx' is not supported"),
     ],
 )
@@ -124,6 +155,61 @@ def test_broken_files_are_named_by_place(tmp_path: Path, name: str, content: byt
     path.write_bytes(content)
     problem = fault(path)
     assert problem.where == f"{path}{place}" and rule in problem.rule and problem.way_out
+
+
+def test_rows_behind_an_invalid_one_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"a"\n\xe5\n{"a": 2}\n[]\n{"a": 3, "a": 4}\n{"a": 5}\n')
+    placed = list(read_rows(str(tmp_path / "a.jsonl")))
+    assert [row for _, row in placed if isinstance(row, dict)] == [{"a": 1}, {"a": 2}, {"a": 5}]
+    bad = [place.rsplit(":")[-1] for place, row in placed if isinstance(row, InvalidRow)]
+    assert bad == ["2", "3", "5", "6"]
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n4,5\n")
+    rows = [row for _, row in read_rows(str(tmp_path / "a.csv")) if isinstance(row, dict)]
+    assert rows == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t"])
+def test_a_delimiter_is_set_or_suggested(tmp_path: Path, delimiter: str) -> None:
+    write_csv(tmp_path / "a.csv", delimiter)
+    assert [row for _, row in read_rows(str(tmp_path / "a.csv"), delimiter=delimiter)] == ROWS
+    assert f'data.delimiter="{delimiter}"' in fault(tmp_path / "a.csv").way_out
+    (tmp_path / "b.csv").write_text("one; column\nx\n")  # with the delimiter given, the header is taken as it is
+    assert [row for _, row in read_rows(str(tmp_path / "b.csv"), delimiter=",")] == [{"one; column": "x"}]
+
+
+def test_an_encoding_is_named_with_its_conversion(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"a": 1}'.encode("utf-16"))
+    assert fault(tmp_path / "a.jsonl").way_out == "convert it: iconv -f UTF-16 -t utf-8 a.jsonl"
+
+
+def test_questions_of_nested_squad_are_rows(tmp_path: Path) -> None:
+    questions = [
+        {
+            "id": f"q{n}",
+            "question": f"Who {n}?",
+            "answers": [{"text": "Ada", "answer_start": 0}],
+            "is_impossible": False,
+        }
+        for n in range(3)
+    ]
+    questions[2] = {**questions[2], "answers": [], "is_impossible": True}
+    articles = [
+        {"title": "One", "paragraphs": [{"context": "Ada came.", "qas": questions[:2]}]},
+        {"title": "Two", "paragraphs": [{"context": "Ada won.", "qas": questions[2:]}, {"context": "No.", "qas": []}]},
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"version": "v2.0", "data": articles}))
+    expected = [
+        {"title": article["title"], "context": paragraph["context"], **question}
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+    placed = list(read_rows(str(tmp_path / "squad.json")))
+    assert [row for _, row in placed] == expected
+    places = [place.removeprefix(f"{tmp_path}/") for place, _ in placed]
+    assert places == ["squad.json:1, question 1", "squad.json:1, question 2", "squad.json:2, question 1"]
+    canonical = [normalise(row, "auto", {}) for _, row in placed]
+    assert [row["answers"]["text"] for row in canonical] == [["Ada"], ["Ada"], []]
 
 
 def test_a_missing_file_suggests_the_nearest(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dist_ft.config.run import RunConfig
 from dist_ft.data.read.faults import RowFault
-from dist_ft.data.render.labels import find_labels, number_of
+from dist_ft.data.render.labels import describe_alike, find_labels, number_of
 from dist_ft.errors import RequestError
 from dist_ft.task.sequence_classification import SequenceClassification
 
@@ -56,6 +56,41 @@ def test_numbers_are_named_by_label_text_where_each_has_one(tmp_path: Path) -> N
     assert found(tmp_path, [10, 2, 10])[:2] == (("2", "10"), (1, 2))
 
 
+def test_an_unknown_integer_is_not_taken_for_an_id() -> None:
+    names = ("1", "2", "3")  # of training rows with these integers
+    assert [number_of(value, names) for value in (1, 2, 3, "3")] == [0, 1, 2, 2]
+    for value in (0, 4, -2):
+        with pytest.raises(RowFault, match="not one of the labels"):
+            number_of(value, names)
+
+
+def test_minus_one_is_a_label_where_the_names_say_so(tmp_path: Path) -> None:
+    names = ["-1", "0", "1"]
+    assert found(tmp_path, [-1, 1, 0, -1], names=names) == (tuple(names), (2, 1, 1), 4)
+    assert [number_of(value, names) for value in (-1, 0, 1)] == [0, 1, 2]
+
+
+def test_booleans_and_whole_numbers_are_labels(tmp_path: Path) -> None:
+    assert found(tmp_path, [True, False, True])[:2] == (("false", "true"), (1, 2))
+    assert found(tmp_path, [2.0, 1.0, float("nan")])[:2] == (("1", "2"), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "alike"),
+    [
+        (("good", "bad"), None),
+        (("1", "2", "10"), None),
+        (("Good", "good", "bad"), "'Good' and 'good'"),
+        (("very_good", "very good ", "Very-Good"), "'very_good' and 'very good ' and 'Very-Good'"),
+        (("1", "1.0", "2"), "'1' and '1.0'"),
+        (("ﬁne", "fine"), "'ﬁne' and 'fine'"),
+    ],
+)
+def test_labels_that_are_almost_the_same_are_named(labels: tuple[str, ...], alike: str | None) -> None:
+    said = describe_alike(labels)
+    assert said is None if alike is None else alike in str(said)
+
+
 def test_rows_without_a_label_are_no_label(tmp_path: Path) -> None:
     assert found(tmp_path, [1, 0, None, -1, ""])[:2] == (("0", "1"), (1, 1))
 
@@ -77,6 +112,12 @@ def test_nothing_to_tell_apart(tmp_path: Path, labels: list[Any], said: str) -> 
 def test_a_labels_number() -> None:
     assert [number_of(value, ("2", "10")) for value in (2, "10", 10)] == [0, 1, 1]
     assert number_of(1, ("bad", "good")) == 1 and number_of("bad", ("bad", "good")) == 0
-    for value, said in ((None, "missing"), (-1, "missing"), ("", "missing"), ("ugly", "not one of"), (2, "not one of")):
+    for value, said in (
+        (None, "missing"),
+        (-1, "the label is -1"),
+        ("", "missing"),
+        ("ugly", "not one of"),
+        (2, "not one of"),
+    ):
         with pytest.raises(RowFault, match=said):
             number_of(value, ("bad", "good"))

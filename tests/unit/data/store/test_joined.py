@@ -187,7 +187,7 @@ def test_problems_name_their_set_and_come_together(make: Any) -> None:
     assert "rows-mixture-pairs-train.jsonl:11" in pairs.rule
     assert sums.where == "data.mixture.sums.train"
     assert "6 because column solution, used by the template, does not exist (columns: question, answer)" in sums.rule
-    kept = prepare(make({**data, "mixture": {"pairs": data["mixture"]["pairs"]}}, task={"unsupervised": "drop"}))
+    kept = prepare(make({"mixture": {"pairs": {**data["mixture"]["pairs"], "invalid_rows": "drop"}}}))
     assert kept.train.ledger["rows_kept"] == 10 and kept.train.ledger["rows_read"] == 11
 
 

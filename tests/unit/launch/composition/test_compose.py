@@ -213,3 +213,25 @@ def test_no_torch_is_imported():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF_DIR.parents[1]
     )
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", "rows.csv.zst", "books/*.txt", "owner/name", "folder"])
+def test_a_source_stands_for_a_choice_of_data(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    given = compose([f"data={source}"])
+    longer = compose(["data=jsonl", f"data.train={source}"])
+    assert given.config == longer.config and given.origins == longer.origins
+    assert given.config.data.validation is None
+    with pytest.raises(RequestError, match="data has no choice 'support_dsk'"):
+        compose(["data=support_dsk"])
+
+
+@pytest.mark.parametrize("share", ["10%", "0.1"])
+def test_a_share_of_the_training_rows_is_no_path(share):
+    data = compose(["data=jsonl", "data.train=rows.jsonl", f"data.validation={share}"]).config.data
+    assert (data.validation, data.sources("validation"), data.source_split("validation")) == (
+        "10%",
+        "rows.jsonl",
+        "train",
+    )

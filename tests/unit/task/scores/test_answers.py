@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from dist_ft.data.read.faults import InvalidRow
 from dist_ft.data.read.formats import detect, normalise
-from dist_ft.errors import RequestError
 from dist_ft.task.batches.answer_spans import answer_rows, find_answer, rank_spans
 from dist_ft.task.scores.answers import measure
 from tests.samples import question_row as row
@@ -129,7 +129,7 @@ SQUAD = {"id": "7", "title": "t", "context": "a b", "question": "b?"}
 def test_format_squad(columns: dict[str, Any], texts: list[str], starts: list[int | None]) -> None:
     given = {**SQUAD, **columns}
     assert detect(given, task="question_answering") == "squad"
-    canonical = normalise(given, "auto", {}, "x:1")
+    canonical = normalise(given, "auto", {})
     assert canonical == {
         "id": "7",
         "context": "a b",
@@ -140,5 +140,5 @@ def test_format_squad(columns: dict[str, Any], texts: list[str], starts: list[in
 
 @pytest.mark.parametrize("answers", [3, {"text": [1]}, [["b"]], [{"text": "b"}, "a"]])
 def test_answers_of_another_shape_are_refused(answers: Any) -> None:
-    with pytest.raises(RequestError, match="neither strings nor SQuAD's"):
-        normalise({**SQUAD, "answers": answers}, "squad", {}, "x:1")
+    with pytest.raises(InvalidRow, match="neither strings nor SQuAD's"):
+        normalise({**SQUAD, "answers": answers}, "squad", {})
