@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .miniature import VOCABULARY, WINDOW, build_miniature, draw_weights
 
-LENGTHS = (4 * WINDOW + 1, 3 * WINDOW, 2 * WINDOW + 1, 2 * WINDOW - 1, 3)  # more and less padding than a window
+LENGTHS = (4 * WINDOW + 1, 2 * WINDOW + 1, 2 * WINDOW - 1, 3)  # more and less padding than a window
 DRAWS = 4  # of weights, where documents are padded
 TOLERANCE = 1e-4  # of the logits' norm; rounding in float32 parts gives at most 1e-6, a visible neighbor at least 1e-2
 

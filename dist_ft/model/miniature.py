@@ -62,6 +62,7 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
     (r".*state_size|mamba_d_state", _exactly(STATE)),
     (r"mamba_d_ssm", _exactly(HIDDEN)),
     (r"n_groups|mamba_n_?groups", _at_most(1)),
+    (r"(mamba_)?chunk_size", _at_most(STATE)),
     # width
     (r".*intermediate_size.*|.*ffn.*|d_ff|dim_ff|dff|d_inner", _exactly(INNER)),
     (
