@@ -38,7 +38,8 @@ DataFormat = Literal[
     "pairs",
     "tokens",
 ]
-Sources = str | list[str]
+Source = Annotated[str, Field(min_length=1)]
+Sources = Source | list[Source]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 
 

@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from dist_ft.checks.request import check
-from dist_ft.config.plan import Plan, make_plan
+from dist_ft.config.plan import Plan
 from dist_ft.config.run import RunConfig
 from dist_ft.launch import cli
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.launch.environ import Site
 from dist_ft.launch.keys import members, names
+from dist_ft.launch.planning import plan_run
 from dist_ft.launch.stages import read_stages, run_stages
 from dist_ft.launch.sweep import _check_all, read_words
 
@@ -61,13 +62,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan_of(words: list[str]) -> Plan:
-    """Compose, check, plan and render, like `dist-ft plan`."""
-    composed = compose(words)
-    problems = check(composed.config, composed.origins)
-    assert not problems, "\n".join(map(str, problems))
-    launcher = cli._launcher(composed.config, SITE)
-    nodes, workers = launcher.resolve(composed.config)
-    plan = make_plan(composed.config, nodes=nodes, workers_per_node=workers, origins=composed.origins)
+    """Plan and render, like `dist-ft plan`."""
+    plan, launcher = plan_run(words, None, SITE)
     assert launcher.render(plan).start
     return plan
 
