@@ -62,9 +62,9 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | N
     """
     section, _, last = word.rpartition(".")
 
-    def similarity(key: str) -> tuple[float, bool]:
+    def similarity(key: str) -> tuple[float, bool, str]:
         above, _, name = key.rpartition(".")
-        return difflib.SequenceMatcher(None, last, name).ratio(), above == section
+        return difflib.SequenceMatcher(None, last, name).ratio(), above == section, key
 
     best = max(known, key=similarity, default=None)
     return best if best is not None and similarity(best)[0] >= cutoff else None

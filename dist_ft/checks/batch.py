@@ -74,7 +74,7 @@ def batch_problems(config: RunConfig, origins: Mapping[str, str], nodes: int, wo
         f"{train.global_batch_size} rows per step cannot be divided into micro-batches of "
         f"{train.per_device_train_batch_size} rows on {world_size} workers"
     )
-    most = _rows_at_most(config)
+    most = _rows_at_most(config, train.global_batch_size + world_size * train.per_device_train_batch_size)
     if _resumed_batch(config) == train.global_batch_size:
         way_out = _fewer_workers(config, origins, nodes, workers)
     else:
@@ -182,16 +182,16 @@ def _resumed_batch(config: RunConfig) -> int | None:
         return None
 
 
-def _rows_at_most(config: RunConfig) -> int | None:
-    """Return the number of training rows, if it limits the samples and is below a global batch; None otherwise."""
-    data, size = config.data, config.train.global_batch_size
+def _rows_at_most(config: RunConfig, limit: int) -> int | None:
+    """Return the number of training rows, if it limits the number of samples and is below `limit`; None otherwise."""
+    data = config.data
     several = config.task.packs or config.task.name == "question_answering" or data.augment is not None
     if several or not data.train:
         return None
     try:
         if any(isinstance(file, HubSet) for file in resolve(data.train)):
             return None
-        count = sum(1 for _ in itertools.islice(read_rows(data.train), size))
+        count = sum(1 for _ in itertools.islice(read_rows(data.train), limit))
     except DistFtError:  # reported by the checks of the data
         return None
-    return count if count < size else None
+    return count if count < limit else None

@@ -55,6 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for text in YAML_BLOCK.findall(DOCUMENTS[0].read_text(encoding="utf-8")):
         if "stages:" in text:
             (tmp_path / "stages.yaml").write_text(text)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("Once upon a time.\n" * 50)
     (tmp_path / "hosts.txt").write_text("one slots=2\ntwo slots=2\n")
