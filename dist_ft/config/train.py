@@ -16,8 +16,8 @@ class TrainConfig(Strict):
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None
     global_batch_size: Count = Field(
         32,
-        description="Rows (with packing: packed samples) per optimizer step, over all ranks. Unless it is set, it adapts"
-        " to a number of workers that cannot divide it.",
+        description="Rows (with packing: packed samples) per optimizer step, over all ranks. Unless it is set, it"
+        " adapts to a number of workers that cannot divide it.",
     )
     per_device_train_batch_size: Count = Field(
         4,

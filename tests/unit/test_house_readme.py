@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import yaml
 from dist_ft.checks.request import check
 from dist_ft.config.plan import Plan
 from dist_ft.config.run import RunConfig
+from dist_ft.data.read.formats import detect
+from dist_ft.data.read.rows import read_rows
 from dist_ft.launch import cli
 from dist_ft.launch.compose import compose, list_groups
 from dist_ft.launch.environ import Site
@@ -154,6 +157,14 @@ def test_the_mixture_of_the_readme_is_one(folder: Path) -> None:
     composed = compose(["data=mine"], config_dir=folder)
     assert check(composed.config, composed.origins) == []
     assert list(composed.config.data.mixture or ()) == ["dolly", "gsm8k"]
+
+
+def test_the_example_rows_have_the_formats_of_the_readme_and_fill_a_global_batch() -> None:
+    rows = [row for _, row in read_rows(str(ROOT / "examples" / "rows.jsonl"))]
+    formats = {detect(row, task="instruction") for row in rows}
+    assert formats == {"messages", "prompt_completion", "alpaca"}
+    on_any = [plan_run([], None, replace(SITE, devices=tuple(range(gpus))))[0] for gpus in range(1, 9)]
+    assert len(rows) >= max(plan.config.train.global_batch_size for plan in on_any)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
