@@ -140,9 +140,11 @@ def plan(options: argparse.Namespace) -> int:
 
 def data(options: argparse.Namespace) -> int:
     """Show rows as the model sees them, after rendering and tokenization."""
+    from ..process.options import RowsOptions, read_words
     from .planning import plan_data
 
-    own = [word for word in options.words if word.partition("=")[0] in ("rows", "split", "width")]
+    own = [word for word in options.words if word.partition("=")[0] in RowsOptions.model_fields]
+    read_words(RowsOptions, own)  # before the slow imports of the module, which reads them again
     made = plan_data([word for word in options.words if word not in own], options.config_dir)
     return _module("dist_ft.inspect.rows", made, own)
 
@@ -257,9 +259,9 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Launcher]:
 def _write(made: Plan) -> None:
     from ..config.plan import write_plan
     from ..errors import MachineError
-    from .show import left_out_lines
+    from .show import adapted_lines, left_out_lines
 
-    for line in left_out_lines(made):
+    for line in (*left_out_lines(made), *adapted_lines(made)):
         print(f"dist-ft: {line}")
     try:
         write_plan(made)

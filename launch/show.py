@@ -53,9 +53,7 @@ def batch_lines(plan: Plan) -> Iterator[str]:
 def auto_lines(plan: Plan) -> Iterator[str]:
     """Yield the values of `auto` keys, as far as they are known before the start."""
     config = plan.config
-    for key in (GLOBAL, MICRO):
-        if plan.origins.get(key, "").startswith(AUTO):
-            yield f"{key} → {value_of(config, key)} ({plan.origins[key].removeprefix(f'{AUTO}: ')})"
+    yield from adapted_lines(plan)
     if getattr(config.launch, "workers_per_node", None) in ("auto", None):
         yield f"launch.workers_per_node → {plan.workers_per_node}"
     if getattr(config.launch, "gpus_per_node", 0) is None:
@@ -69,6 +67,13 @@ def auto_lines(plan: Plan) -> Iterator[str]:
         yield "train.resume → " + (f"resumes after step {steps[-1]} if it is valid" if steps else "starts from step 0")
     if config.track.wandb == "auto":
         yield "track.wandb → online if rank 0 finds an API key, offline otherwise"
+
+
+def adapted_lines(plan: Plan) -> Iterator[str]:
+    """Yield the batch sizes that were adapted to the workers, with the reason."""
+    for key in (GLOBAL, MICRO):
+        if plan.origins.get(key, "").startswith(AUTO):
+            yield f"{key} → {value_of(plan.config, key)} ({plan.origins[key].removeprefix(f'{AUTO}: ')})"
 
 
 def left_out_lines(plan: Plan) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Options of the commands on a finished run, and how their `KEY=VALUE` words are read; needs no torch."""
+"""Options of the commands that use torch, and how their `KEY=VALUE` words are read before torch is imported."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ class EvaluateOptions(LmEvalOptions):
     baseline: bool = Field(False, description="true also evaluates the base model")
     model: Literal["export", "base"] = Field("export", description="export of the run, or its base model")
     general: str | None = Field(None, description="general text (file, folder, glob or Hub id) to measure forgetting")
+
+
+class RowsOptions(Strict):
+    """Options of `dist-ft data`."""
+
+    rows: Count = Field(3, description="number of rows")
+    split: Literal["train", "validation", "test"] = Field("train", description="split to show")
+    width: Count | None = Field(None, description="characters in a line; defaults to the width of the terminal")
 
 
 class GenerateOptions(Strict):

@@ -76,12 +76,21 @@ def test_splits_that_are_left_out_are_told(words, started, capsys, monkeypatch, 
     assert f"has no effect: there is no validation data ({line})" in capsys.readouterr().err
 
 
+def test_adapted_batch_sizes_are_told(words, started, capsys, monkeypatch):
+    monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
+    assert cli.main(["train", *words, "launch.workers_per_node=3"]) == 0
+    line = "dist-ft: train.global_batch_size → 36 (32 cannot be divided into equal micro-batches of 3 workers)\n"
+    assert line in capsys.readouterr().out
+
+
 def test_data_hands_its_own_words_on(words, started):
     assert cli.main(["data", *words, "rows=3"]) == 0
     [(called, plan)] = started
     assert called[0] == "dist_ft.inspect.rows"
     assert called[2:] == ["rows=3"]
     assert plan.config.run_name == "first"
+    assert cli.main(["data", *words, "rows=many"]) == 2
+    assert len(started) == 1
 
 
 def test_train_writes_prepares_and_launches(words, started, monkeypatch, tmp_path):
