@@ -52,8 +52,8 @@ def settle_batch(config: RunConfig, origins: Mapping[str, str], world_size: int)
     if free and size % world_size == 0:
         micro = largest_divisor(size // world_size, micro)
         if micro != train.per_device_train_batch_size:
-            rows = size // world_size
-            notes[MICRO] = f"{AUTO}: {train.per_device_train_batch_size} does not divide the {rows} rows of a worker"
+            rows = f"{size // world_size} row{'s' * (size > world_size)}"
+            notes[MICRO] = f"{AUTO}: {train.per_device_train_batch_size} does not divide the {rows} of a worker"
     settled = train.model_copy(update={"global_batch_size": size, "per_device_train_batch_size": micro})
     return config.model_copy(update={"train": settled}), {**origins, **notes}
 
@@ -70,10 +70,10 @@ def batch_problems(config: RunConfig, origins: Mapping[str, str], nodes: int, wo
     train, world_size = config.train, nodes * workers
     if train.global_batch_size % (world_size * train.per_device_train_batch_size) == 0:
         return []
-    rule = (
-        f"{train.global_batch_size} rows per step cannot be divided into micro-batches of "
-        f"{train.per_device_train_batch_size} rows on {world_size} workers"
-    )
+    rule = f"{train.global_batch_size} rows per step cannot be divided into micro-batches of "
+    rule += f"{train.per_device_train_batch_size} rows on {world_size} workers"
+    if not _is_set(MICRO, origins):
+        rule = f"{train.global_batch_size} rows per step cannot be divided equally among {world_size} workers"
     most = _rows_at_most(config, train.global_batch_size + world_size * train.per_device_train_batch_size)
     if _resumed_batch(config) == train.global_batch_size:
         way_out = _fewer_workers(config, origins, nodes, workers)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .strict import Count, Strict
+from .strict import Count, Strict, Text
 
 
 class AugmentConfig(Strict):
@@ -38,8 +38,7 @@ DataFormat = Literal[
     "pairs",
     "tokens",
 ]
-Source = Annotated[str, Field(min_length=1)]
-Sources = Source | list[Source]
+Sources = Text | list[Text]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 
 
@@ -96,7 +95,7 @@ class DataConfig(Strict):
     )
     augment: AugmentConfig | None = Field(None, description="Augmented copies of training rows.")
     shuffle: bool = Field(True, description="Shuffle the rows each epoch with train.seed; false keeps the file order.")
-    cache_dir: str | None = Field(None, description="Cache of prepared data and models. Defaults to ~/.cache/dist_ft.")
+    cache_dir: Text | None = Field(None, description="Cache of prepared data and models. Defaults to ~/.cache/dist_ft.")
 
     def has(self, split: str) -> bool:
         """Return whether `split` (`train`, `validation` or `test`) has data."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .strict import Count, Strict
+from .strict import Count, Strict, Text
 
 
 class TrainConfig(Strict):
@@ -42,7 +42,7 @@ class TrainConfig(Strict):
         None, description="Stop after this many evaluations without improvement."
     )
     load_best_model_at_end: bool = Field(False, description="Export the best evaluated step instead of the last.")
-    resume: str = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
+    resume: Text = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600, description="End the run if no rank makes progress for this many seconds."
     )

@@ -68,6 +68,8 @@ def test_a_choice_that_looks_like_nothing_is_refused() -> None:
         (["engine="], "engine=", "has no value"),
         (['data.train=""'], "data.train (command line)", "'' is invalid: it"),
         (['data.train=[""]'], "data.train (command line)", "[''] is invalid: it"),
+        (['output_dir=""'], "output_dir (command line)", "'' is invalid: it"),
+        (['model.tokenizer=""'], "model.tokenizer (command line)", "'' is invalid: it"),
         (['model.name_or_path=""'], "model.name_or_path (command line)", "'' is invalid: it"),
     ],
 )
