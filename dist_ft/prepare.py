@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from .config.plan import read_plan
+from .checks.batch import samples_problems
+from .config.plan import Plan, read_plan
 from .config.run import RunConfig
 from .data.read.folders import describe_left_out
 from .data.read.sets import ALONE, SPLITS, SplitName, key_of, name_in_mixture, sets_of
@@ -111,9 +112,24 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
         if config.data.has(name):
             splits[name] = _prepare_split(config, name, lambda: facts, encoder, say)
     rows = new.resized_vocabulary or vocabulary_size(Path(model_dir))
-    if problems := [p for name, split in splits.items() for p in _split_problems(config, name, split, rows)]:
+    if problems := [p for name, split in splits.items() for p in _split_problems(name, split, rows)]:
         raise RequestError(*problems)
     return Prepared(model_dir, tokenizer_dir, splits["train"], splits.get("validation"), splits.get("test"), new)
+
+
+def prepare_plan(plan: Plan, say: Say = lambda line: None) -> Prepared:
+    """Prepare the configuration of a plan, and check that there are enough samples to train with it.
+
+    Raises:
+        RequestError: As `prepare`, or the training data has fewer samples than a global batch.
+        MachineError: As `prepare`.
+    """
+    prepared = prepare(plan.config, say)
+    ledger = prepared.train.ledger
+    kind = "rows" if ledger["layout"] == "rows" else "packed rows (blocks)"
+    if problems := samples_problems(plan, ledger["samples"], kind):
+        raise RequestError(*problems)
+    return prepared
 
 
 def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts:
@@ -189,20 +205,12 @@ def _prepare_set(
     return Split(str(folder), str(folder), ledger)
 
 
-def _split_problems(config: RunConfig, name: str, split: Split, size: int | None) -> list[Problem]:
-    """Return the problems of a valid split with a model of `size` embeddings and the configured batch size."""
-    problems = []
-    ledger = split.ledger
-    if size is not None and ledger["max_token_id"] >= size:
-        rule = f"token id {ledger['max_token_id']} is out of range for a model with {size} embeddings"
-        problems.append(Problem(f"data.{name}", rule, "set model.tokenizer to the model's own tokenizer"))
-    batch = config.train.global_batch_size
-    if name == "train" and ledger["samples"] < batch:
-        kind = "rows" if ledger["layout"] == "rows" else "packed rows (blocks)"
-        key = "data.mixture" if split.parts else "data.train"
-        rule = f"a global batch needs {batch} {kind}, but {key} has only {ledger['samples']}"
-        problems.append(Problem("train.global_batch_size", rule, f"set it to at most {ledger['samples']}"))
-    return problems
+def _split_problems(name: str, split: Split, size: int | None) -> list[Problem]:
+    """Return the problems of a valid split with a model of `size` embeddings."""
+    if size is None or split.ledger["max_token_id"] < size:
+        return []
+    rule = f"token id {split.ledger['max_token_id']} is out of range for a model with {size} embeddings"
+    return [Problem(f"data.{name}", rule, "set model.tokenizer to the model's own tokenizer")]
 
 
 def main(arguments: list[str]) -> int:
@@ -210,7 +218,7 @@ def main(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1:
             raise RequestError.of("RUN_YAML", "is missing", "run python -m dist_ft.prepare runs/NAME/run.yaml")
-        prepare(read_plan(arguments[0]).config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
+        prepare_plan(read_plan(arguments[0]), lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
     except DistFtError as error:
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
         return error.exit_code

@@ -65,9 +65,9 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     from .process import lifeline
 
     lifeline.hold()
-    from .prepare import prepare
+    from .prepare import prepare_plan
 
-    prepared = prepare(plan.config)  # before the process group exists, so that no collective times out on it
+    prepared = prepare_plan(plan)  # before the process group exists, so that no collective times out on it
     from .build import build
     from .loop import fit
     from .process import comm

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..config.plan import Plan
     from ..config.run import RunConfig
     from .launcher import Launcher
-    from .machine.environ import Site
 
 CONFIG_EPILOG = """\
 arguments:
@@ -58,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train on this machine or on the hosts of a hostfile, and return the exit code of the run."""
-    config, plan, launcher = _plan(options)
+    plan, launcher = _plan(options)
     from ..errors import RequestError
 
-    if config.launch.name == "slurm":
+    if plan.config.launch.name == "slurm":
         raise RequestError.of(
             "launch=slurm", "is not supported by `dist-ft train`", "use `dist-ft submit launch=slurm …`"
         )
@@ -99,7 +98,7 @@ def _many(options: argparse.Namespace) -> tuple[Callable[[Sequence[str]], RunCon
     from .process import run_module
 
     def check(words: Sequence[str]) -> RunConfig:
-        return _plan(argparse.Namespace(words=words, config_dir=options.config_dir, command="train"))[0]
+        return _plan(argparse.Namespace(words=words, config_dir=options.config_dir, command="train"))[0].config
 
     def train(words: Sequence[str]) -> int:
         return run_module(["dist_ft.launch.cli", "train", *own_dir, *words])
@@ -110,12 +109,12 @@ def _many(options: argparse.Namespace) -> tuple[Callable[[Sequence[str]], RunCon
 
 def submit(options: argparse.Namespace) -> int:
     """Submit a run to SLURM."""
-    config, plan, launcher = _plan(options)
+    plan, launcher = _plan(options)
     from ..errors import RequestError
 
-    if config.launch.name != "slurm":
+    if plan.config.launch.name != "slurm":
         way_out = "use `dist-ft train`, or set launch=slurm"
-        raise RequestError.of(f"launch={config.launch.name}", "is not supported by `dist-ft submit`", way_out)
+        raise RequestError.of(f"launch={plan.config.launch.name}", "is not supported by `dist-ft submit`", way_out)
     _write(plan)
     if code := _prepare(plan):
         return code
@@ -132,7 +131,7 @@ def submit(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Show the plan of a run without writing into its folder or starting a worker."""
-    _, made, launcher = _plan(options)
+    made, launcher = _plan(options)
     from .show import show_plan
 
     show_plan(made, launcher.render(made))
@@ -141,31 +140,36 @@ def plan(options: argparse.Namespace) -> int:
 
 def data(options: argparse.Namespace) -> int:
     """Show rows as the model sees them, after rendering and tokenization."""
-    own = [word for word in options.words if word.partition("=")[0] in ("rows", "split", "width")]
-    options.words = [word for word in options.words if word not in own]
-    _, made, _ = _plan(options)
+    from ..process.options import RowsOptions, read_words
+    from .planning import plan_data
+
+    own = [word for word in options.words if word.partition("=")[0] in RowsOptions.model_fields]
+    read_words(RowsOptions, own)  # before the slow imports of the module, which reads them again
+    made = plan_data([word for word in options.words if word not in own], options.config_dir)
     return _module("dist_ft.inspect.rows", made, own)
 
 
 def outcome(options: argparse.Namespace) -> int:
     """Run `eval`, `generate` or `export` on the folder of a run."""
     from ..config.plan import read_plan
+    from ..config.strict import Strict
     from ..errors import RequestError
+    from ..process.options import EvaluateOptions, ExportOptions, GenerateOptions, read_words
     from .process import run_module
 
     runs = [word.partition("=")[2] for word in options.words if word.startswith("run=")]
     if len(runs) != 1 or not runs[0]:
         raise RequestError.of("run", "must be given exactly once", f"use `dist-ft {options.command} run=runs/NAME`")
-    read_plan(runs[0])  # reports a wrong folder before the slow imports
+    commands: dict[str, tuple[str, type[Strict]]] = {
+        "eval": ("dist_ft.assess.evaluate", EvaluateOptions),
+        "generate": ("dist_ft.assess.generate", GenerateOptions),
+        "export": ("dist_ft.export.merge", ExportOptions),
+    }
+    module, kind = commands[options.command]
+    # reports a wrong folder or word before the slow imports of the module, which reads the words again
+    read_plan(runs[0])
     rest = [word for word in options.words if not word.startswith("run=")]
-    wrong = [word for word in rest if "=" not in word]
-    if wrong:
-        raise RequestError.of(wrong[0], "is not of the form KEY=VALUE", f"see `dist-ft {options.command} --help`")
-    module = {
-        "eval": "dist_ft.assess.evaluate",
-        "generate": "dist_ft.assess.generate",
-        "export": "dist_ft.export.merge",
-    }[options.command]
+    read_words(kind, rest)
     # Use the given path and not the one in the plan, because the folder may have been moved since.
     return run_module([module, _run_file(runs[0]), *rest])
 
@@ -239,52 +243,25 @@ def _command(
     return command
 
 
-def _plan(options: argparse.Namespace) -> tuple[RunConfig, Plan, Launcher]:
-    """Compose and check the configuration and make the plan; raise all problems together."""
+def _plan(options: argparse.Namespace) -> tuple[Plan, Launcher]:
+    """Make the plan of a run, and check this machine for commands that start it."""
     from ..checks.machine import check_machine
-    from ..checks.request import check
-    from ..config.plan import make_plan
-    from ..errors import MachineError, Problem, RequestError
-    from .composition.compose import compose
+    from ..errors import MachineError
     from .machine.environ import find_site
+    from .planning import plan_run
 
-    composed = compose(options.words, options.config_dir)
-    config = composed.config
-    problems: list[Problem] = check(config, composed.origins)
-    launcher = _launcher(config, find_site())
-    made = None
-    try:
-        nodes, workers = launcher.resolve(config)
-        made = make_plan(config, nodes=nodes, workers_per_node=workers, origins=composed.origins)
-    except RequestError as error:
-        problems += error.problems
-    if problems or made is None:
-        raise RequestError(*problems)
-    if options.command in ("train", "submit") and (faults := check_machine(config)):
+    made, launcher = plan_run(options.words, options.config_dir, find_site())
+    if options.command in ("train", "submit") and (faults := check_machine(made.config)):
         raise MachineError(*faults)
-    return config, made, launcher
-
-
-def _launcher(config: RunConfig, site: Site) -> Launcher:
-    if config.launch.name == "local":
-        from .local import LocalLauncher
-
-        return LocalLauncher(site)
-    if config.launch.name == "deepspeed":
-        from .deepspeed import HostfileLauncher
-
-        return HostfileLauncher(site)
-    from .slurm import SlurmLauncher
-
-    return SlurmLauncher(site)
+    return made, launcher
 
 
 def _write(made: Plan) -> None:
     from ..config.plan import write_plan
     from ..errors import MachineError
-    from .show import left_out_lines
+    from .show import adapted_lines, left_out_lines
 
-    for line in left_out_lines(made):
+    for line in (*left_out_lines(made), *adapted_lines(made)):
         print(f"dist-ft: {line}")
     try:
         write_plan(made)

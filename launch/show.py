@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from ..checks.batch import AUTO, GLOBAL, MICRO
+from ..checks.keys import value_of
 from ..config.plan import Plan
 from .composition.compose import LEFT_OUT
 from .launcher import Rendered
@@ -51,6 +53,7 @@ def batch_lines(plan: Plan) -> Iterator[str]:
 def auto_lines(plan: Plan) -> Iterator[str]:
     """Yield the values of `auto` keys, as far as they are known before the start."""
     config = plan.config
+    yield from adapted_lines(plan)
     if getattr(config.launch, "workers_per_node", None) in ("auto", None):
         yield f"launch.workers_per_node → {plan.workers_per_node}"
     if getattr(config.launch, "gpus_per_node", 0) is None:
@@ -66,6 +69,13 @@ def auto_lines(plan: Plan) -> Iterator[str]:
         yield "track.wandb → online if rank 0 finds an API key, offline otherwise"
 
 
+def adapted_lines(plan: Plan) -> Iterator[str]:
+    """Yield the batch sizes that were adapted to the workers, with the reason."""
+    for key in (GLOBAL, MICRO):
+        if plan.origins.get(key, "").startswith(AUTO):
+            yield f"{key} → {value_of(plan.config, key)} ({plan.origins[key].removeprefix(f'{AUTO}: ')})"
+
+
 def left_out_lines(plan: Plan) -> Iterator[str]:
     """Yield the keys that were dropped because of what the user set."""
     for key, origin in plan.origins.items():
@@ -77,6 +87,8 @@ def origin_lines(plan: Plan) -> Iterator[str]:
     """Yield the keys that the user set, with their values and origins."""
     tree = plan.config.model_dump(mode="json")
     for key, origin in plan.origins.items():
+        if origin.startswith(AUTO):
+            continue
         value: Any = tree
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None

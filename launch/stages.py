@@ -23,6 +23,8 @@ from pydantic import Field, ValidationError
 from ..config.run import RunConfig
 from ..config.strict import Strict
 from ..errors import Problem, RequestError
+from .composition.compose import list_groups
+from .composition.words import override_words
 
 Check = Callable[[Sequence[str]], RunConfig]
 Run = Callable[[Sequence[str]], int]
@@ -73,11 +75,14 @@ def read_stages(path: Path, more: Sequence[str] = ()) -> list[Stage]:
         ]
         raise RequestError(*problems) from None
     root = Path(content.output_dir or f"runs/{content.run_name}").absolute()
-    stages = []
+    stages, groups = [], list_groups()
     for number, (name, words) in enumerate(content.stages.items(), start=1):
         folder = root / f"{number}-{name}"
         own = (f"run_name={content.run_name}-{name}", f"output_dir='{folder}'")
-        stages.append(Stage(name, folder, (*content.words, *words, *more, *own)))
+        chosen: list[str] = list(content.words)
+        for later in (words, more, own):
+            chosen = override_words(chosen, later, groups)
+        stages.append(Stage(name, folder, tuple(chosen)))
     return stages
 
 
@@ -104,7 +109,7 @@ def run_stages(stages: Sequence[Stage], check: Check, train: Run, export: Run) -
         print(f"dist-ft: stage {number} of {len(stages)}, {stage.name}", flush=True)
         if model is not None:
             _keep_origin(stage, model)
-        if code := train([*stage.words, *_start_from(model)]):
+        if code := train(override_words(stage.words, _start_from(model), list_groups())):
             return code
         if number < len(stages):
             model, code = _whole_model(stage, export)
@@ -166,7 +171,7 @@ def _problems(stages: Sequence[Stage], check: Check) -> Iterator[Problem]:
         # stages with a new folder; `train` repeats the checks.
         elsewhere = [f"output_dir='{stage.folder}.new'"] if number else []
         try:
-            check([*stage.words, *elsewhere])
+            check(override_words(stage.words, elsewhere, list_groups()))
         except RequestError as error:
             for problem in error.problems:
                 yield Problem(f"stage {stage.name}: {problem.where}", problem.rule, problem.way_out)

@@ -27,6 +27,8 @@ from ..config.run import RunConfig
 from ..errors import MachineError, RequestError
 from ..state import LOWER_IS_BETTER
 from ..track.jsonl import read_evaluations
+from .composition.compose import list_groups
+from .composition.words import override_words
 
 SUMMARY = "sweep.csv"
 SAMPLERS = ("tpe", "random", "grid", "cmaes")
@@ -131,7 +133,7 @@ def sweep(search: Search, check: Check, train: Train) -> int:
         own = [f"run_name={config.run_name}-{name}", f"output_dir='{where}'"]
         if config.track.wandb != "off":
             own.append(f"track.group={config.run_name}")
-        code = train([*search.fixed, *chosen, *own])
+        code = train(override_words(search.fixed, [*chosen, *own], list_groups()))
         values = dict(word.split("=", 1) for word in chosen)
         try:
             score = last_score(where, search.metric) if code == 0 else None

@@ -14,22 +14,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from ..config.run import RunConfig
-from ..config.strict import Count, Strict
 from ..data.render.template import find_end_token
 from ..data.render.tokenizer import open_tokenizer
 from ..errors import MachineError, RequestError
 from ..families import architecture_of
 from ..prepare import Prepared
+from ..process.options import LmEvalOptions
 from ..process.place import Place, find_device
 from ..state import CAUSAL_LM, Facts
 from .scoring import open_model, write_lines, write_result
@@ -37,16 +36,6 @@ from .turns import speaks_chat
 
 RANDOM_SEED, OTHER_SEED = 0, 1234  # defaults of lm-eval's command line, to reproduce published scores
 BOOTSTRAP_DRAWS = 1000  # for standard errors of metrics without a closed form
-
-
-class LmEvalOptions(Strict):
-    """Options of `dist-ft eval` for lm-eval."""
-
-    lm_eval: str | None = Field(None, description="lm-eval tasks for the base and tuned model: TASK[,TASK]")
-    lm_eval_path: str | None = Field(None, description="folder with your own task files")
-    lm_eval_limit: Count | None = Field(None, description="maximum number of rows per task")
-    lm_eval_num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="few-shot examples per question")
-    lm_eval_chat: bool | None = Field(None, description="use the chat template; defaults to whether the run used it")
 
 
 @dataclass(frozen=True)

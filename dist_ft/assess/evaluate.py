@@ -10,10 +10,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -23,23 +22,15 @@ from ..data.store.opened import Split
 from ..export.opened import find_export, find_trained_run
 from ..families import build_task
 from ..prepare import Prepared, describe_data, prepare
-from ..process.command import read_words, run_command, split_run
+from ..process.command import run_command, split_run
+from ..process.options import EvaluateOptions, read_words
 from ..process.place import Place, find_device
 from ..protocols import Refers
 from ..task.table import TASKS
-from .abilities import LmEvalOptions, find_abilities, show_abilities
+from .abilities import find_abilities, show_abilities
 from .forgetting import measure_forgetting, render_forgetting
 from .reference import name_of, read_references, values_of, write_references
 from .scoring import Evaluation, evaluate_model, find_split, open_model, render_table, total, write_lines, write_result
-
-
-class EvaluateOptions(LmEvalOptions):
-    """Options of `dist-ft eval`."""
-
-    split: Literal["validation", "test"] = Field("validation", description="split to evaluate on")
-    baseline: bool = Field(False, description="true also evaluates the base model")
-    model: Literal["export", "base"] = Field("export", description="export of the run, or its base model")
-    general: str | None = Field(None, description="general text (file, folder, glob or Hub id) to measure forgetting")
 
 
 def evaluate_run(

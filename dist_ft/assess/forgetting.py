@@ -26,7 +26,6 @@ def config_of(config: RunConfig, source: str) -> RunConfig:
     if padded:
         content["task"]["overlong"] = "truncate"
     content["data"] = {"train": source, "format": "text", "cache_dir": config.data.cache_dir}
-    content["train"]["global_batch_size"] = content["train"]["per_device_train_batch_size"] = 1  # allows short texts
     return RunConfig.model_validate(content)
 
 

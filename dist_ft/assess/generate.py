@@ -13,17 +13,15 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
 
 from ..config.plan import read_plan
 from ..config.run import RunConfig
-from ..config.strict import Strict
 from ..data.read.sets import SPLITS, SplitName
 from ..data.render.special_text import SpecialText
 from ..data.render.template import find_end_token
@@ -31,7 +29,8 @@ from ..data.render.tokenizer import open_tokenizer
 from ..errors import Problem, RequestError
 from ..export.opened import find_export, find_trained_run
 from ..prepare import Prepared, prepare
-from ..process.command import read_words, run_command, split_run
+from ..process.command import run_command, split_run
+from ..process.options import GenerateOptions, read_words
 from ..process.place import Place, find_device
 from .predict import PREDICTORS, open_predictors
 from .predictor import Asked, Predictor
@@ -39,20 +38,6 @@ from .scoring import open_model
 from .turns import Question, read_questions, speaks_chat
 
 Kind = TypeVar("Kind", Question, Asked)
-
-
-class GenerateOptions(Strict):
-    """Options of `dist-ft generate`."""
-
-    prompt: str | None = Field(
-        None, description="text, or a JSON object with the fields of the task; if not set, a chat starts"
-    )
-    prompts: str | None = Field(None, description="file with one prompt per line, or SPLIT:N for rows of the data")
-    model: Literal["export", "base", "both"] = Field("export", description="models that answer")
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="maximum number of tokens of an answer")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="sampling temperature; 0 decodes greedily")
-    chat: bool | None = Field(None, description="use the chat template; defaults to whether the run used it")
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="seed of sampling")
 
 
 class Speaker:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from .strict import Count, Strict
+from .strict import Count, Strict, Text
 
 
 class AugmentConfig(Strict):
@@ -39,7 +39,7 @@ DataFormat = Literal[
     "pairs",
     "tokens",
 ]
-Sources = str | list[str]
+Sources = Text | list[Text]
 Validation = Annotated[
     Sources | None,
     BeforeValidator(lambda value: f"{value * 100:g}%" if isinstance(value, float) and 0 < value < 1 else value),
@@ -130,7 +130,7 @@ class DataConfig(Strict):
         " them as text, keep them as special tokens, or refuse the row.",
     )
     shuffle: bool = Field(True, description="Shuffle the rows each epoch with train.seed; false keeps the file order.")
-    cache_dir: str | None = Field(None, description="Cache of prepared data and models. Defaults to ~/.cache/dist_ft.")
+    cache_dir: Text | None = Field(None, description="Cache of prepared data and models. Defaults to ~/.cache/dist_ft.")
 
     def has(self, split: str) -> bool:
         """Return whether `split` (`train`, `validation` or `test`) has data."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .strict import Count, Strict
+from .strict import Count, Strict, Text
 
 
 class LocalConfig(Strict):
@@ -21,7 +21,7 @@ class HostfileConfig(Strict):
     """Workers on the hosts of a DeepSpeed hostfile, started over ssh or pdsh."""
 
     name: Literal["deepspeed"]
-    hostfile: str = Field(description="Path of a file with one line `HOST slots=N` per host.")
+    hostfile: Text = Field(description="Path of a file with one line `HOST slots=N` per host.")
     nodes: Count | None = Field(None, description="Use only the first hosts of the file. Defaults to all.")
     workers_per_node: Count | None = Field(None, description="Workers per host. Defaults to the host's slots.")
     master_addr: str | None = Field(

@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .strict import Share, Strict
+from .strict import Share, Strict, Text
 
 
 class ModelConfig(Strict):
     """The pretrained model, its tokenizer and its precision."""
 
-    name_or_path: str = Field(description="Folder, Hub ID, or `package:NAME` (a Python package with the model).")
+    name_or_path: Text = Field(description="Folder, Hub ID, or `package:NAME` (a Python package with the model).")
     revision: str | None = Field(None, description="Hub revision; use a commit hash for reproducible runs.")
-    tokenizer: str | None = Field(None, description="Folder or Hub ID of the tokenizer. Defaults to the model's.")
+    tokenizer: Text | None = Field(None, description="Folder or Hub ID of the tokenizer. Defaults to the model's.")
     add_tokens: list[Annotated[str, Field(pattern=r"^\S+$")]] = Field(
         default_factory=list, description="Special tokens to add to the tokenizer; their embeddings are trained."
     )

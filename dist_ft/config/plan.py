@@ -7,7 +7,6 @@ exactly what was submitted.
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import subprocess
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import Problem, RequestError
+from ..errors import RequestError
 from .run import RunConfig
 from .strict import Strict
 
@@ -40,7 +39,9 @@ class Plan(Strict):
     accumulation_steps: int  # gradient accumulation: micro-batches per step on each rank
     git_sha: str | None  # commit of the working directory in which the run was planned
     created: str  # UTC, ISO 8601
-    origins: dict[str, str]  # dotted key → origin of its value, for keys that the user set or that were dropped then
+    origins: dict[
+        str, str
+    ]  # dotted key → origin of its value, for keys that the user set, or that were dropped or adapted
 
     @property
     def run_dir(self) -> Path:
@@ -53,40 +54,17 @@ class Plan(Strict):
         return self.run_dir / RUN_FILE
 
 
-def batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
-    """Return a problem if the global batch size is not a multiple of `world_size` micro-batches."""
-    train = config.train
-    micro = world_size * train.per_device_train_batch_size
-    if train.global_batch_size % micro == 0:
-        return []
-    fits = [b for b in range(1, train.global_batch_size + 1) if train.global_batch_size % (world_size * b) == 0]
-    best = min(fits, key=lambda b: abs(b - train.per_device_train_batch_size), default=None)
-    multiple = math.ceil(train.global_batch_size / micro) * micro
-    way_out = f"set train.global_batch_size={multiple}"
-    if best is not None:
-        way_out += f" or train.per_device_train_batch_size={best}"
-    rule = (
-        f"{train.global_batch_size} rows per step cannot be divided into micro-batches of "
-        f"{train.per_device_train_batch_size} rows on {world_size} workers"
-    )
-    return [Problem("train.global_batch_size", rule, way_out)]
-
-
 def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: dict[str, str]) -> Plan:
-    """Build the plan for `nodes * workers_per_node` workers.
-
-    Raises:
-        RequestError: If the global batch size is not a multiple of `world_size` micro-batches.
-    """
+    """Build the plan for `nodes * workers_per_node` workers, whose micro-batches divide the global batch."""
     world_size = nodes * workers_per_node
-    if problems := batch_problems(config, world_size):
-        raise RequestError(*problems)
+    steps, rest = divmod(config.train.global_batch_size, world_size * config.train.per_device_train_batch_size)
+    assert rest == 0, "checks/batch.py reports a global batch that is not a multiple of the micro-batches"
     return Plan(
         config=config,
         nodes=nodes,
         workers_per_node=workers_per_node,
         world_size=world_size,
-        accumulation_steps=config.train.global_batch_size // (world_size * config.train.per_device_train_batch_size),
+        accumulation_steps=steps,
         git_sha=_git_sha(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         origins=origins,

@@ -18,7 +18,7 @@ from .model import ModelConfig
 from .moe import MoeConfig
 from .optim import OptimConfig
 from .privacy import PrivacyConfig
-from .strict import Strict
+from .strict import Strict, Text
 from .task import TaskConfig
 from .track import TrackConfig
 from .train import TrainConfig
@@ -28,7 +28,7 @@ class RunConfig(Strict):
     """Complete configuration of a run."""
 
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
-    output_dir: str
+    output_dir: Text
     model: ModelConfig
     task: TaskConfig
     data: DataConfig

@@ -14,4 +14,5 @@ class Strict(BaseModel):
 
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]  # as a path, an empty text would mean the current folder
 Count = Annotated[int, Field(ge=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from .strict import Share, Strict
+from .strict import Share, Strict, Text
 
 Overlong = Literal["error", "truncate", "drop"]
 Unsupervised = Literal["error", "drop"]
@@ -42,7 +42,7 @@ class InstructionConfig(TaskChoice):
     )
     overlong: Overlong = Field("error", description="Action for a row longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a row without a supervised token.")
-    chat_template: str | None = Field(
+    chat_template: Text | None = Field(
         None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
     )
 
@@ -141,7 +141,7 @@ class PreferenceConfig(TaskChoice):
     )
     overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
-    chat_template: str | None = Field(
+    chat_template: Text | None = Field(
         None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
     )
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
@@ -165,7 +165,7 @@ class RewardConfig(TaskChoice):
     )
     overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
-    chat_template: str | None = Field(
+    chat_template: Text | None = Field(
         None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
     )
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(

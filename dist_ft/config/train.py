@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .strict import Count, Strict
+from .strict import Count, Strict, Text
 
 
 class TrainConfig(Strict):
@@ -15,10 +15,14 @@ class TrainConfig(Strict):
     max_steps: Count | None = None
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None
     global_batch_size: Count = Field(
-        32, description="Rows (with packing: packed samples) per optimizer step, over all ranks."
+        32,
+        description="Rows (with packing: packed samples) per optimizer step, over all ranks. Unless it is set, it"
+        " adapts to a number of workers that cannot divide it.",
     )
     per_device_train_batch_size: Count = Field(
-        4, description="Rows per micro-batch; the number of gradient accumulation steps is derived from it."
+        4,
+        description="Rows per micro-batch; the number of gradient accumulation steps is derived from it. Unless it is"
+        " set, it is an upper bound.",
     )
     per_device_eval_batch_size: Count = 8
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
@@ -38,7 +42,7 @@ class TrainConfig(Strict):
         None, description="Stop after this many evaluations without improvement."
     )
     load_best_model_at_end: bool = Field(False, description="Export the best evaluated step instead of the last.")
-    resume: str = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
+    resume: Text = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600, description="End the run if no rank makes progress for this many seconds."
     )

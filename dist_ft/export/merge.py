@@ -9,12 +9,11 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import Field
 from torch import nn
 
 from ..checkpoint import store as checkpoint
@@ -22,7 +21,6 @@ from ..checkpoint.reader import SafeReader
 from ..config.method import LoraKeys
 from ..config.plan import CHECKPOINTS, START_FILE, read_plan
 from ..config.run import RunConfig
-from ..config.strict import Strict
 from ..data.render.template import find_end_token
 from ..data.render.tokenizer import open_tokenizer
 from ..errors import RequestError
@@ -30,7 +28,8 @@ from ..families import ModelRecipe, architecture_of, build_method, choose_attent
 from ..method.start import read_start
 from ..model.anatomy import unwrap
 from ..prepare import Prepared, prepare
-from ..process.command import read_words, run_command, split_run
+from ..process.command import run_command, split_run
+from ..process.options import ExportOptions, read_words
 from ..task.table import TASKS
 from .account import Account
 from .card import card_of_run
@@ -46,15 +45,6 @@ from .write import (
     ties_embeddings,
     verify,
 )
-
-
-class ExportOptions(Strict):
-    """Options of `dist-ft export`."""
-
-    merge: bool = Field(False, description="true merges the adapter into the base model and writes a full model")
-    checkpoint: str | None = Field(None, description="step-N, latest or best; defaults to the export of the run")
-    out: str | None = Field(None, description="output folder; it must not exist yet")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of a merged or full model")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from ..config.run import RunConfig
 from ..families import ModelRecipe, architecture_of, build_method
 from ..model.load import attention_of
 from ..model.quantization.packed import find_packed
-from ..prepare import describe_data, prepare
+from ..prepare import describe_data, prepare_plan
 from ..privacy.rules import takes_rows_together
 from ..process.command import run_command, split_run
 from ..state import BuiltModel, Facts
@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> None:
     """Print the tables of the plan given as the first argument."""
     run_file, _ = split_run(arguments, "inspect.model")
     plan = read_plan(run_file)
-    prepared = prepare(plan.config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
+    prepared = prepare_plan(plan, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
     tables = render(plan, build_meta(plan.config, prepared.model_dir, prepared.facts))
     splits = (("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test))
     ledgers = (

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby, islice
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -30,6 +30,8 @@ from ..data.store.split import Encoder, encode_row
 from ..errors import DistFtError, RequestError
 from ..prepare import describe_data, find_facts, prepare
 from ..pretrained.fetch import prepare_model
+from ..process.command import split_run
+from ..process.options import RowsOptions, read_words
 from ..protocols import Task
 from ..state import Example, Facts, Row
 from ..task.table import TASKS
@@ -132,14 +134,15 @@ def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: 
 def main(arguments: list[str]) -> int:
     """Run `dist-ft data` on the plan given as the first argument, and return the exit code."""
     try:
-        path, options = _read_arguments(arguments)
-        config = read_plan(path).config
-        console = Console(width=options["width"], soft_wrap=options["width"] is None, highlight=False)
-        show_rows(config, options["split"], options["rows"], console)
+        run_file, words = split_run(arguments, "inspect.rows")
+        options = read_words(RowsOptions, words)
+        config = read_plan(run_file).config
+        console = Console(width=options.width, soft_wrap=options.width is None, highlight=False)
+        show_rows(config, options.split, options.rows, console)
         prepared = prepare(config, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
-        for table in ledger_tables(config, getattr(prepared, options["split"]), options["split"]):
+        for table in ledger_tables(config, getattr(prepared, options.split), options.split):
             console.print(table)
-        for line in describe_data(config, prepared, options["split"]):
+        for line in describe_data(config, prepared, options.split):
             console.print(line, soft_wrap=True)
     except DistFtError as error:
         sys.stdout.flush()
@@ -160,21 +163,6 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     if tokenizer is None:
         return " ".join(map(str, ids)) + " "
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _read_arguments(arguments: list[str]) -> tuple[str, dict[str, Any]]:
-    options: dict[str, Any] = {"rows": 3, "split": "train", "width": None}
-    usage = "usage: python -m dist_ft.inspect.rows RUN_YAML [rows=3] [split=train] [width=100]"
-    if not arguments:
-        raise RequestError.of("RUN_YAML", "is missing", usage)
-    for argument in arguments[1:]:
-        key, given, value = argument.partition("=")
-        whole = value.isdecimal() and int(value) > 0
-        sound = value in get_args(SplitName) if key == "split" else whole
-        if not given or key not in options or not sound:
-            raise RequestError.of(argument, "is not a valid option or value", usage)
-        options[key] = value if key == "split" else int(value)
-    return arguments[0], options
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ...config.run import RunConfig
-from ...data.read.folders import ENDINGS, ending_of
 from ...errors import Problem, RequestError
 from . import keys
 from .paths import CONF_DIR, settle_paths
+from .words import expand
 
 COMMAND_LINE = "command line"
 ROOT = "train"
@@ -43,6 +43,20 @@ class Words:
     choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+
+    def choose(self, group: str, choice: str) -> None:
+        """Record the choice of a group, or a problem if there is one already."""
+        if group in self.choices:
+            words = f"{group}={self.choices[group]} and {group}={choice}"
+            self.problems.append(Problem(group, f"is chosen twice: {words}", "keep one of them"))
+        self.choices[group] = choice
+
+    def put(self, key: str, value: Any) -> None:
+        """Record the value of a key, or a problem if there is one already."""
+        if key in self.values:
+            words = f"{self.values[key]!r} and {value!r}"
+            self.problems.append(Problem(key, f"is set twice, to {words}", "keep one of them"))
+        self.values[key] = value
 
 
 @dataclass(frozen=True)
@@ -105,35 +119,32 @@ def sort_words(words: Sequence[str], groups: dict[str, list[str]]) -> Words:
     """Sort arguments into group choices and values; record a problem for any other argument."""
     found = Words()
     parser = OverridesParser.create()
-    for word in words:
+    for word in (part for given in words for part in expand(given, groups)):
+        name, sign, after = word.partition("=")
+        if sign and not after.strip():
+            way_out = f"write {name}=VALUE, {name}=null for no value, or '{name}=\"\"' for an empty text"
+            if name in groups:
+                way_out = f"write {name}=CHOICE, with one of {', '.join(groups[name])}"
+            found.problems.append(Problem(word, "has no value", way_out))
+            continue
         try:
             override = parser.parse_override(word)
         except (OverrideParseException, HydraException):
             found.problems.append(Problem(word, "cannot be parsed", "write key=value, quoted: 'key=\"some text\"'"))
             continue
-        if (source := _source_of_data(override, groups)) is not None:
-            found.choices["data"], found.values["data.train"] = "jsonl", source
-        elif problem := _refuse(word, override, groups):
+        if problem := _refuse(word, override, groups):
             found.problems.append(problem)
         elif override.key_or_group in groups:
-            found.choices[override.key_or_group] = str(override.value())
+            found.choose(override.key_or_group, str(override.value()))
         else:
             value = override.value()
             section = override.key_or_group
             if isinstance(value, dict) and section in RunConfig.model_fields:
-                found.values.update({f"{section}.{key}": below for key, below in value.items()})
+                for key, below in value.items():
+                    found.put(f"{section}.{key}", below)
             else:
-                found.values[section] = value
+                found.put(section, value)
     return found
-
-
-def _source_of_data(override: Override, groups: dict[str, list[str]]) -> str | None:
-    """Return the source of the rows if it is given in place of a choice (`data=rows.jsonl`), else None."""
-    value = override.value() if override.key_or_group == "data" and not override.is_sweep_override() else None
-    if not isinstance(value, str) or value in groups["data"]:
-        return None
-    is_source = "/" in value or ending_of(Path(value)) in ENDINGS or Path(value).expanduser().exists()
-    return value if is_source else None
 
 
 def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Problem | None:
@@ -156,9 +167,11 @@ def _refuse_choice(word: str, key: str, value: Any, groups: dict[str, list[str]]
         if isinstance(value, dict | list):
             return Problem(word, f"{key} is a group", f"select a choice by name, and set its keys with {key}.KEY=VALUE")
         if str(value) not in groups[key]:
-            close = keys.nearest(str(value), groups[key], cutoff=0.5)
+            close = keys.nearest(str(value), groups[key], cutoff=0.6)
             hint = f"did you mean {key}={close}? " if close else ""
-            return Problem(word, f"{key} has no choice {value!r}", f"{hint}known: {', '.join(groups[key])}")
+            more = {"model": ", or a folder or OWNER/NAME of the Hub", "data": ", or a file, folder or OWNER/NAME"}
+            known = f"known: {', '.join(groups[key])}{more.get(key, '')}"
+            return Problem(word, f"{key} has no choice {value!r}", f"{hint}{known}")
     section, _, rest = key.partition(".")
     if rest == "name" and section in groups and section in RunConfig.model_fields:
         return Problem(word, "the choice of a group cannot be set by its name key", f"write {section}={value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from ...config.data import AugmentConfig, DataSet
 from ...config.run import RunConfig
 from ...errors import Problem
+from .synonyms import find_synonym
 
 Tree = dict[str, Any]
 MIXTURE = "data.mixture"
@@ -53,16 +54,20 @@ def valid_keys(config: Mapping[str, Any]) -> list[str]:
     return keys
 
 
-def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the closest match to `word`, comparing whole dotted names and then last parts; None if there is none."""
-    known = list(known)
-    if close := difflib.get_close_matches(word, known, n=1, cutoff=cutoff):
-        return close[0]
-    tails: dict[str, str] = {}
-    for key in known:
-        tails.setdefault(key.rpartition(".")[2], key)
-    close = difflib.get_close_matches(word.rpartition(".")[2], list(tails), n=1, cutoff=cutoff)
-    return tails[close[0]] if close else None
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
+    """Return the closest match to `word`; None if no name is similar.
+
+    Only last parts are compared, because names with the same section look similar whatever they mean. Of equally
+    similar keys, one of the same section comes first.
+    """
+    section, _, last = word.rpartition(".")
+
+    def similarity(key: str) -> tuple[float, bool, str]:
+        above, _, name = key.rpartition(".")
+        return difflib.SequenceMatcher(None, last, name).ratio(), above == section, key
+
+    best = max(known, key=similarity, default=None)
+    return best if best is not None and similarity(best)[0] >= cutoff else None
 
 
 def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
@@ -85,13 +90,34 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
             current = f"{section}={now['name']}" if isinstance(now, dict) and "name" in now else "the current choice"
             rule = f"this key belongs to {choices} and is not supported with {current}"
             return Problem(where, rule, f"remove it, or set {choices}")
-    known = valid_keys(config) if rest else list(RunConfig.model_fields)
-    close = nearest(key, known)
+    meant, reason = find_synonym(key)
+    if reason is not None:
+        return Problem(where, "there is no such key", reason)
+    known = [*RunConfig.model_fields, *valid_keys(config)]
+    close = meant or nearest(key, known) or nearest(key, _keys_of_choices())
     if close is not None:
-        return Problem(where, "unknown key", f"did you mean {close}?")
+        return Problem(where, "unknown key", f"did you mean {close}?{_owners(close, known)}")
     record = chosen(config).get(section)
-    options = [f"{section}.{name}" for name in record.model_fields] if record else list(RunConfig.model_fields)
+    own = [f"{section}.{name}" for name in record.model_fields if name != "name"] if record else []
+    options = own or list(RunConfig.model_fields)
     return Problem(where, "unknown key", f"valid keys: {', '.join(options)}")
+
+
+def _keys_of_choices() -> list[str]:
+    """Return the keys of all choices of all sections."""
+    sections = {section: members(field.annotation) for section, field in RunConfig.model_fields.items()}
+    keys = [f"{section}.{key}" for section, records in sections.items() for r in records for key in r.model_fields]
+    return list(dict.fromkeys(keys))
+
+
+def _owners(key: str, known: Collection[str]) -> str:
+    """Return which choices have a key that the current choices do not have; empty for a known key."""
+    section, _, rest = key.partition(".")
+    if key in known:
+        return ""
+    records = members(RunConfig.model_fields[section].annotation)
+    owners = [name for record in records if rest in record.model_fields for name in names(record)]
+    return f" It belongs to {' or '.join(f'{section}={name}' for name in owners)}"
 
 
 def set_value(tree: Tree, key: str, value: Any) -> str | None:

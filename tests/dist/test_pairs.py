@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import log_softmax, logsigmoid
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from dist_ft.assess.evaluate import EvaluateOptions, evaluate_run
+from dist_ft.assess.evaluate import evaluate_run
 from dist_ft.config.plan import read_plan
 from dist_ft.prepare import prepare
+from dist_ft.process.options import EvaluateOptions
 from dist_ft.testing.spawn import spawn
 from dist_ft.testing.words import WORDS, save_model
 from tests.dist.cases import metrics_of

@@ -15,6 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_ft.launch.composition.compose import list_groups
+from dist_ft.launch.composition.words import override_words
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 INJECT = Path(__file__).parent / "inject"
 LIMIT_S = 10  # from the fault until the last process has ended
@@ -86,7 +89,7 @@ def start(tmp_path: Path, tiny_llama: Path) -> Iterator:
             "track.wandb=off", "train.num_train_epochs=null", "train.max_steps=500", "train.global_batch_size=4",
             "train.per_device_train_batch_size=2", "launch.workers_per_node=2",
         ]  # fmt: skip
-        jobs.append(Job(tmp_path, fault, [*common, *words], slow))
+        jobs.append(Job(tmp_path, fault, override_words(common, words, list_groups()), slow))
         return jobs[-1]
 
     yield begin

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_ft.checks.request import check
-from dist_ft.config.plan import make_plan
 from dist_ft.config.run import RunConfig
 from dist_ft.launch.composition.compose import compose, list_groups
 from dist_ft.launch.composition.keys import members, names
 from dist_ft.launch.composition.paths import CONF_DIR
 from dist_ft.launch.machine.environ import Site
+from dist_ft.launch.planning import plan_run
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "text": "x"}\n'
 FILES = sorted(CONF_DIR.glob("*/*.yaml"))
@@ -52,15 +51,28 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_composes_checks_and_plans(file, tmp_path):
     words = [f"{file.parent.name}={file.stem}", *NEEDS.get(name_of(file), ())]
-    composed = compose(words)
-    assert check(composed.config, composed.origins) == []
-    launcher = _launcher(composed.config.launch.name, tmp_path)
-    nodes, workers = launcher.resolve(composed.config)
-    plan = make_plan(composed.config, nodes=nodes, workers_per_node=workers, origins=composed.origins)
-    assert plan.accumulation_steps * plan.world_size * composed.config.train.per_device_train_batch_size == (
-        composed.config.train.global_batch_size
-    )
+    plan, launcher = plan_run(words, None, Site(python="/opt/python", cwd=str(tmp_path), cores=4))
+    train = plan.config.train
+    assert plan.accumulation_steps * plan.world_size * train.per_device_train_batch_size == train.global_batch_size
     assert launcher.render(plan).files
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("name", ["", *(file.stem for file in FILES if file.parent.name == "experiment")])
+def test_runs_on_any_number_of_gpus(name, gpus, tmp_path):
+    words = [f"experiment={name}", *NEEDS.get(f"experiment/{name}", ())] if name else []
+    site = Site(python="/opt/python", cwd=str(tmp_path), cores=4, devices=tuple(range(gpus)))
+    plan, _ = plan_run(words, None, site)
+    wanted, train = compose(words).config.train, plan.config.train
+    assert plan.world_size == gpus
+    assert plan.accumulation_steps * gpus * train.per_device_train_batch_size == train.global_batch_size
+    assert 1 <= train.per_device_train_batch_size <= wanted.per_device_train_batch_size
+    assert abs(train.global_batch_size - wanted.global_batch_size) * 8 <= wanted.global_batch_size
+    if wanted.global_batch_size % gpus == 0:
+        assert train.global_batch_size == wanted.global_batch_size
+    for key in ("global_batch_size", "per_device_train_batch_size"):
+        changed = getattr(train, key) != getattr(wanted, key)
+        assert plan.origins.get(f"train.{key}", "").startswith("auto: ") == changed
 
 
 @pytest.mark.parametrize("file", [CONF_DIR / "train.yaml", *FILES], ids=name_of)
@@ -87,12 +99,3 @@ def test_groups_are_those_of_the_schema():
     assert groups["engine"] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
     assert groups["launch"] == ["deepspeed", "local", "slurm"]
     assert set(groups) == {"model", "task", "data", "method", "engine", "optim", "track", "launch", "experiment"}
-
-
-def _launcher(name, tmp_path):
-    from dist_ft.launch.deepspeed import HostfileLauncher
-    from dist_ft.launch.local import LocalLauncher
-    from dist_ft.launch.slurm import SlurmLauncher
-
-    site = Site(python="/opt/python", cwd=str(tmp_path), cores=4)
-    return {"local": LocalLauncher, "deepspeed": HostfileLauncher, "slurm": SlurmLauncher}[name](site)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dist_ft.checks.request import check
-from dist_ft.config.plan import Plan, make_plan
+from dist_ft.config.plan import Plan
 from dist_ft.config.run import RunConfig
+from dist_ft.data.read.formats import detect
+from dist_ft.data.read.rows import read_rows
 from dist_ft.launch import cli
 from dist_ft.launch.composition.compose import compose, list_groups
 from dist_ft.launch.composition.keys import members, names
 from dist_ft.launch.machine.environ import Site
+from dist_ft.launch.planning import plan_run
 from dist_ft.launch.stages import read_stages, run_stages
 from dist_ft.launch.sweep import _check_all, read_words
 
@@ -54,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for text in YAML_BLOCK.findall(DOCUMENTS[0].read_text(encoding="utf-8")):
         if "stages:" in text:
             (tmp_path / "stages.yaml").write_text(text)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("Once upon a time.\n" * 50)
     (tmp_path / "hosts.txt").write_text("one slots=2\ntwo slots=2\n")
@@ -61,13 +66,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan_of(words: list[str]) -> Plan:
-    """Compose, check, plan and render, like `dist-ft plan`."""
-    composed = compose(words)
-    problems = check(composed.config, composed.origins)
-    assert not problems, "\n".join(map(str, problems))
-    launcher = cli._launcher(composed.config, SITE)
-    nodes, workers = launcher.resolve(composed.config)
-    plan = make_plan(composed.config, nodes=nodes, workers_per_node=workers, origins=composed.origins)
+    """Plan and render, like `dist-ft plan`."""
+    plan, launcher = plan_run(words, None, SITE)
     assert launcher.render(plan).start
     return plan
 
@@ -157,6 +157,14 @@ def test_the_mixture_of_the_readme_is_one(folder: Path) -> None:
     composed = compose(["data=mine"], config_dir=folder)
     assert check(composed.config, composed.origins) == []
     assert list(composed.config.data.mixture or ()) == ["dolly", "gsm8k"]
+
+
+def test_the_example_rows_have_the_formats_of_the_readme_and_fill_a_global_batch() -> None:
+    rows = [row for _, row in read_rows(str(ROOT / "examples" / "rows.jsonl"))]
+    formats = {detect(row, task="instruction") for row in rows}
+    assert formats == {"messages", "prompt_completion", "alpaca"}
+    on_any = [plan_run([], None, replace(SITE, devices=tuple(range(gpus))))[0] for gpus in range(1, 9)]
+    assert len(rows) >= max(plan.config.train.global_batch_size for plan in on_any)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

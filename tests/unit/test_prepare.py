@@ -18,7 +18,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.store import identity
 from dist_ft.errors import DistFtError, MachineError, RequestError
-from dist_ft.prepare import Prepared, main, prepare
+from dist_ft.prepare import Prepared, main, prepare, prepare_plan
 from dist_ft.storage import published
 from dist_ft.storage.files import find_package
 
@@ -248,8 +248,14 @@ def test_tokens_beyond_the_vocabulary_are_another_models(make_config: Any, tiny_
 
 
 def test_fewer_rows_than_a_global_batch_are_refused(make_config: Any) -> None:
-    found = problem(make_config([{"messages": CHAT}] * 3, train={"global_batch_size": 4}))
+    config = make_config([{"messages": CHAT}] * 3, train={"global_batch_size": 4})
+    assert prepare(config).train.ledger["samples"] == 3  # commands that do not train need no global batch
+    plan = make_plan(config, nodes=1, workers_per_node=2, origins={})
+    with pytest.raises(RequestError) as caught:
+        prepare_plan(plan)
+    (found,) = caught.value.problems
     assert found.where == "train.global_batch_size" and "needs 4 rows, but data.train has only 3" in found.rule
+    assert found.way_out == "set train.global_batch_size=2"
 
 
 def test_problems_of_model_data_and_task_are_told_apart(make_config: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dist_ft.assess import abilities, evaluate
 from dist_ft.config.plan import read_plan, write_plan
 from dist_ft.errors import MachineError, RequestError
+from dist_ft.process.options import EvaluateOptions
 from tests.runs import finish_run
 from tests.samples import load_adapted
 
@@ -215,7 +216,7 @@ def test_models_that_continue_no_text_and_a_missing_package_are_told(
     lora_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_plan(lora_run).config
-    options = evaluate.EvaluateOptions(lm_eval="desk_choose")
+    options = EvaluateOptions(lm_eval="desk_choose")
     monkeypatch.setattr(abilities, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r"pip install 'dist-ft\[lm-eval\]'"):
         abilities.find_abilities(config, options)

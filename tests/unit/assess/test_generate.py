@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dist_ft.assess import generate
 from dist_ft.assess.turns import Question
 from dist_ft.errors import RequestError
+from dist_ft.process.options import GenerateOptions
 from tests.runs import move_plan
 from tests.samples import load_adapted
 
@@ -73,7 +74,7 @@ def test_a_tokenizer_without_end_and_padding_answers_too(tiny_llama: Path) -> No
     assert tokenizer.pad_token_id is None and tokenizer.eos_token_id is None
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.generation_config.update(eos_token_id=None, pad_token_id=None)
-    options = generate.GenerateOptions(max_new_tokens=4)
+    options = GenerateOptions(max_new_tokens=4)
     answer = generate.Speaker("tuned", model, tokenizer, None, options).answer(Question(None, "Refund my order"))
     ids = tokenizer("Refund my order", return_tensors="pt")["input_ids"]
     for _ in range(4):

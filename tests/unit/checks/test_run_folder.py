@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_ft.config.plan import make_plan, write_plan
-from dist_ft.launch.composition.compose import compose
-from tests.unit.checks.found import found
+from tests.unit.checks.found import composed, found
 
 
 def existing_run(*words):
-    composed = compose(["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b", *words])
-    plan = make_plan(composed.config, nodes=1, workers_per_node=1, origins={})
+    plan = make_plan(composed(*words).config, nodes=1, workers_per_node=1, origins={})
     write_plan(plan)
     (plan.run_dir / "checkpoints" / "step-5").mkdir(parents=True)
     return plan.run_dir

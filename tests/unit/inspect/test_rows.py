@@ -58,10 +58,18 @@ def test_on_a_terminal_they_are_coloured(run_file: Path) -> None:
     assert "\x1b[1;32mIt is.<|im_end|>\x1b[0m" in out.getvalue() and "[[" not in out.getvalue()
 
 
-@pytest.mark.parametrize("wrong", ["rows=0", "split=training", "colour=no", "rows"])
-def test_wrong_options_are_refused(run_file: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("rows=0", "rows: number of rows"),
+        ("split=training", "split: split to show"),
+        ("colour=no", "known keys: rows, split, width"),
+        ("rows", "did you mean rows=…?"),
+    ],
+)
+def test_wrong_options_are_refused(run_file: Path, wrong: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert view.main([str(run_file), wrong]) == 2
-    assert "split=train" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_a_split_that_is_not_set_is_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_ft.checks.batch import settle_batch
 from dist_ft.config.plan import Plan, make_plan
 from dist_ft.launch.composition.compose import compose
 from dist_ft.launch.launcher import Launcher
@@ -14,6 +15,7 @@ GPU_SITE = Site(python="/opt/env/bin/python", cwd="/home/ada", cores=32, devices
 
 
 def plan_of(launcher: Launcher, words: Sequence[str], output_dir: str | Path = "/runs/first") -> Plan:
-    config = compose([*words, "run_name=first", f"output_dir={output_dir}"]).config
-    nodes, workers = launcher.resolve(config)
+    composed = compose([*words, "run_name=first", f"output_dir={output_dir}"])
+    nodes, workers = launcher.resolve(composed.config)
+    config, _ = settle_batch(composed.config, composed.origins, nodes * workers)
     return make_plan(config, nodes=nodes, workers_per_node=workers, origins={})

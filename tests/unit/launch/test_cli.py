@@ -76,12 +76,21 @@ def test_splits_that_are_left_out_are_told(words, started, capsys, monkeypatch, 
     assert f"has no effect: there is no validation data ({line})" in capsys.readouterr().err
 
 
+def test_adapted_batch_sizes_are_told(words, started, capsys, monkeypatch):
+    monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
+    assert cli.main(["train", *words, "launch.workers_per_node=3"]) == 0
+    line = "dist-ft: train.global_batch_size → 36 (32 cannot be divided into equal micro-batches of 3 workers)\n"
+    assert line in capsys.readouterr().out
+
+
 def test_data_hands_its_own_words_on(words, started):
     assert cli.main(["data", *words, "rows=3"]) == 0
     [(called, plan)] = started
     assert called[0] == "dist_ft.inspect.rows"
     assert called[2:] == ["rows=3"]
     assert plan.config.run_name == "first"
+    assert cli.main(["data", *words, "rows=many"]) == 2
+    assert len(started) == 1
 
 
 def test_train_writes_prepares_and_launches(words, started, monkeypatch, tmp_path):
@@ -132,18 +141,26 @@ def test_the_wrong_command_for_a_launcher(words, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "module"), [("eval", "assess.evaluate"), ("generate", "assess.generate"), ("export", "export.merge")]
+    ("command", "module", "word"),
+    [
+        ("eval", "assess.evaluate", "split=test"),
+        ("generate", "assess.generate", "prompt=a b"),
+        ("export", "export.merge", "merge=true"),
+    ],
 )
-def test_outcomes_take_a_run(words, started, monkeypatch, tmp_path, capsys, command, module):
+def test_outcomes_take_a_run(words, started, monkeypatch, tmp_path, capsys, command, module, word):
     monkeypatch.setattr("dist_ft.data.store.identity.is_prepared", lambda config: True)
     monkeypatch.setattr(process, "run", lambda rendered, run_dir: 0)
     assert cli.main(["train", *words]) == 0
-    assert cli.main([command, "run=runs/first", "prompt=a b"]) == 0
-    assert started[0][0] == [f"dist_ft.{module}", "runs/first/run.yaml", "prompt=a b"]
+    assert cli.main([command, "run=runs/first", word]) == 0
+    assert started[0][0] == [f"dist_ft.{module}", "runs/first/run.yaml", word]
     assert cli.main([command]) == 2
     assert "must be given exactly once" in capsys.readouterr().err
     assert cli.main([command, "run=runs/none"]) == 2
-    assert cli.main([command, "run=runs/first", "word"]) == 2
+    for wrong in ("word", f"x{word}"):
+        assert cli.main([command, "run=runs/first", wrong]) == 2
+        assert f"{wrong}: is not an option of this command" in capsys.readouterr().err
+    assert len(started) == 1, "words are read before a process with torch is started"
 
 
 def test_schema_is_json(capsys):
@@ -152,7 +169,7 @@ def test_schema_is_json(capsys):
 
 
 def test_our_own_mistakes_have_a_traceback(words, monkeypatch):
-    monkeypatch.setattr("dist_ft.checks.request.check", lambda *_: 1 / 0)
+    monkeypatch.setattr("dist_ft.launch.planning.check", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["plan", *words])
     assert not issubclass(ZeroDivisionError, DistFtError)
@@ -162,6 +179,6 @@ def test_ctrl_c_is_quiet(words, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dist_ft.checks.request.check", interrupt)
+    monkeypatch.setattr("dist_ft.launch.planning.check", interrupt)
     assert cli.main(["plan", *words]) == 130
     assert capsys.readouterr().err == "dist-ft: interrupted\n"

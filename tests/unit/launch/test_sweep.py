@@ -124,7 +124,8 @@ def test_a_search_takes_every_seed_of_the_configuration(words: list[str], tmp_pa
 
 
 def test_folds_are_validation_data_too(words: list[str], tmp_path: Path) -> None:
-    own = [*words, "data.validation=null", "data.folds=2", "method.r=4,8", "sampler=grid"]
+    rest = [word for word in words if not word.startswith("data.validation=")]
+    own = [*rest, "data.folds=2", "method.r=4,8", "sampler=grid"]
     assert sweep(read_words(own), check, Trained(lambda run: 1.0)) == 0
     assert len(summary(tmp_path)) == 2
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dist_ft.checks.request import check
-from dist_ft.launch.composition.compose import compose
+from dist_ft.launch.composition.compose import compose, list_groups
+from dist_ft.launch.composition.words import override_words
 
 REFUSED = {
     "privacy.noise_multiplier": ["privacy.noise_multiplier=1"],
@@ -45,7 +46,8 @@ def test_unsound_mixes_are_refused(where: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "experts" / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 4}')
 
     def problems(*words: str) -> dict[str, str]:
-        composed = compose(["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b", *words])
+        own = ["data=jsonl", "data.train=rows.jsonl", "model=hub", "model.name_or_path=a/b"]
+        composed = compose(override_words(own, words, list_groups()))
         return {problem.where.split(" ")[0]: problem.rule for problem in check(composed.config, composed.origins)}
 
     rule = problems("privacy.target_epsilon=8", *REFUSED[where])[where]

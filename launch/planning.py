@@ -1,0 +1,71 @@
+"""From words to a plan: compose, resolve the workers, settle the batch sizes, and check all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checks.batch import batch_problems, settle_batch
+from ..checks.request import check
+from ..config.plan import Plan, make_plan
+from ..config.run import RunConfig
+from ..errors import Problem, RequestError
+from .composition.compose import compose
+from .launcher import Launcher
+from .machine.environ import Site
+
+
+def plan_run(words: Sequence[str], config_dir: str | Path | None, site: Site) -> tuple[Plan, Launcher]:
+    """Return the plan of a run, and its launcher.
+
+    Args:
+        words: Arguments of the command line.
+        config_dir: Folder with the user's own groups.
+        site: This machine.
+
+    Raises:
+        RequestError: With all problems of the request.
+    """
+    composed = compose(words, config_dir)
+    config, origins = composed.config, composed.origins
+    launcher = find_launcher(config, site)
+    problems: list[Problem] = []
+    try:
+        nodes, workers = launcher.resolve(config)
+    except RequestError as error:
+        problems += error.problems
+    else:
+        config, origins = settle_batch(config, origins, nodes * workers)
+        problems += batch_problems(config, origins, nodes, workers)
+    problems = [*check(config, origins), *problems]
+    if problems:
+        raise RequestError(*problems)
+    return make_plan(config, nodes=nodes, workers_per_node=workers, origins=origins), launcher
+
+
+def plan_data(words: Sequence[str], config_dir: str | Path | None) -> Plan:
+    """Return a plan of one process with which the data is shown; neither workers nor batch sizes matter.
+
+    Raises:
+        RequestError: With all problems of the request.
+    """
+    composed = compose(words, config_dir)
+    if problems := check(composed.config, composed.origins):
+        raise RequestError(*problems)
+    config, _ = settle_batch(composed.config, {}, 1)
+    return make_plan(config, nodes=1, workers_per_node=1, origins=composed.origins)
+
+
+def find_launcher(config: RunConfig, site: Site) -> Launcher:
+    """Return the launcher that the configuration selects."""
+    if config.launch.name == "local":
+        from .local import LocalLauncher
+
+        return LocalLauncher(site)
+    if config.launch.name == "deepspeed":
+        from .deepspeed import HostfileLauncher
+
+        return HostfileLauncher(site)
+    from .slurm import SlurmLauncher
+
+    return SlurmLauncher(site)
