@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from .process.stop import Stop
+
+STOP = Stop()
+if __name__ == "__main__":
+    STOP.listen()  # before torch is imported, which takes seconds
+
 import contextlib
 import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from .config.plan import Plan, read_plan
-from .errors import DistFtError, MachineError, RequestError
+from .config.plan import STOP_FILE, Plan, read_plan
+from .errors import DistFtError, MachineError, RequestError, Stopped
 from .process.failure import forget, report
-from .process.place import Place, Worker, find_device, find_place
+from .process.owner import own
+from .process.place import Place, Worker, find_device, find_place, time_limit
 
 
 def main(arguments: list[str]) -> int:
@@ -30,16 +38,36 @@ def main(arguments: list[str]) -> int:
         if place.world_size != plan.world_size:
             rule = f"{place.world_size} workers were started, the plan is for {plan.world_size}"
             raise MachineError.of(str(plan.run_file), rule, "start as many, or plan anew (launch.workers_per_node)")
+        if place.is_main:
+            own(plan.run_dir)
     except DistFtError as error:
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
         return error.exit_code
     terminal = open_log(plan.run_dir, place)
     forget(plan.run_dir, started)
+    STOP.attach(
+        partial(report, place=place, run_dir=plan.run_dir, terminal=terminal),
+        partial(find_request, plan) if place.is_main else lambda: None,
+    )
     try:
         train(plan, place, terminal)
-    except BaseException as error:  # also KeyboardInterrupt: a rank that ends ends the run, with an exit code
-        return report(error, place, plan.run_dir, terminal)
+    except BaseException as error:  # a rank that ends ends the run, with an exit code
+        return report(error, place=place, run_dir=plan.run_dir, terminal=terminal)
     return 0
+
+
+def find_request(plan: Plan) -> str | None:
+    """Return the request to stop that is not a signal: the time limit of the job, or the file that a launcher wrote."""
+    end, before_s = time_limit(), plan.config.train.stop_before_s
+    if end is not None and time.time() >= end - before_s:
+        return f"the time limit of the job ends in {max(end - time.time(), 0):.0f} s (train.stop_before_s={before_s:g})"
+    file = plan.run_dir / STOP_FILE
+    try:
+        cause = file.read_text(encoding="utf-8")
+        file.unlink()
+    except OSError:
+        return None
+    return cause or STOP_FILE
 
 
 def open_log(run_dir: Path, place: Place) -> TextIO:
@@ -80,18 +108,24 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     comm.join(place, store, device)
     watchdog = Watchdog(place, comm.connect_again(store, timeout_s), timeout_s, plan.run_dir, terminal)
     watchdog.start()
+    stopped: Stopped | None = None
     with contextlib.ExitStack() as unwatched, contextlib.closing(watchdog):
-        worker = Worker(place, device, terminal, watchdog.beat, watchdog.tick)
+        worker = Worker(place, device, terminal, watchdog.beat, watchdog.tick, STOP)
         run = build(plan, prepared, worker)
         unwatched.callback(run.records.tracker.close)  # an upload has a time limit of its own
-        fit(run)
-        watchdog.beat("export")
-        run.records.export()
-        for line in summarize(plan, run.progress.step):
-            worker.say(line)
+        try:
+            fit(run)
+            watchdog.beat("export")
+            run.records.export()
+            for line in summarize(plan, run.progress.step):
+                worker.say(line)
+        except Stopped as error:
+            stopped = error
         comm.barrier()
-    comm.barrier()  # some schedulers end a job soon after its first worker has ended
+    comm.barrier()  # launchers and schedulers end a run soon after its first worker has ended
     comm.leave()
+    if stopped is not None:
+        raise stopped
 
 
 if __name__ == "__main__":

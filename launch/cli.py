@@ -60,16 +60,18 @@ def train(options: argparse.Namespace) -> int:
     """Train on this machine or on the hosts of a hostfile, and return the exit code of the run."""
     config, plan, launcher = _plan(options)
     from ..errors import RequestError
+    from ..process.owner import command_owns
 
     if config.launch.name == "slurm":
         raise RequestError.of(
             "launch=slurm", "is not supported by `dist-ft train`", "use `dist-ft submit launch=slurm …`"
         )
-    _write(plan)
-    print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
-    if code := _prepare(plan):
-        return code
-    result = launcher.submit(plan)
+    with command_owns(plan.run_dir):
+        _write(plan)
+        print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
+        if code := _prepare(plan):
+            return code
+        result = launcher.submit(plan)
     assert isinstance(result, int), "a launcher in the foreground returns an exit code"
     return result
 
@@ -116,12 +118,14 @@ def submit(options: argparse.Namespace) -> int:
     if config.launch.name != "slurm":
         way_out = "use `dist-ft train`, or set launch=slurm"
         raise RequestError.of(f"launch={config.launch.name}", "is not supported by `dist-ft submit`", way_out)
-    _write(plan)
-    if code := _prepare(plan):
-        return code
+    from ..process.owner import command_owns
     from .launcher import Job
 
-    job = launcher.submit(plan)
+    with command_owns(plan.run_dir):
+        _write(plan)
+        if code := _prepare(plan):
+            return code
+        job = launcher.submit(plan)
     assert isinstance(job, Job), "a scheduler returns a job"
     print(f"job {job.identity}: {plan.config.run_name}, {_workers(plan)}")
     print(f"  follow   {job.follow}")
@@ -281,17 +285,11 @@ def _launcher(config: RunConfig, site: Site) -> Launcher:
 
 def _write(made: Plan) -> None:
     from ..config.plan import write_plan
-    from ..errors import MachineError
     from .show import left_out_lines
 
     for line in left_out_lines(made):
         print(f"dist-ft: {line}")
-    try:
-        write_plan(made)
-    except OSError as error:
-        raise MachineError.of(
-            str(made.run_dir), f"cannot be written: {error}", "free disk space, or set output_dir"
-        ) from error
+    write_plan(made)
 
 
 def _prepare(made: Plan) -> int:
@@ -301,7 +299,7 @@ def _prepare(made: Plan) -> int:
 
     if is_prepared(made.config):
         return 0
-    return run_module(["dist_ft.prepare", str(made.run_file)])
+    return run_module(["dist_ft.prepare", str(made.run_file)], stops="what was prepared so far is in the cache")
 
 
 def _module(module: str, made: Plan, words: list[str]) -> int:

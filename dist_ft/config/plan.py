@@ -9,13 +9,14 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
 
 import yaml
 
-from ..errors import Problem, RequestError
+from ..errors import MachineError, Problem, RequestError
 from .run import RunConfig
 from .strict import Strict
 
@@ -25,9 +26,13 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "model"
 FAILURE_FILE = "failure.json"
+STOP_FILE = "stop_requested"  # written by a launcher whose signals do not reach the workers
+LOCK_FILE = ".lock"
 START_FILE = "start.safetensors"  # initial LoRA factors of PiSSA and OLoRA
 REFERENCE_FILE = "reference.safetensors"  # log-probabilities under the initial model, one tensor per split
 SEED_FILE = "noise_seed"  # noise seed of a private run; readable by its owner only
+
+STEP = re.compile(r"step-[0-9]+")
 
 
 class Plan(Strict):
@@ -51,6 +56,12 @@ class Plan(Strict):
     def run_file(self) -> Path:
         """Path of `run.yaml`."""
         return self.run_dir / RUN_FILE
+
+
+def saved_steps(checkpoints: Path) -> list[Path]:
+    """List the folders `step-<n>` of checkpoints, newest first; everything else in the folder is left alone."""
+    found = [(int(path.name[5:]), path) for path in checkpoints.glob("step-*") if STEP.fullmatch(path.name)]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def batch_problems(config: RunConfig, world_size: int) -> list[Problem]:
@@ -94,14 +105,23 @@ def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: 
 
 
 def write_plan(plan: Plan) -> Path:
-    """Write `run.yaml` atomically into the run's folder and return its path."""
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    """Write `run.yaml` atomically into the run's folder and return its path.
+
+    Raises:
+        MachineError: If the folder is not writable or the disk is full.
+    """
     text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    with tempfile.NamedTemporaryFile("w", dir=plan.run_dir, delete=False, encoding="utf-8") as file:
-        file.write("# The plan of this run: resolved configuration and derived values. Workers read this file.\n")
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, plan.run_file)
+    try:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=plan.run_dir, delete=False, encoding="utf-8") as file:
+            file.write("# The plan of this run: resolved configuration and derived values. Workers read this file.\n")
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, plan.run_file)
+    except OSError as error:
+        raise MachineError.of(
+            str(plan.run_dir), f"cannot be written: {error}", "free disk space, or set output_dir"
+        ) from error
     return plan.run_file
 
 
