@@ -9,6 +9,7 @@ if __name__ == "__main__":
     STOP.listen()  # before torch is imported, which takes seconds
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
     forget(plan.run_dir, started)
     STOP.attach(
         partial(report, place=place, run_dir=plan.run_dir, terminal=terminal),
-        partial(find_request, plan) if place.is_main else lambda: None,
+        partial(find_request, plan.run_dir / STOP_FILE, time_to_stop(plan, started)) if place.is_main else lambda: None,
     )
     try:
         train(plan, place, terminal)
@@ -56,18 +57,21 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def find_request(plan: Plan) -> str | None:
-    """Return the request to stop that is not a signal: the time limit of the job, or the file that a launcher wrote."""
-    end, before_s = time_limit(), plan.config.train.stop_before_s
-    if end is not None and time.time() >= end - before_s:
-        return f"the time limit of the job ends in {max(end - time.time(), 0):.0f} s (train.stop_before_s={before_s:g})"
-    file = plan.run_dir / STOP_FILE
-    try:
+def time_to_stop(plan: Plan, started: float) -> float:
+    """Return the Unix time at which to stop because of the time limit of the job; infinity without one."""
+    end = time_limit()
+    return math.inf if end is None else end - plan.config.train.seconds_before(end - started)
+
+
+def find_request(file: Path, stop_at: float) -> str | None:
+    """Return the cause of a request that is not a signal: the time limit, or the content of a launcher's stop file."""
+    if time.time() >= stop_at:
+        return "time limit of the job"
+    with contextlib.suppress(OSError):
         cause = file.read_text(encoding="utf-8")
         file.unlink()
-    except OSError:
-        return None
-    return cause or STOP_FILE
+        return cause
+    return None
 
 
 def open_log(run_dir: Path, place: Place) -> TextIO:

@@ -295,11 +295,16 @@ def _write(made: Plan) -> None:
 def _prepare(made: Plan) -> int:
     """Convert the model and tokenize the data unless the cache has them; return an exit code."""
     from ..data.store.identity import is_prepared
+    from ..errors import Stopped
+    from ..process.stop import AGAIN, stop_signal
     from .process import run_module
 
     if is_prepared(made.config):
         return 0
-    return run_module(["dist_ft.prepare", str(made.run_file)], stops="what was prepared so far is in the cache")
+    code = run_module(["dist_ft.prepare", str(made.run_file)])
+    if cause := stop_signal(code):
+        raise Stopped.of(cause, "nothing was trained yet; what was prepared is in the cache", AGAIN)
+    return code
 
 
 def _module(module: str, made: Plan, words: list[str]) -> int:

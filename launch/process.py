@@ -23,7 +23,7 @@ from typing import Any
 
 from ..config.plan import CHECKPOINTS, STOP_FILE, saved_steps
 from ..errors import DistFtError, Problem, Stopped, TrainingError
-from ..process.stop import AGAIN, REPEAT_S, accepted_signals
+from ..process.stop import REPEAT_S, accepted_signals
 from .environ import child_environment
 from .forward import stopped_before_workers
 from .launcher import FAILURE_FILE, LOG_DIR, Rendered
@@ -122,32 +122,25 @@ def _lost(signals: Signals, run_dir: Path) -> Problem:
     return Problem(signals.name, f"{how}: what was trained since {since} is lost", "run the same command again")
 
 
-def run_module(words: list[str], *, stops: str | None = None) -> int:
+def run_module(words: list[str]) -> int:
     """Run `python -m WORDS` and return its exit code, 128 + N if it was ended by signal N.
 
-    Args:
-        words: Module and arguments.
-        stops: If given, the module runs apart from the terminal, and a signal that ends it stops the run; what is kept
-            then. Otherwise it is in the foreground process group and can read the terminal, which sends Ctrl-C to both.
-
-    Raises:
-        Stopped: A signal stopped the module, and `stops` is given.
+    From a terminal, it is in the foreground process group, so that it can read the terminal, which then sends Ctrl-C to
+    it as well. All other signals are passed on.
     """
     command = [sys.executable, "-m", *words]
-    apart = stops is not None
+    apart = not os.isatty(0)
     child = subprocess.Popen(command, preexec_fn=_leash(os.getpid(), own_group=apart))  # noqa: PLW1509
     signals, sent = Signals(), False
     with _handlers(signals):
-        while child.poll() is None:
-            if signals.first and not sent and (apart or signals.first != signal.SIGINT):
-                child.terminate()
+        while (status := child.poll()) is None:
+            if signals.first is not None and not sent and (apart or signals.first != signal.SIGINT):
+                child.send_signal(signals.first)
                 sent = True
-            if signals.again and apart:
+            if signals.again:
                 child.kill()
             time.sleep(POLL_S / 5)
-    if signals.first and child.returncode and stops is not None:
-        raise Stopped.of(signals.name, f"nothing was trained yet; {stops}", AGAIN)
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+    return status if status >= 0 else 128 - status
 
 
 def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:

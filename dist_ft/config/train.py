@@ -10,6 +10,7 @@ from .strict import Count, Strict
 
 DEFAULT_SAVE_MINUTES = 15.0
 DEFAULT_SAVE_LIMIT = 2
+DEFAULT_STOP_BEFORE_S = 120.0
 
 
 class TrainConfig(Strict):
@@ -51,8 +52,10 @@ class TrainConfig(Strict):
     )
     load_best_model_at_end: bool = Field(False, description="Export the best evaluated step instead of the last.")
     resume: str = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
-    stop_before_s: Annotated[float, Field(ge=0)] = Field(
-        120, description="Save and stop this many seconds before the time limit of the job (SLURM)."
+    stop_before_s: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Save and stop this many seconds before the time limit of a SLURM job. `auto`: 120, or a tenth of "
+        "the time that is left at the start.",
     )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600, description="End the run if no rank makes progress for this many seconds."
@@ -81,3 +84,7 @@ class TrainConfig(Strict):
         if self.save_total_limit == "auto":
             return DEFAULT_SAVE_LIMIT if self.save_steps is None else None
         return self.save_total_limit
+
+    def seconds_before(self, limit_s: float) -> float:
+        """Return how many seconds before a time limit to stop, if `limit_s` are left at the start."""
+        return min(DEFAULT_STOP_BEFORE_S, limit_s / 10) if self.stop_before_s == "auto" else self.stop_before_s

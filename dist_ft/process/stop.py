@@ -32,6 +32,11 @@ def accepted_signals() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def stop_signal(code: int) -> str | None:
+    """Return the name of the signal that ended a process with exit code 128 + N, if it is one that stops a run."""
+    return next((number.name for number in SIGNALS if code == 128 + number), None)
+
+
 class Stop:
     """The requests that this process has received.
 
