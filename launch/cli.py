@@ -58,20 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train on this machine or on the hosts of a hostfile, and return the exit code of the run."""
-    config, plan, launcher = _plan(options)
     from ..errors import RequestError
     from ..process.owner import command_owns
+    from .process import nothing_started
 
-    if config.launch.name == "slurm":
-        raise RequestError.of(
-            "launch=slurm", "is not supported by `dist-ft train`", "use `dist-ft submit launch=slurm …`"
-        )
-    with command_owns(plan.run_dir):
-        _write(plan)
-        print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
-        if code := _prepare(plan):
-            return code
-        result = launcher.submit(plan)
+    with nothing_started():
+        config, plan, launcher = _plan(options)
+        if config.launch.name == "slurm":
+            way_out = "use `dist-ft submit launch=slurm …`"
+            raise RequestError.of("launch=slurm", "is not supported by `dist-ft train`", way_out)
+        with command_owns(plan.run_dir):
+            _write(plan)
+            print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
+            if code := _prepare(plan):
+                return code
+            result = launcher.submit(plan)
     assert isinstance(result, int), "a launcher in the foreground returns an exit code"
     return result
 

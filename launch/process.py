@@ -228,13 +228,25 @@ def _leash(parent: int, *, own_group: bool = True) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _handlers(signals: Signals) -> Iterator[None]:
-    before = {number: signal.signal(number, signals) for number in accepted_signals()}
+def nothing_started() -> Iterator[None]:
+    """End this process with code 75 at a signal, until `run` or `run_module` receive the signals."""
+
+    def leave(signum: int, _frame: Any) -> None:
+        print(stopped_before_workers(signum), file=sys.stderr, flush=True)
+        os._exit(Stopped.exit_code)
+
+    with _handlers(leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in accepted_signals()}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def _end_all(mark: str) -> None:
