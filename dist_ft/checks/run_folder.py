@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config.identity import MAY_CHANGE, SECTIONS, without_sets_keys
-from ..config.plan import CHECKPOINTS, RUN_FILE, read_plan, saved_steps
+from ..config.plan import CHECKPOINTS, LOCK_FILE, RUN_FILE, read_plan, saved_steps
 from ..config.run import RunConfig
 from ..errors import Problem, RequestError
 from ..privacy.rules import fixes_length
@@ -22,7 +22,7 @@ def run_problems(config: RunConfig) -> Iterator[Problem]:
             f"the checkpoint {resume} does not exist",
             "set train.resume to a folder runs/NAME/checkpoints/step-N",
         )
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
         return
     if not (folder / RUN_FILE).is_file():
         rule = f"{folder} exists but is not a run folder (it has no {RUN_FILE})"
