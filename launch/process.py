@@ -98,7 +98,7 @@ def run(
 
     with _handlers(signals):
         child = subprocess.Popen(list(rendered.command), env=env, preexec_fn=_leash(os.getpid()))  # noqa: PLW1509 – no threads here
-        forced = _wait(child, signals, ask, failure_file, mark, grace_s)
+        forced = _wait(child, signals, ask, failure_file, grace_s)
     _end_all(mark)
     _prctl(PR_SET_CHILD_SUBREAPER, 0)
     if sweep is not None and (forced or signals.first or child.returncode):
@@ -182,7 +182,6 @@ def _wait(
     signals: Signals,
     ask: Callable[[], None],
     failure_file: Path,
-    mark: str,
     grace_s: float,
 ) -> bool:
     """Wait for the launcher to exit; terminate it after a failure. Return whether it was killed.
@@ -204,10 +203,9 @@ def _wait(
             with contextlib.suppress(ProcessLookupError):
                 child.terminate()
         if signals.again or (deadline is not None and time.monotonic() > deadline):
-            _end_all(mark)
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
-            child.wait()
+            child.wait()  # before `_end_all`, which would take its exit status
             return True
         time.sleep(POLL_S)
     return False
