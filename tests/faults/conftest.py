@@ -14,8 +14,8 @@ from tests.faults.jobs import Job
 @pytest.fixture
 def start(tmp_path: Path, tiny_llama: Path) -> Iterator:
     rows = tmp_path / "rows.jsonl"
-    row = json.dumps({"input_ids": list(range(1, 13)), "labels": [-100] * 6 + list(range(7, 13))})
-    rows.write_text((row + "\n") * 64)
+    texts = [list(range(1 + i, 13 + i)) for i in range(64)]
+    rows.write_text("".join(json.dumps({"input_ids": t, "labels": [-100] * 6 + t[6:]}) + "\n" for t in texts))
     jobs: list[Job] = []
 
     def begin(fault: str, engine: str = "ddp", *words: str, slow: str = "") -> Job:

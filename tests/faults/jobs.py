@@ -45,6 +45,23 @@ class Job:
             time.sleep(0.05)
         return float(self.mark.read_text().split()[1])
 
+    def wait_for_call(self, name: str, calls: int = 1) -> None:
+        """Wait until a slow function was called so often, by rank 0 or before there are ranks."""
+        log, deadline = Path(f"{self.mark}.slow"), time.time() + 120
+        while not log.exists() or sum(line.split()[0] == name for line in log.read_text().splitlines()) < calls:
+            assert self.process.poll() is None and time.time() < deadline, self.output()
+            time.sleep(0.02)
+
+    def target(self, who: str) -> psutil.Process:
+        """Return the process of the command, of its launcher, or of rank N (`rank-N`)."""
+        command = psutil.Process(self.process.pid)
+        if who == "command":
+            return command
+        if who == "launcher":
+            return command.children()[0]
+        workers = [p for p in command.children(recursive=True) if "dist_ft.worker" in p.cmdline()]
+        return next(p for p in workers if p.environ().get("RANK", "0") == who.removeprefix("rank-"))
+
     def output(self) -> str:
         self.process.kill()
         return self.process.communicate()[0]
