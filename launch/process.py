@@ -98,7 +98,7 @@ def run(
 
     with _handlers(signals):
         child = subprocess.Popen(list(rendered.command), env=env, preexec_fn=_leash(os.getpid()))  # noqa: PLW1509 – no threads here
-        forced = _wait(child, signals, ask, failure_file, grace_s)
+        forced = _wait(child, signals, ask, failure_file, grace_s, by_file)
     _end_all(mark)
     _prctl(PR_SET_CHILD_SUBREAPER, 0)
     if sweep is not None and (forced or signals.first or child.returncode):
@@ -183,10 +183,12 @@ def _wait(
     ask: Callable[[], None],
     failure_file: Path,
     grace_s: float,
+    by_file: bool,
 ) -> bool:
     """Wait for the launcher to exit; terminate it after a failure. Return whether it was killed.
 
-    There is no time limit for the checkpoint after a first signal: workers that hang end by themselves.
+    A second signal kills it at once, or terminates it if it has to end workers on other hosts (`by_file`). There is no
+    time limit for the checkpoint after a first signal: workers that hang end by themselves.
     """
     deadline: float | None = None
     asked = terminated = False
@@ -195,14 +197,15 @@ def _wait(
             asked = True
             with contextlib.suppress(ProcessLookupError):
                 ask()
-        if failure_file.exists() and deadline is None:
-            deadline = time.monotonic() + grace_s
+        if (failure_file.exists() or signals.again) and deadline is None:
+            deadline = time.monotonic() + (grace_s if by_file or not signals.again else 0)
         # After a failure, give the launcher a quarter of the grace period to end its workers itself.
-        if not terminated and deadline is not None and time.monotonic() > deadline - 0.75 * grace_s:
+        late = deadline is not None and time.monotonic() > deadline - 0.75 * grace_s
+        if not terminated and (late or (by_file and signals.again)):
             terminated = True
             with contextlib.suppress(ProcessLookupError):
                 child.terminate()
-        if signals.again or (deadline is not None and time.monotonic() > deadline):
+        if deadline is not None and time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             child.wait()  # before `_end_all`, which would take its exit status

@@ -109,7 +109,7 @@ def test_a_job_stops_before_its_time_limit_and_at_a_signal_and_goes_on(slurm, en
     words = [*TWO_NODES, "launch.workers_per_node=1", "engine=fsdp", f"output_dir={tmp_path}/run", *given]
     words += ["train.num_train_epochs=null", "train.max_steps=100000", "train.logging_steps=1", "train.save_minutes=60"]
     steps = []
-    for more in (["launch.time=1", "train.stop_before_s=15"], ["launch.time=10"]):
+    for more in (["launch.time=00:01:00", "train.stop_before_s=15"], ["launch.time=00:10:00"]):
         identity = identity_of(submit(REAL, [*words, *more], env))
         log = tmp_path / "run" / "logs" / f"job-{identity}.log"
         if steps:
