@@ -82,7 +82,17 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     ):
         worker.say(line)
     records, progress = build_records(plan, prepared, task, engine, recipe, progress, steps, worker)
-    return Run(config.train, worker.place.rank, training, validation, records, worker.beat, progress, worker.tick)
+    return Run(
+        config.train,
+        worker.place.rank,
+        training,
+        validation,
+        records,
+        worker.beat,
+        progress,
+        worker.tick,
+        worker.stop,
+    )
 
 
 def build_order(plan: Plan, split: Split, place: Place) -> tuple[Order, int]:

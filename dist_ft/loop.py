@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from .config.train import TrainConfig
 from .errors import TrainingError
 from .process import comm
+from .process.stop import BEFORE, Stop
 from .process.sums import Sums, losses_of_parts
 from .protocols import Engine, Hook, LossFn, Task, Tracker
 from .state import LOWER_IS_BETTER, Batch, Beat, LossSum, Metrics, Progress, Row, StepInfo, unwatched
@@ -63,40 +65,104 @@ class Run:
     beat: Beat
     progress: Progress
     tick: Beat = unwatched
+    stop: Stop = field(default_factory=Stop)
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
+    save_asked: bool = False  # whether rank 0 found in this step that `train.save_minutes` have passed
+
+
+class StopAgreed(Exception):
+    """All ranks have agreed to stop here, because one of them was asked to."""
 
 
 def fit(run: Run) -> Progress:
-    """Train from `run.progress` to the last step or until early stopping, and return the final progress."""
-    total_steps = run.training.total_steps
+    """Train from `run.progress` to the last step or until early stopping, and return the final progress.
+
+    Raises:
+        Stopped: A rank was asked to stop; a checkpoint was saved.
+    """
     if run.progress.step == 0:
         assess(run, 0, counts=not run.config.load_best_model_at_end)
-    while run.progress.step < total_steps and not out_of_patience(run):
-        step = run.progress.step + 1
-        metrics = train_step(run, step)
-        run.progress = replace(run.progress, step=step)
-        last = step == total_steps
-        if last or step % run.config.logging_steps == 0:
-            run.records.tracker.log(metrics, step=step)
-        if last or due(step, run.config.eval_steps):
-            assess(run, step)
-        is_best = run.progress.best_step == step
-        if last or due(step, run.config.save_steps) or (is_best and keeps_best(run.config)) or out_of_patience(run):
-            run.beat(f"checkpoint of step {step}")
-            run.records.save(run.progress)
+    run.saved_step = run.progress.step if run.config.resume == "auto" else 0  # a given path may be in another folder
+    run.stop.hold(run.config.resume)
+    try:
+        if run.progress.evaluation_pending:
+            conclude(run)
+        while run.progress.step < run.training.total_steps and not out_of_patience(run):
+            step = run.progress.step + 1
+            metrics = train_step(run, step)
+            run.progress = replace(run.progress, step=step)
+            if step == run.training.total_steps or step % run.config.logging_steps == 0:
+                run.records.tracker.log(metrics, step=step)
+            conclude(run)
+    except StopAgreed:
+        halt(run)
+    run.stop.rest(f"training is complete and step {run.progress.step} is saved, but the model was not exported")
+    run.stop.leave()
     if run.config.load_best_model_at_end and run.progress.best_step != run.progress.step:
         run.records.restore(f"step-{run.progress.best_step}")
         assess(run, run.progress.step, counts=False)  # the last logged metrics are those of the exported model
     return run.progress
 
 
+def conclude(run: Run) -> None:
+    """Evaluate and save after a step, where they are due."""
+    config, step = run.config, run.progress.step
+    last = step == run.training.total_steps
+    if last or due(step, config.eval_steps) or run.progress.evaluation_pending:
+        assess(run, step, may_stop=True)
+    is_best = run.progress.best_step == step
+    ends_epoch = math.floor(run.training.epoch_at(step)) > math.floor(run.training.epoch_at(step - 1))
+    if (
+        last
+        or due(step, config.save_steps)
+        or run.save_asked
+        or (ends_epoch and config.saves_each_epoch)
+        or (is_best and keeps_best(config))
+        or out_of_patience(run)
+    ):
+        save(run)
+
+
+def save(run: Run) -> None:
+    """Save a checkpoint of where the run stands."""
+    run.beat(f"checkpoint of step {run.progress.step}")
+    run.records.save(run.progress)
+    run.saved_step, run.saved_at = run.progress.step, time.monotonic()
+
+
+def halt(run: Run) -> NoReturn:
+    """Save where the run stands, unless that is saved, and end the run."""
+    step, rule = run.progress.step, BEFORE
+    cause = next(filter(None, comm.gather(run.stop.cause)))
+    if step and run.saved_step != step:
+        save(run)
+    if step:
+        rule = f"step {step} of {run.training.total_steps} is saved in a checkpoint"
+    run.stop.rest(rule)
+    raise run.stop.stopped(rule, cause)
+
+
 def train_step(run: Run, step: int) -> Metrics:
-    """Take one optimizer step over the global batch: the sum of its losses divided by their weight."""
+    """Take one optimizer step over the global batch: the sum of its losses divided by their weight.
+
+    The reduction of the counts also carries whether a rank was asked to stop, and whether it is time to save: only rank
+    0 looks at the clock.
+
+    Raises:
+        StopAgreed: A rank was asked to stop before this step.
+    """
     training, started = run.training, time.perf_counter()
     micros = training.batches(step)
     for hook in training.hooks:
         hook.before_step(micros)
     own = [(m.loss_weight, m.supervised, m.tokens, m.squared_lengths) for m in micros]
-    weight, supervised, tokens, squared_lengths = comm.total(torch.tensor(own, dtype=torch.float64).sum(dim=0))
+    counts = torch.tensor(own, dtype=torch.float64).sum(dim=0)
+    asked = torch.tensor([run.stop.cause is not None, is_time_to_save(run)], dtype=torch.float64)
+    weight, supervised, tokens, squared_lengths, stop, save_asked = comm.total(torch.cat([counts, asked]))
+    if stop:
+        raise StopAgreed
+    run.save_asked = bool(save_asked)
     if supervised == 0 and not training.may_be_empty:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
     torch.manual_seed(step_seed(run.config.seed, step, run.rank))
@@ -126,6 +192,12 @@ def train_step(run: Run, step: int) -> Metrics:
     return metrics
 
 
+def is_time_to_save(run: Run) -> bool:
+    """Return whether `train.save_minutes` have passed since the last checkpoint; always False on ranks other than 0."""
+    minutes = run.config.minutes_between_saves
+    return run.rank == 0 and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Return the seed of dropout and NEFTune noise, with which a resumed run draws the same as an uninterrupted one.
 
@@ -136,17 +208,24 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64
 
 
-def assess(run: Run, step: int, *, counts: bool = True) -> None:
-    """Evaluate on the validation split, if there is one, and log; with `counts`, also update the best step."""
+def assess(run: Run, step: int, *, counts: bool = True, may_stop: bool = False) -> None:
+    """Evaluate on the validation split, if there is one, and log; with `counts`, also update the best step.
+
+    Raises:
+        StopAgreed: A rank was asked to stop during the evaluation, and `may_stop` is set.
+    """
     if run.validation is None:
         return
+    run.progress = replace(run.progress, evaluation_pending=may_stop)
     run.beat(f"evaluation at step {step}")
     totals = evaluate(
         run.training.engine,
         run.validation.batches(),
         tick_calls(run.validation.task.score, run.tick),
         run.beat,
+        run.stop if may_stop else None,
     )
+    run.progress = replace(run.progress, evaluation_pending=False)
     found = run.validation.task.metrics(totals, run.validation.rows) if run.rank == 0 else {}
     metrics = {f"eval/{name}": value for name, value in comm.from_main(found).items()}
     run.records.tracker.log(metrics, step=step)
@@ -176,10 +255,16 @@ def is_better(score: float, best: float | None, name: str) -> bool:
     return best is None or (score < best if name.partition("/")[0] in LOWER_IS_BETTER else score > best)
 
 
-def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Beat) -> LossSum:
-    """Sum the scores over all rows and ranks: the result does not depend on world size or batch size."""
-    sums = Sums()
+def evaluate(engine: Engine, batches: Iterator[Batch], score: LossFn, beat: Beat, stop: Stop | None = None) -> LossSum:
+    """Sum the scores over all rows and ranks: the result does not depend on world size or batch size.
+
+    Raises:
+        StopAgreed: A rank was asked to `stop`.
+    """
+    sums, agreement = Sums(), comm.Agreement()
     for i, batch in enumerate(batches, start=1):
+        if stop is not None and agreement.reached(stop.cause is not None):
+            raise StopAgreed
         beat(f"evaluation, micro-batch {i}")
         sums.add(engine.evaluate(batch, score))
     everyone = [prediction for part in comm.gather(sums.predictions) for prediction in part]
@@ -212,7 +297,7 @@ def due(step: int, every: int | None) -> bool:
 
 def keeps_best(config: TrainConfig) -> bool:
     """Return whether a checkpoint is saved after an evaluation that is the best so far."""
-    return bool(config.save_steps or config.early_stopping_patience or config.load_best_model_at_end)
+    return bool(config.saves_on_the_way or config.early_stopping_patience or config.load_best_model_at_end)
 
 
 def out_of_patience(run: Run) -> bool:

@@ -7,6 +7,7 @@ cache.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -222,6 +223,8 @@ def main(arguments: list[str]) -> int:
     except DistFtError as error:
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT  # the command that started this process reports it
     return 0
 
 

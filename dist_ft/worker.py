@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from .process.stop import Stop
+
+STOP = Stop()
+if __name__ == "__main__":
+    STOP.listen()  # before torch is imported, which takes seconds
+
 import contextlib
+import math
 import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from .config.plan import Plan, read_plan
-from .errors import DistFtError, MachineError, RequestError
+from .config.plan import STOP_FILE, Plan, read_plan
+from .errors import DistFtError, MachineError, RequestError, Stopped
 from .process.failure import forget, report
-from .process.place import Place, Worker, find_device, find_place
+from .process.owner import own
+from .process.place import Place, Worker, find_device, find_place, time_limit
 
 
 def main(arguments: list[str]) -> int:
@@ -30,16 +39,39 @@ def main(arguments: list[str]) -> int:
         if place.world_size != plan.world_size:
             rule = f"{place.world_size} workers were started, but the plan is for {plan.world_size}"
             raise MachineError.of(str(plan.run_file), rule, "start as many, or change launch.workers_per_node")
+        if place.is_main:
+            own(plan.run_dir)
     except DistFtError as error:
         print(f"dist-ft: {error.title}\n{error}", file=sys.stderr)
         return error.exit_code
     terminal = open_log(plan.run_dir, place)
     forget(plan.run_dir, started)
+    STOP.attach(
+        partial(report, place=place, run_dir=plan.run_dir, terminal=terminal),
+        partial(find_request, plan.run_dir / STOP_FILE, time_to_stop(plan, started)) if place.is_main else lambda: None,
+    )
     try:
         train(plan, place, terminal)
-    except BaseException as error:  # also KeyboardInterrupt: a rank that ends must end the run with an exit code
-        return report(error, place, plan.run_dir, terminal)
+    except BaseException as error:  # a rank that ends must end the run with an exit code
+        return report(error, place=place, run_dir=plan.run_dir, terminal=terminal)
     return 0
+
+
+def time_to_stop(plan: Plan, started: float) -> float:
+    """Return the Unix time at which to stop because of the time limit of the job; infinity without one."""
+    end = time_limit()
+    return math.inf if end is None else end - plan.config.train.seconds_before(end - started)
+
+
+def find_request(file: Path, stop_at: float) -> str | None:
+    """Return the cause of a request that is not a signal: the time limit, or the content of a launcher's stop file."""
+    if time.time() >= stop_at:
+        return "time limit of the job"
+    with contextlib.suppress(OSError):
+        cause = file.read_text(encoding="utf-8")
+        file.unlink()
+        return cause
+    return None
 
 
 def open_log(run_dir: Path, place: Place) -> TextIO:
@@ -80,18 +112,24 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     comm.join(place, store, device)
     watchdog = Watchdog(place, comm.connect_again(store, timeout_s), timeout_s, plan.run_dir, terminal)
     watchdog.start()
+    stopped: Stopped | None = None
     with contextlib.ExitStack() as unwatched, contextlib.closing(watchdog):
-        worker = Worker(place, device, terminal, watchdog.beat, watchdog.tick)
+        worker = Worker(place, device, terminal, watchdog.beat, watchdog.tick, STOP)
         run = build(plan, prepared, worker)
         unwatched.callback(run.records.tracker.close)  # an upload has a time limit of its own
-        fit(run)
-        watchdog.beat("export")
-        run.records.export()
-        for line in summarize(plan, run.progress.step):
-            worker.say(line)
+        try:
+            fit(run)
+            watchdog.beat("export")
+            run.records.export()
+            for line in summarize(plan, run.progress.step):
+                worker.say(line)
+        except Stopped as error:
+            stopped = error
         comm.barrier()
-    comm.barrier()  # some schedulers end a job shortly after its first worker has exited
+    comm.barrier()  # launchers and schedulers end a run soon after its first worker has ended
     comm.leave()
+    if stopped is not None:
+        raise stopped
 
 
 if __name__ == "__main__":

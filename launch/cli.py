@@ -57,18 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train on this machine or on the hosts of a hostfile, and return the exit code of the run."""
-    plan, launcher = _plan(options)
     from ..errors import RequestError
+    from ..process.owner import command_owns
+    from .process import nothing_started
 
-    if plan.config.launch.name == "slurm":
-        raise RequestError.of(
-            "launch=slurm", "is not supported by `dist-ft train`", "use `dist-ft submit launch=slurm …`"
-        )
-    _write(plan)
-    print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
-    if code := _prepare(plan):
-        return code
-    result = launcher.submit(plan)
+    with nothing_started():
+        plan, launcher = _plan(options)
+        if plan.config.launch.name == "slurm":
+            way_out = "use `dist-ft submit launch=slurm …`"
+            raise RequestError.of("launch=slurm", "is not supported by `dist-ft train`", way_out)
+        with command_owns(plan.run_dir):
+            _write(plan)
+            print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
+            if code := _prepare(plan):
+                return code
+            result = launcher.submit(plan)
     assert isinstance(result, int), "a launcher in the foreground returns an exit code"
     return result
 
@@ -115,12 +118,14 @@ def submit(options: argparse.Namespace) -> int:
     if plan.config.launch.name != "slurm":
         way_out = "use `dist-ft train`, or set launch=slurm"
         raise RequestError.of(f"launch={plan.config.launch.name}", "is not supported by `dist-ft submit`", way_out)
-    _write(plan)
-    if code := _prepare(plan):
-        return code
+    from ..process.owner import command_owns
     from .launcher import Job
 
-    job = launcher.submit(plan)
+    with command_owns(plan.run_dir):
+        _write(plan)
+        if code := _prepare(plan):
+            return code
+        job = launcher.submit(plan)
     assert isinstance(job, Job), "a scheduler returns a job"
     print(f"job {job.identity}: {plan.config.run_name}, {_workers(plan)}")
     print(f"  follow   {job.follow}")
@@ -258,27 +263,26 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Launcher]:
 
 def _write(made: Plan) -> None:
     from ..config.plan import write_plan
-    from ..errors import MachineError
     from .show import adapted_lines, left_out_lines
 
     for line in (*left_out_lines(made), *adapted_lines(made)):
         print(f"dist-ft: {line}")
-    try:
-        write_plan(made)
-    except OSError as error:
-        raise MachineError.of(
-            str(made.run_dir), f"cannot be written: {error}", "free disk space, or set output_dir"
-        ) from error
+    write_plan(made)
 
 
 def _prepare(made: Plan) -> int:
     """Convert the model and tokenize the data unless the cache has them; return an exit code."""
     from ..data.store.identity import is_prepared
+    from ..errors import Stopped
+    from ..process.stop import AGAIN, stop_signal
     from .process import run_module
 
     if is_prepared(made.config):
         return 0
-    return run_module(["dist_ft.prepare", str(made.run_file)])
+    code = run_module(["dist_ft.prepare", str(made.run_file)])
+    if cause := stop_signal(code):
+        raise Stopped.of(cause, "nothing was trained yet; what was prepared is in the cache", AGAIN)
+    return code
 
 
 def _module(module: str, made: Plan, words: list[str]) -> int:

@@ -110,7 +110,8 @@ class HostfileLauncher:
             raise MachineError(*problems)
         rendered = self.render(plan)
         write_rendered(plan, rendered)
-        return process.run(rendered, plan.run_dir, sweep=lambda: sweep_hosts(hosts, plan.run_file))
+        # DeepSpeed's front end kills the workers of all hosts when it receives a signal.
+        return process.run(rendered, plan.run_dir, sweep=lambda: sweep_hosts(hosts, plan.run_file), by_file=True)
 
     def _own_path(self) -> dict[str, str]:
         """Return PYTHONPATH for the launcher itself, because the script unsets it; only if it needs no quoting."""

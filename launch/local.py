@@ -108,7 +108,7 @@ class LocalLauncher:
         if not port:
             before.append(f"port=$({shlex.quote(python)} -c {shlex.quote(FREE_PORT)}) || exit 3")
         words = [
-            *(python, "-u", "-m", "deepspeed.launcher.launch"),
+            *(python, "-u", "-m", "dist_ft.launch.forward", "deepspeed.launcher.launch"),
             *(f"--world_info={encoded}", "--master_addr=127.0.0.1", f"--master_port={port or 'PORT'}"),
             *("--log_level=critical", "--no_local_rank", "--module", WORKER_MODULE, run_file),
         ]

@@ -21,66 +21,125 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.plan import CHECKPOINTS, STOP_FILE, saved_steps
 from ..errors import DistFtError, Problem, Stopped, TrainingError
+from ..process.stop import REPEAT_S, accepted_signals
+from .forward import stopped_before_workers
 from .launcher import FAILURE_FILE, LOG_DIR, Rendered
 from .machine.environ import child_environment
 
 PASSED_ON = (0, 2, 3, 4, 75)
-GRACE_S = 8.0  # from the first failure or stop request to SIGKILL, so that everything has ended within ten seconds
+GRACE_S = 8.0  # from the first failure to SIGKILL, so that everything has ended within ten seconds
 POLL_S = 0.1
 MARK = "DIST_FT_LAUNCH"  # environment variable that identifies all processes of one launch
+SHOW_CURSOR = "\033[?25h"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass
-class Stop:
-    """Signal handler that records the last stop signal, and whether there was more than one."""
+class Signals:
+    """Signal handler that records the first stop signal, and whether there was a second one."""
 
-    signum: int | None = None
+    first: int | None = None
     again: bool = False
+    at: float = 0.0
 
     def __call__(self, signum: int, _frame: Any) -> None:
-        self.again = self.signum is not None
-        self.signum = signum
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.at = signum, now
+        elif now - self.at >= REPEAT_S:
+            self.again = True
+
+    @property
+    def name(self) -> str:
+        """Name of the first signal."""
+        return signal.Signals(self.first or 0).name
 
 
-def run(rendered: Rendered, run_dir: Path, *, sweep: Callable[[], None] | None = None, grace_s: float = GRACE_S) -> int:
+def run(
+    rendered: Rendered,
+    run_dir: Path,
+    *,
+    sweep: Callable[[], None] | None = None,
+    by_file: bool = False,
+    grace_s: float = GRACE_S,
+) -> int:
     """Run a rendered command and return the exit code of the run.
+
+    A first signal is passed on, and the workers save a checkpoint and end; a second one ends everything at once.
 
     Args:
         rendered: Command to run; its files must already be written.
         run_dir: Folder of the run, where a failing worker writes `failure.json`.
         sweep: Ends processes on other hosts; called after a run that failed, was stopped or was killed.
-        grace_s: Seconds between SIGTERM and SIGKILL.
+        by_file: Whether workers are asked to stop by a file in the run's folder, because the command would kill them.
+        grace_s: Seconds between a failure and SIGKILL.
 
     Returns:
-        0 on success, the exit code of the first worker that failed, or 128 + N if signal N stopped the run before it
-        could write a checkpoint.
+        0 on success, the exit code of the first worker that failed, 75 if a signal stopped the run and it can go on
+        without a loss, or 128 + N if it was stopped by signal N otherwise.
     """
-    failure_file = run_dir / FAILURE_FILE
+    failure_file, stop_file = run_dir / FAILURE_FILE, run_dir / STOP_FILE
     failure_file.unlink(missing_ok=True)
+    stop_file.unlink(missing_ok=True)
     mark = uuid.uuid4().hex
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     env = child_environment({**rendered.env, MARK: mark})
-    stop = Stop()
-    with _handlers(stop):
+    signals = Signals()
+
+    def ask() -> None:
+        print(f"dist-ft: {signals.name}: saving a checkpoint and stopping; a second signal ends the run at once")
+        sys.stdout.flush()
+        if by_file:
+            stop_file.write_text(signals.name, encoding="utf-8")
+        else:
+            child.send_signal(signals.first or signal.SIGTERM)
+
+    with _handlers(signals):
         child = subprocess.Popen(list(rendered.command), env=env, preexec_fn=_leash(os.getpid()))  # noqa: PLW1509 – no threads here
-        forced = _wait(child, stop, failure_file, mark, grace_s)
+        forced = _wait(child, signals, ask, failure_file, grace_s, by_file)
     _end_all(mark)
     _prctl(PR_SET_CHILD_SUBREAPER, 0)
-    if sweep is not None and (forced or stop.signum or child.returncode):
+    if sweep is not None and (forced or signals.first or child.returncode):
         sweep()
-    if stop.signum is not None and child.returncode != Stopped.exit_code:
-        return 128 + stop.signum
-    return exit_code(child.returncode, failure_file, run_dir)
+    if child.returncode and sys.stderr.isatty():
+        sys.stderr.write(SHOW_CURSOR)  # a progress bar hides it
+    if signals.first is None or child.returncode == 0 or (failure_file.exists() and not signals.again):
+        return exit_code(child.returncode, failure_file, run_dir)
+    if child.returncode == -signals.first:  # it had no handler yet
+        print(stopped_before_workers(signals.first), file=sys.stderr, flush=True)
+    elif child.returncode != Stopped.exit_code or signals.again:
+        show_error(TrainingError(_lost(signals, run_dir)))
+        return 128 + signals.first
+    return Stopped.exit_code
+
+
+def _lost(signals: Signals, run_dir: Path) -> Problem:
+    newest = next(iter(saved_steps(run_dir / CHECKPOINTS)), None)
+    since = f"step {newest.name.removeprefix('step-')}, the last checkpoint," if newest else "the start"
+    how = "a second signal ended the run at once" if signals.again else "the run ended without saving"
+    return Problem(signals.name, f"{how}: what was trained since {since} is lost", "run the same command again")
 
 
 def run_module(words: list[str]) -> int:
-    """Run `python -m WORDS` in the foreground process group, so that it can read the terminal; return its exit code."""
+    """Run `python -m WORDS` and return its exit code, 128 + N if it was ended by signal N.
+
+    From a terminal, it is in the foreground process group, so that it can read the terminal, which then sends Ctrl-C to
+    it as well. All other signals are passed on.
+    """
     command = [sys.executable, "-m", *words]
-    child = subprocess.Popen(command, preexec_fn=_leash(os.getpid(), own_group=False))  # noqa: PLW1509
-    with _handlers(Stop()):  # the terminal sends Ctrl-C to the child too, so this process only waits for it
-        status = child.wait()
+    apart = not os.isatty(0)
+    child = subprocess.Popen(command, preexec_fn=_leash(os.getpid(), own_group=apart))  # noqa: PLW1509
+    signals, sent = Signals(), False
+    with _handlers(signals):
+        while (status := child.poll()) is None:
+            if signals.first is not None and not sent and (apart or signals.first != signal.SIGINT):
+                child.send_signal(signals.first)
+                sent = True
+            if signals.again:
+                child.kill()
+            time.sleep(POLL_S / 5)
     return status if status >= 0 else 128 - status
 
 
@@ -118,25 +177,38 @@ def show_error(error: DistFtError) -> None:
     sys.stderr.flush()
 
 
-def _wait(child: subprocess.Popen[bytes], stop: Stop, failure_file: Path, mark: str, grace_s: float) -> bool:
-    """Wait for the launcher to exit; terminate it after a failure or a stop signal. Return whether it was killed."""
+def _wait(
+    child: subprocess.Popen[bytes],
+    signals: Signals,
+    ask: Callable[[], None],
+    failure_file: Path,
+    grace_s: float,
+    by_file: bool,
+) -> bool:
+    """Wait for the launcher to exit; terminate it after a failure. Return whether it was killed.
+
+    A second signal kills it at once, or terminates it if it has to end workers on other hosts (`by_file`). There is no
+    time limit for the checkpoint after a first signal: workers that hang end by themselves.
+    """
     deadline: float | None = None
-    asked = False
+    asked = terminated = False
     while child.poll() is None:
-        failed = failure_file.exists()
-        if (failed or stop.signum is not None) and deadline is None:
-            deadline = time.monotonic() + grace_s
-        # After a failure, give the launcher a quarter of the grace period to end its workers itself.
-        late = deadline is not None and time.monotonic() > deadline - 0.75 * grace_s
-        if not asked and (stop.signum is not None or late):
+        if signals.first is not None and not asked:
             asked = True
             with contextlib.suppress(ProcessLookupError):
+                ask()
+        if (failure_file.exists() or signals.again) and deadline is None:
+            deadline = time.monotonic() + (grace_s if by_file or not signals.again else 0)
+        # After a failure, give the launcher a quarter of the grace period to end its workers itself.
+        late = deadline is not None and time.monotonic() > deadline - 0.75 * grace_s
+        if not terminated and (late or (by_file and signals.again)):
+            terminated = True
+            with contextlib.suppress(ProcessLookupError):
                 child.terminate()
-        if deadline is not None and (stop.again or time.monotonic() > deadline):
-            _end_all(mark)
+        if deadline is not None and time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
-            child.wait()
+            child.wait()  # before `_end_all`, which would take its exit status
             return True
         time.sleep(POLL_S)
     return False
@@ -157,13 +229,25 @@ def _leash(parent: int, *, own_group: bool = True) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _handlers(stop: Stop) -> Iterator[None]:
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def nothing_started() -> Iterator[None]:
+    """End this process with code 75 at a signal, until `run` or `run_module` receive the signals."""
+
+    def leave(signum: int, _frame: Any) -> None:
+        print(stopped_before_workers(signum), file=sys.stderr, flush=True)
+        os._exit(Stopped.exit_code)
+
+    with _handlers(leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in accepted_signals()}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def _end_all(mark: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checks.batch import AUTO, GLOBAL, MICRO
 from ..checks.keys import value_of
-from ..config.plan import Plan
+from ..config.plan import CHECKPOINTS, Plan, saved_steps
 from .composition.compose import LEFT_OUT
 from .launcher import Rendered
 
@@ -59,12 +59,9 @@ def auto_lines(plan: Plan) -> Iterator[str]:
     if getattr(config.launch, "gpus_per_node", 0) is None:
         yield f"launch.gpus_per_node → {plan.workers_per_node}"
     if config.train.resume == "auto":
-        steps = sorted(
-            int(folder.name.removeprefix("step-"))
-            for folder in plan.run_dir.glob("checkpoints/step-*")
-            if folder.name.removeprefix("step-").isdigit()
-        )
-        yield "train.resume → " + (f"resumes after step {steps[-1]} if it is valid" if steps else "starts from step 0")
+        newest = next(iter(saved_steps(plan.run_dir / CHECKPOINTS)), None)
+        begin = f"resumes after {newest.name.replace('-', ' ')} if it is valid" if newest else "starts from step 0"
+        yield f"train.resume → {begin}"
     if config.track.wandb == "auto":
         yield "track.wandb → online if rank 0 finds an API key, offline otherwise"
 

@@ -24,7 +24,8 @@ from rich.table import Table
 
 from ..config.plan import METRICS_FILE
 from ..config.run import RunConfig
-from ..errors import MachineError, RequestError
+from ..errors import MachineError, RequestError, Stopped
+from ..process.stop import SIGNALS
 from ..state import LOWER_IS_BETTER
 from ..track.jsonl import read_evaluations
 from .composition.compose import list_groups
@@ -32,7 +33,8 @@ from .composition.words import override_words
 
 SUMMARY = "sweep.csv"
 SAMPLERS = ("tpe", "random", "grid", "cmaes")
-HOPELESS = (2, 3, 128 + 2, 128 + 15)  # codes that end the search: invalid request or environment, SIGINT, SIGTERM
+# Codes that end the search: invalid request or environment, stopped on request, ended by a signal.
+HOPELESS = (2, 3, Stopped.exit_code, *(128 + number for number in SIGNALS))
 
 Check = Callable[[Sequence[str]], RunConfig]
 Train = Callable[[Sequence[str]], int]

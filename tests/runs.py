@@ -65,6 +65,7 @@ def token_run(
             "max_steps": STEPS,
             "global_batch_size": BATCH,
             "per_device_train_batch_size": BATCH // world // accumulation,
+            "save_minutes": None,  # epochs have two steps
         },
         "track": {"wandb": "off"},
         "launch": {"name": "local", "workers_per_node": world},
@@ -87,7 +88,12 @@ def labelled_run(folder: Path, model: str, data: Path, engine: str, world: int, 
         "method": {"name": "full"},
         "engine": {"name": engine},
         "optim": {"learning_rate": 3e-3, "weight_decay": 0.1, "lr_scheduler_type": "linear", "max_grad_norm": 1.0},
-        "train": {"max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 8 // world // 2},
+        "train": {
+            "max_steps": 6,
+            "global_batch_size": 8,
+            "per_device_train_batch_size": 8 // world // 2,
+            "save_minutes": None,
+        },
         "track": {"wandb": "off"},
         "launch": {"name": "local", "workers_per_node": world},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import ReadItem
 
-from ..state import Beat
+from ..state import Beat, Progress
 
+STATE = "state.json"
 READ_BYTES = 4 * 2**20
 SYNCED_BYTES = 256 * 2**20  # written between two syncs: the last one would otherwise wait for all of a large file
 
@@ -50,6 +52,23 @@ def digest(path: Path, tick: Beat) -> dict[str, Any]:
             found.update(chunk)
             tick(f"hashing {path}")
         return {"bytes": file.tell(), "sha256": found.hexdigest()}
+
+
+def read_progress(path: Path) -> Progress:
+    """Read the progress of a run from the `state.json` of a checkpoint."""
+    values = json.loads((path / STATE).read_text())
+    values.pop("updates")
+    lineage = tuple((str(start), int(step)) for start, step in values.pop("lineage", ()))
+    return Progress(**values, lineage=lineage)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the entries of a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class _TickingFiles(FileSystem):

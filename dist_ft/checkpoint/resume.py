@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ..config.identity import settings_of
 from ..config.method import LoraKeys
 from ..config.plan import CHECKPOINTS, REFERENCE_FILE, START_FILE, Plan
 from ..errors import RequestError, TrainingError
@@ -14,22 +15,26 @@ from ..process.place import Place, Worker
 from ..protocols import Engine
 from ..state import Progress
 from . import store as checkpoint
+from .files import read_progress
+from .lineage import begin, set_strangers_aside
 
 
 def resume(plan: Plan, engine: Engine, worker: Worker) -> Progress:
     """Load the checkpoint selected by `train.resume` into the engine and return its progress.
 
     With `train.resume=auto`, this is the newest valid checkpoint of the run; invalid ones are reported.
-    Without a checkpoint, the engine is left unchanged and the progress is at step 0.
+    Without a checkpoint, the engine is left unchanged and the progress is at step 0. Checkpoints in the run's folder
+    that the resumed one does not descend from are moved aside.
 
     Raises:
         RequestError: If the checkpoint at the path in `train.resume` is not valid.
     """
     place, wish, folder = worker.place, plan.config.train.resume, plan.run_dir / CHECKPOINTS
+    settings = settings_of(plan.config)
     path: Path | None = None
     if place.is_main and wish == "auto":
-        path, torn = checkpoint.newest_sound(folder, worker.tick)
-        for problem in torn:
+        path, told = checkpoint.newest_sound(folder, worker.tick, settings)
+        for problem in told:
             worker.say(str(problem))
     elif wish not in ("auto", "never"):
         path = Path(wish)
@@ -37,9 +42,26 @@ def resume(plan: Plan, engine: Engine, worker: Worker) -> Progress:
             raise RequestError.of("train.resume", f"{path}: {reason}", "set it to a valid checkpoint or to auto")
     path = comm.from_main(path)
     if path is None:
-        return Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
-    _bring(engine, path, worker)
-    return checkpoint.read_progress(path)
+        progress = Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
+    else:
+        _bring(engine, path, worker)
+        progress = read_progress(path)
+        if place.is_main:
+            _clear_way(folder, progress, worker)
+    begun: Progress = comm.from_main(begin(progress, settings))
+    return begun
+
+
+def _clear_way(folder: Path, progress: Progress, worker: Worker) -> None:
+    """Move the checkpoints that do not lead to `progress` aside, and make no link point to one of them."""
+    for problem in set_strangers_aside(folder, progress):
+        worker.say(str(problem))
+    for name, step in (("latest", progress.step), ("best", progress.best_step)):
+        link, target = folder / name, folder / f"step-{step}"
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+            if target.exists():
+                checkpoint.point(link, target)
 
 
 def restore(plan: Plan, engine: Engine, worker: Worker, name: str) -> None:
@@ -109,10 +131,10 @@ def _settle(plan: Plan, name: str) -> Path | None:
 
 
 def save_checkpoint(plan: Plan, engine: Engine, worker: Worker, progress: Progress) -> None:
-    """Save a checkpoint, point `best` to it if it is the best, and delete those beyond `train.save_total_limit`."""
+    """Save a checkpoint, point `best` to it if it is the best, and delete those that are not to be kept."""
     folder = plan.run_dir / CHECKPOINTS
     path = checkpoint.save(folder, engine.state(), progress, worker.tick)
     if worker.place.is_main:
         if progress.best_step == progress.step:
             checkpoint.point(folder / "best", path)
-        checkpoint.prune(folder, plan.config.train.save_total_limit, progress.best_step, worker.tick)
+        checkpoint.prune(folder, plan.config.train.checkpoints_kept, progress.best_step, worker.tick)

@@ -20,14 +20,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..config.plan import saved_steps as steps
 from ..errors import MachineError, Problem, RequestError, TrainingError
 from ..process import comm
 from ..state import Beat, NamedState, Progress, unwatched
-from .files import TickingLoad, digest, open_writer
+from .files import STATE, TickingLoad, digest, open_writer, read_progress, sync_folder
+from .lineage import leads_to, set_aside
 from .reader import SafeReader
 
 MANIFEST = "manifest.json"
-STATE = "state.json"
+VERSION = 1
 ROOM_FACTOR = 1.1  # required free disk space, as a multiple of the checkpoint size
 
 
@@ -51,10 +53,13 @@ def save(folder: Path, state: NamedState, progress: Progress, tick: Beat = unwat
     staging = folder / f".step-{progress.step}.partial"
     _check_room(folder, state)
     is_main = torch.distributed.get_rank() == 0
-    if comm.from_main(is_main and final.exists() and verify(final, tick) is None):
+    is_sound = is_main and final.exists() and verify(final, tick) is None
+    if comm.from_main(is_sound and leads_to(read_progress(final), progress)):
         return final  # the run was resumed at this step, so the existing checkpoint is identical
     if is_main:
-        if final.exists():  # damaged: a run that resumed from an older checkpoint has reached this step again
+        if is_sound:  # of another start
+            set_aside(final)
+        elif final.exists():  # damaged: a run that resumed from an older checkpoint has reached this step again
             shutil.rmtree(final)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -73,10 +78,10 @@ def save(folder: Path, state: NamedState, progress: Progress, tick: Beat = unwat
     if is_main:
         _write(staging / STATE, {**asdict(progress), "updates": state.updates})
         files |= {path.name: digest(path, tick) for path in (staging / ".metadata", staging / STATE)}
-        _write(staging / MANIFEST, {"version": 1, "files": files})
-        _sync_folder(staging)
+        _write(staging / MANIFEST, {"version": VERSION, "files": files})
+        sync_folder(staging)
         staging.rename(final)
-        _sync_folder(folder)
+        sync_folder(folder)
         point(folder / "latest", final)
     comm.barrier()
     return final
@@ -105,13 +110,6 @@ def load(path: Path, state: NamedState, tick: Beat = unwatched) -> None:
     state.updates = int(json.loads((path / STATE).read_text())["updates"])
 
 
-def read_progress(path: Path) -> Progress:
-    """Read the progress of a run from the `state.json` of a checkpoint."""
-    values = json.loads((path / STATE).read_text())
-    values.pop("updates")
-    return Progress(**values)
-
-
 def verify(path: Path, tick: Beat = unwatched) -> str | None:
     """Check every file of a checkpoint against its manifest.
 
@@ -123,9 +121,15 @@ def verify(path: Path, tick: Beat = unwatched) -> str | None:
         The reason why the checkpoint is not valid, or None if it is valid.
     """
     try:
-        files: Mapping[str, Any] = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        version, files = manifest["version"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return "manifest.json is missing or unreadable, so the checkpoint is incomplete"
+    if version != VERSION:
+        return f"manifest.json has version {version!r}, and this version of dist-ft reads {VERSION}"
+    if not isinstance(files, dict) or text != _encode(manifest):
+        return "manifest.json was changed after it was written"
     for name, entry in files.items():
         try:
             if digest(path / name, tick) != entry:
@@ -135,25 +139,30 @@ def verify(path: Path, tick: Beat = unwatched) -> str | None:
     return None
 
 
-def steps(folder: Path) -> list[Path]:
-    """List the published checkpoints, newest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def newest_sound(folder: Path, tick: Beat = unwatched) -> tuple[Path | None, list[Problem]]:
+def newest_sound(
+    folder: Path, tick: Beat = unwatched, settings: str | None = None
+) -> tuple[Path | None, list[Problem]]:
     """Find the newest valid checkpoint.
+
+    Args:
+        folder: Folder with the checkpoints of the run.
+        tick: Called for each piece of a file hashed.
+        settings: Those of the run; checkpoints that were saved under others are moved aside. None accepts all.
 
     Returns:
         The path of the checkpoint, or None if none is valid, and a problem for each newer checkpoint that is not valid.
     """
-    torn: list[Problem] = []
+    told: list[Problem] = []
     for path in steps(folder):
         reason = verify(path, tick)
-        if reason is None:
-            return path, torn
-        torn.append(Problem(str(path), reason, "skipping it; the next older checkpoint is used if it is valid"))
-    return None, torn
+        if reason is not None:
+            told.append(Problem(str(path), reason, "skipping it; the next older checkpoint is used if it is valid"))
+        elif settings and read_progress(path).settings not in (None, settings):
+            rule = "was saved by a run with other settings"
+            told.append(Problem(str(path), rule, f"moved to {set_aside(path)}; delete it if it is not needed"))
+        else:
+            return path, told
+    return None, told
 
 
 def prune(folder: Path, keep: int | None, best_step: int | None, tick: Beat = unwatched) -> None:
@@ -202,14 +211,10 @@ def _local(tensor: Any) -> torch.Tensor:
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
+        file.write(_encode(value))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _encode(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1)

@@ -155,15 +155,15 @@ READ_WHEN = [
         "train.metric_for_best_model",
         lambda c: bool(
             c.data.has("validation")
-            and (c.train.load_best_model_at_end or c.train.early_stopping_patience or c.train.save_steps)
+            and (c.train.load_best_model_at_end or c.train.early_stopping_patience or c.train.saves_on_the_way)
         ),
         "the best step is not used",
         "set train.load_best_model_at_end=true or train.early_stopping_patience, or remove it",
     ),
     ReadWhen(
         "train.save_total_limit",
-        lambda c: c.train.save_steps is not None,
-        "without train.save_steps only the last step is saved",
+        lambda c: c.train.saves_on_the_way,
+        "with train.save_minutes=null and without train.save_steps only the last step is saved",
         "set train.save_steps, or remove it",
     ),
     ReadWhen(

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from ..config.plan import RUN_FILE, read_plan
+from ..config.identity import MAY_CHANGE, SECTIONS, without_sets_keys
+from ..config.plan import CHECKPOINTS, LOCK_FILE, RUN_FILE, read_plan, saved_steps
 from ..config.run import RunConfig
 from ..errors import Problem, RequestError
 from ..privacy.rules import fixes_length
-
-# Keys that may change when a run is resumed: execution, monitoring and length, but not what is trained on which data.
-MAY_CHANGE = {
-    "model": {"attn_implementation", "gradient_checkpointing", "trust_remote_code"},
-    "data": {"cache_dir", "validation", "test"},
-    "train": {
-        "max_steps",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "early_stopping_patience",
-        "resume",
-        "timeout_s",
-    },
-}
 
 
 def run_problems(config: RunConfig) -> Iterator[Problem]:
@@ -41,13 +22,13 @@ def run_problems(config: RunConfig) -> Iterator[Problem]:
             f"the checkpoint {resume} does not exist",
             "set train.resume to a folder runs/NAME/checkpoints/step-N",
         )
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name != LOCK_FILE for path in folder.iterdir()):
         return
     if not (folder / RUN_FILE).is_file():
         rule = f"{folder} exists but is not a run folder (it has no {RUN_FILE})"
         yield Problem("output_dir", rule, "set run_name to a new name, or output_dir to a new folder")
         return
-    checkpoints = sorted(folder.glob("checkpoints/step-*"))
+    checkpoints = saved_steps(folder / CHECKPOINTS)
     if resume == "never" and checkpoints:
         rule = f"{folder} contains {len(checkpoints)} checkpoints, which a new start would overwrite"
         yield Problem("train.resume", rule, f"set run_name={_free_name(folder)}, or remove {folder}")
@@ -62,8 +43,8 @@ def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
     except RequestError as error:
         yield Problem("output_dir", error.problems[0].rule, f"set run_name={_free_name(folder)}")
         return
-    for section in ("model", "task", "data", "method", "moe", "privacy", "optim", "train"):
-        before, after = (_learned(getattr(c, section).model_dump()) for c in (old, config))
+    for section in SECTIONS:
+        before, after = (without_sets_keys(getattr(c, section).model_dump()) for c in (old, config))
         for key in dict.fromkeys([*before, *after]):
             may_change = key in MAY_CHANGE.get(section, ()) and not (section == "train" and fixes_length(config, key))
             if not may_change and before.get(key) != after.get(key):
@@ -71,17 +52,6 @@ def _difference_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
                     f"the run in {folder} was started with {before.get(key)!r}, but the value is now {after.get(key)!r}"
                 )
                 yield Problem(f"{section}.{key}", rule, way_out)
-
-
-def _learned(section: dict[str, Any]) -> dict[str, Any]:
-    """Return a section's values without the keys of mixture sets that may change when a run is resumed."""
-    if not section.get("mixture"):
-        return section
-    sets = {
-        name: {key: value for key, value in part.items() if key not in MAY_CHANGE["data"]}
-        for name, part in section["mixture"].items()
-    }
-    return {**section, "mixture": sets}
 
 
 def _free_name(folder: Path) -> str:

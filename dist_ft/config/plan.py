@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
 
 import yaml
 
-from ..errors import RequestError
+from ..errors import MachineError, RequestError
 from .run import RunConfig
 from .strict import Strict
 
@@ -24,9 +25,13 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "model"
 FAILURE_FILE = "failure.json"
+STOP_FILE = "stop_requested"  # written by a launcher whose signals do not reach the workers
+LOCK_FILE = ".lock"
 START_FILE = "start.safetensors"  # initial LoRA factors of PiSSA and OLoRA
 REFERENCE_FILE = "reference.safetensors"  # log-probabilities under the initial model, one tensor per split
 SEED_FILE = "noise_seed"  # noise seed of a private run; readable by its owner only
+
+STEP = re.compile(r"step-[0-9]+")
 
 
 class Plan(Strict):
@@ -54,6 +59,12 @@ class Plan(Strict):
         return self.run_dir / RUN_FILE
 
 
+def saved_steps(checkpoints: Path) -> list[Path]:
+    """List the folders `step-<n>` of checkpoints, newest first; everything else in the folder is left alone."""
+    found = [(int(path.name[5:]), path) for path in checkpoints.glob("step-*") if STEP.fullmatch(path.name)]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
 def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: dict[str, str]) -> Plan:
     """Build the plan for `nodes * workers_per_node` workers, whose micro-batches divide the global batch."""
     world_size = nodes * workers_per_node
@@ -72,14 +83,23 @@ def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: 
 
 
 def write_plan(plan: Plan) -> Path:
-    """Write `run.yaml` atomically into the run's folder and return its path."""
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    """Write `run.yaml` atomically into the run's folder and return its path.
+
+    Raises:
+        MachineError: If the folder is not writable or the disk is full.
+    """
     text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    with tempfile.NamedTemporaryFile("w", dir=plan.run_dir, delete=False, encoding="utf-8") as file:
-        file.write("# The plan of this run: resolved configuration and derived values. Workers read this file.\n")
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, plan.run_file)
+    try:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=plan.run_dir, delete=False, encoding="utf-8") as file:
+            file.write("# The plan of this run: resolved configuration and derived values. Workers read this file.\n")
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, plan.run_file)
+    except OSError as error:
+        raise MachineError.of(
+            str(plan.run_dir), f"cannot be written: {error}", "free disk space, or set output_dir"
+        ) from error
     return plan.run_file
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from .strict import Count, Strict, Text
+
+DEFAULT_SAVE_MINUTES = 15.0
+DEFAULT_SAVE_LIMIT = 2
+DEFAULT_STOP_BEFORE_S = 120.0
 
 
 class TrainConfig(Strict):
@@ -34,7 +38,16 @@ class TrainConfig(Strict):
         None, description="Steps between evaluations; also evaluates before the first and after the last step."
     )
     save_steps: Count | None = Field(None, description="Steps between checkpoints; also saves after the last step.")
-    save_total_limit: Count | None = Field(None, description="Number of newest checkpoints to keep, plus the best one.")
+    save_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="Minutes between checkpoints. `auto`: 15, and after each epoch, unless save_steps is set. With "
+        "null and without save_steps, only the last step is saved.",
+    )
+    save_total_limit: Count | Literal["auto"] | None = Field(
+        "auto",
+        description="Number of newest checkpoints to keep, plus the best one; null keeps all. `auto`: 2, and all if "
+        "save_steps is set.",
+    )
     metric_for_best_model: str = Field(
         "loss", description="The eval/ metric that defines the best step: loss, accuracy, f1 …"
     )
@@ -43,6 +56,39 @@ class TrainConfig(Strict):
     )
     load_best_model_at_end: bool = Field(False, description="Export the best evaluated step instead of the last.")
     resume: Text = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
+    stop_before_s: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Save and stop this many seconds before the time limit of a SLURM job. `auto`: 120, or a tenth of "
+        "the time that is left at the start.",
+    )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600, description="End the run if no rank makes progress for this many seconds."
     )
+
+    @property
+    def saves_each_epoch(self) -> bool:
+        """Whether checkpoints are saved after each epoch."""
+        return self.save_minutes == "auto" and self.save_steps is None
+
+    @property
+    def minutes_between_saves(self) -> float | None:
+        """Minutes between checkpoints; None if the time does not matter."""
+        if self.save_minutes == "auto":
+            return DEFAULT_SAVE_MINUTES if self.saves_each_epoch else None
+        return self.save_minutes
+
+    @property
+    def saves_on_the_way(self) -> bool:
+        """Whether checkpoints are saved before the last step."""
+        return self.save_steps is not None or self.save_minutes is not None
+
+    @property
+    def checkpoints_kept(self) -> int | None:
+        """Number of newest checkpoints to keep, besides the best one; None for all."""
+        if self.save_total_limit == "auto":
+            return DEFAULT_SAVE_LIMIT if self.save_steps is None else None
+        return self.save_total_limit
+
+    def seconds_before(self, limit_s: float) -> float:
+        """Return how many seconds before a time limit to stop, if `limit_s` are left at the start."""
+        return min(DEFAULT_STOP_BEFORE_S, limit_s / 10) if self.stop_before_s == "auto" else self.stop_before_s

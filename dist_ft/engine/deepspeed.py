@@ -190,7 +190,7 @@ class Zero:
         return context
 
     def _set_training(self, mode: bool) -> None:
-        if self.engine.training != mode:
+        if self.model.training != mode:  # `train` of DeepSpeed's engine does not set its own `training`
             self.engine.train(mode)
 
 

@@ -98,6 +98,28 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+class Agreement:
+    """Agreement of all ranks on the call at which they stop, without waiting for each other.
+
+    What the ranks say in one call is reduced while they work, and read in the next call. Every rank must make the same
+    number of calls.
+    """
+
+    def __init__(self) -> None:
+        self._said = torch.zeros(1)
+        self._work: dist.Work | None = None
+
+    def reached(self, wanted: bool) -> bool:
+        """Return whether any rank wanted to stop in the previous call; `wanted` is what this rank wants now."""
+        if self._work is not None:
+            self._work.wait()
+        found = bool(self._said)
+        self._said = torch.tensor([float(wanted)])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._work = dist.all_reduce(self._said, async_op=True)
+        return found
+
+
 def barrier() -> None:
     """Wait until every rank reaches this call."""
     if dist.is_initialized() and dist.get_world_size() > 1:

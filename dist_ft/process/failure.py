@@ -27,10 +27,11 @@ def forget(run_dir: Path, started: float) -> None:
             path.unlink()
 
 
-def report(error: BaseException, place: Place, run_dir: Path, terminal: TextIO) -> int:
-    """Log `error`, print it if it is the first failure of the run, and return its exit code."""
+def report(error: BaseException, code: int | None = None, *, place: Place, run_dir: Path, terminal: TextIO) -> int:
+    """Log `error`, print it if it is the first failure of the run, and return its exit code, unless `code` is given."""
     print("".join(traceback.format_exception(error)), flush=True)
-    code = error.exit_code if isinstance(error, DistFtError) else TrainingError.exit_code
+    if code is None:
+        code = error.exit_code if isinstance(error, DistFtError) else TrainingError.exit_code
     text = describe(error, place, run_dir)
     if claim(run_dir, place, code, text):
         print(text, file=terminal, flush=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 import torch
 
 from ..errors import MachineError
 from ..state import Beat, unwatched
+from .stop import Stop
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Worker:
     terminal: TextIO  # where rank 0 shows progress
     beat: Beat  # a phase, step or micro-batch that every rank reaches
     tick: Beat = unwatched  # progress inside a phase, such as a tensor written, which other ranks may not make
+    stop: Stop = field(default_factory=Stop)
 
     def say(self, line: str) -> None:
         """Print a line for the user, only on rank 0."""
@@ -81,6 +83,12 @@ def find_place() -> Place:
             )
         return Place(int(os.environ[rank]), int(os.environ.get(size, "1")), int(os.environ.get(local, "0")), host)
     return Place(host=host)
+
+
+def time_limit() -> float | None:
+    """Return the Unix time at which SLURM ends this job; None if it is not known."""
+    end = environ("SLURM_JOB_END_TIME", "")
+    return float(end) if end and end.isdigit() and int(end) > 0 else None
 
 
 def find_device(place: Place) -> torch.device:

@@ -181,7 +181,7 @@ class Watchdog:
         self._end(error)
 
     def _end(self, error: DistFtError) -> None:
-        code = failure.report(error, self.place, self.run_dir, self.terminal)
+        code = failure.report(error, place=self.place, run_dir=self.run_dir, terminal=self.terminal)
         os._exit(code)  # the main thread is blocked in a collective and cannot be interrupted
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..config.plan import EXPORT, METRICS_FILE, Plan
+from ..config.train import TrainConfig
 from ..state import Progress
 from .jsonl import read_evaluations, read_metrics
 
@@ -44,6 +45,27 @@ def describe(
     yield (
         f"compute dtype {config.model.dtype}, base weights {base}, trained weights and AdamW state float32; "
         f"attention {attention.kernel} ({attention.reason}), {layout}"
+    )
+    yield describe_saves(config.train, evaluates=config.data.has("validation"))
+
+
+def describe_saves(train: TrainConfig, *, evaluates: bool) -> str:
+    """Describe when checkpoints are saved and how many are kept, and by which keys that can be changed."""
+    if not train.saves_on_the_way:
+        return "saves a checkpoint after the last step only (train.save_steps, train.save_minutes)"
+    minutes = train.minutes_between_saves
+    times = [
+        f"every {train.save_steps} steps" if train.save_steps else "",
+        f"every {minutes:g} minutes" if minutes else "",
+        "after each epoch" if train.saves_each_epoch else "",
+        "at each best evaluation" if evaluates and train.eval_steps else "",
+        "after the last step",
+    ]
+    kept = "all" if train.checkpoints_kept is None else f"the newest {train.checkpoints_kept}"
+    best = " and the best" if evaluates and train.checkpoints_kept is not None else ""
+    return (
+        f"saves a checkpoint {', '.join(filter(None, times))}, and keeps {kept}{best} "
+        "(train.save_steps, train.save_minutes, train.save_total_limit)"
     )
 
 

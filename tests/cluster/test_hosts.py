@@ -109,6 +109,10 @@ def test_no_worker_outlives_the_command(hosts, env, tmp_path, signum):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     process.send_signal(signum)
+    if signum == signal.SIGINT:  # these workers do not look for a request to stop
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signum)
     process.wait(timeout=30)
     assert process.returncode == (130 if signum == signal.SIGINT else -9)
     assert gone_within(tmp_path / "run", 10)
@@ -125,6 +129,25 @@ def test_every_bad_host_is_named_before_anything_starts(hosts, env, tmp_path):
     assert "10.77.0.99: ssh cannot log in" in output
     assert "n1:" not in output
     assert not said_by(tmp_path / "run")
+
+
+def test_a_signal_stops_the_workers_of_all_hosts_with_a_checkpoint(hosts, env, tmp_path, tiny_words):
+    env = {**env, "HF_HOME": str(tmp_path / "hf")}
+    words = ["train", "launch=deepspeed", f"launch.hostfile={hosts['HOSTFILE']}", "launch.workers_per_node=1"]
+    words += ["engine=zero2", f"output_dir={tmp_path}/run", "train.max_steps=100000"]
+    words += [word for word in tiny_words if not word.startswith("train.max_steps")]
+    words += ["train.num_train_epochs=null", "train.save_minutes=60"]
+    process = start("import sys; from dist_ft.launch.cli import main; sys.exit(main(sys.argv[1:]))", words, env)
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert f"SIGHUP: step {last} of 100000 is saved in a checkpoint" in output
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last}" / "manifest.json").exists()
 
 
 def test_trains_for_real(hosts, env, tmp_path, tiny_words):

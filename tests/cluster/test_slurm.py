@@ -101,3 +101,32 @@ def test_trains_for_real(slurm, env, tmp_path, tiny_words):
     assert [step["step"] for step in steps if "train/loss" in step] == [1, 2, 3]
     assert (tmp_path / "run" / "logs" / "rank-1.log").exists()
     assert any((tmp_path / "run" / "model").iterdir())
+
+
+def test_a_job_stops_before_its_time_limit_and_at_a_signal_and_goes_on(slurm, env, tmp_path, tiny_words):
+    """The first job ends before its limit, the second at a signal to the batch script, as `--signal=B:` sends it."""
+    given = [word for word in tiny_words if not word.startswith("train.max_steps")]
+    words = [*TWO_NODES, "launch.workers_per_node=1", "engine=fsdp", f"output_dir={tmp_path}/run", *given]
+    words += ["train.num_train_epochs=null", "train.max_steps=100000", "train.logging_steps=1", "train.save_minutes=60"]
+    steps = []
+    for more in (["launch.time=00:01:00", "train.stop_before_s=15"], ["launch.time=00:10:00"]):
+        identity = identity_of(submit(REAL, [*words, *more], env))
+        log = tmp_path / "run" / "logs" / f"job-{identity}.log"
+        if steps:
+            end = time.monotonic() + 120
+            while last_step(tmp_path / "run") <= steps[-1] + 2:
+                assert time.monotonic() < end, log.read_text()
+                time.sleep(0.3)
+            subprocess.run(["scancel", "--batch", "--signal=USR1", identity], env=env, check=True)
+        assert finish(identity, env, 200) == ("FAILED", 75), log.read_text()
+        steps.append(last_step(tmp_path / "run"))
+        cause = "SIGUSR1" if len(steps) == 2 else "time limit of the job"
+        assert f"{cause}: step {steps[-1]} of 100000 is saved in a checkpoint" in log.read_text()
+    assert 0 < steps[0] < steps[1]
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, steps[1] + 1))
+
+
+def last_step(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0

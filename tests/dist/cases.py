@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ import torch
 from dist_ft.build import build
 from dist_ft.config.plan import make_plan, write_plan
 from dist_ft.config.run import RunConfig
-from dist_ft.loop import fit
+from dist_ft.errors import Stopped
+from dist_ft.loop import Run, fit
 from dist_ft.prepare import prepare
 from dist_ft.process import comm
 from dist_ft.process.place import Place, Worker
-from dist_ft.state import Weights
+from dist_ft.state import Batch, LossSum, Progress, Weights
 
 
 def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     """Train as `case["config"]` says; `stop_after` ends early, as if the run had been stopped there.
 
-    `export` writes the trained model too, as a worker does at the end.
+    `export` writes the trained model too, as a worker does at the end. `ask` asks a rank to stop, see `ask_at`.
     """
     config = RunConfig.model_validate(case["config"])
     plan = make_plan(config, nodes=1, workers_per_node=place.world_size, origins={})
@@ -35,11 +37,16 @@ def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     comm.barrier()
     torch.manual_seed(1234 + place.rank)  # ranks that start from their own random state must not matter
     run = build(plan, prepared, Worker(place, torch.device("cpu"), sys.stderr, lambda phase: None))
+    if case.get("ask"):
+        ask_at(run, **case["ask"])
     if case.get("stop_after"):
         # the schedule still aims at the configured end
         run.training = replace(run.training, total_steps=case["stop_after"])
     with contextlib.closing(run.records.tracker):
-        progress = fit(run)
+        try:
+            progress = fit(run)
+        except Stopped as error:
+            return {"step": run.progress.step, "stopped": str(error)}
         assert progress.step == case.get("stop_after", progress.step), progress
         if case.get("export"):
             run.records.export()
@@ -47,6 +54,36 @@ def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     keep_weights(place, run.training.engine.weights(trainable=False), plan.run_dir / "all_weights.pt")
     comm.barrier()
     return {"step": progress.step, "engine": type(run.training.engine).__name__}
+
+
+def ask_at(run: Run, rank: int, phase: str, step: int, micro: int = 0) -> None:
+    """Ask `rank` to stop once it is in a `phase` (step, evaluation or save) of `step`, in micro-batch `micro`."""
+    training, validation, records = run.training, run.validation, run.records
+
+    def ask(at: int) -> None:
+        if run.rank == rank and at == step:
+            run.stop.ask("SIGTERM")
+
+    def forward_backward(batch: Batch, *arguments: Any, last: bool) -> LossSum:
+        ask(run.progress.step + 1)
+        return own(batch, *arguments, last=last)
+
+    def batches() -> Iterator[Batch]:
+        for i, batch in enumerate(validation.batches()):
+            if i == micro:
+                ask(run.progress.step)
+            yield batch
+
+    def save(progress: Progress) -> None:
+        ask(progress.step)
+        records.save(progress)
+
+    if phase == "step":
+        own, training.engine.forward_backward = training.engine.forward_backward, forward_backward
+    elif phase == "evaluation":
+        run.validation = replace(validation, batches=batches)
+    else:
+        run.records = replace(records, save=save)
 
 
 def keep_weights(place: Place, weights: Weights, path: Path) -> None:

@@ -3,99 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from dist_ft.launch.composition.compose import list_groups
-from dist_ft.launch.composition.words import override_words
-
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
-INJECT = Path(__file__).parent / "inject"
-LIMIT_S = 10  # from the fault until the last process has ended
-
-
-class Job:
-    """A `dist-ft train` process with an injected fault, or with slow functions (see inject/sitecustomize.py)."""
-
-    def __init__(self, folder: Path, fault: str, words: list[str], slow: str = "") -> None:
-        self.folder, self.mark = folder, folder / "mark"
-        self.run_dir = folder / "run"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(INJECT),
-            "DIST_FT_SLOW": slow,
-            **({"DIST_FT_FAULT": fault} if fault else {}),
-            "DIST_FT_FAULT_MARK": str(self.mark),
-            "DIST_FT_TEST_JOB": str(folder),
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dist_ft.launch.cli", "train", f"output_dir={self.run_dir}", *words],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait_for_fault(self) -> float:
-        """Wait for the fault and return its time."""
-        deadline = time.time() + 120
-        while not self.mark.exists() or not self.mark.read_text():
-            assert self.process.poll() is None and time.time() < deadline, self.output()
-            time.sleep(0.05)
-        return float(self.mark.read_text().split()[1])
-
-    def output(self) -> str:
-        self.process.kill()
-        return self.process.communicate()[0]
-
-    def members(self) -> list[psutil.Process]:
-        """Return all descendants of the command including orphans, identified by an environment variable."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("DIST_FT_TEST_JOB") == str(self.folder) and process.status() != "zombie":
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def assert_gone(self, since: float) -> None:
-        while left := self.members():
-            assert time.time() - since < LIMIT_S, [process.cmdline() for process in left]
-            time.sleep(0.1)
-
-
-@pytest.fixture
-def start(tmp_path: Path, tiny_llama: Path) -> Iterator:
-    rows = tmp_path / "rows.jsonl"
-    row = json.dumps({"input_ids": list(range(1, 13)), "labels": [-100] * 6 + list(range(7, 13))})
-    rows.write_text((row + "\n") * 64)
-    jobs: list[Job] = []
-
-    def begin(fault: str, engine: str = "ddp", *words: str, slow: str = "") -> Job:
-        common = [
-            f"model.name_or_path={tiny_llama}", f"data.train={rows}", "data.validation=null", "data.test=null",
-            "data.format=tokens", f"data.cache_dir={tmp_path / 'cache'}", f"engine={engine}", "method=full",
-            "track.wandb=off", "train.num_train_epochs=null", "train.max_steps=500", "train.global_batch_size=4",
-            "train.per_device_train_batch_size=2", "launch.workers_per_node=2",
-        ]  # fmt: skip
-        jobs.append(Job(tmp_path, fault, override_words(common, words, list_groups()), slow))
-        return jobs[-1]
-
-    yield begin
-    for job in jobs:
-        for process in job.members():
-            process.kill()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1"])

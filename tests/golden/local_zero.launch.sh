@@ -6,7 +6,7 @@ export OMP_NUM_THREADS=8
 export DS_ACCELERATOR=cpu
 # --world_info is {"localhost": [0, 1]}
 port=$(/opt/env/bin/python -c 'import socket; s = socket.socket(); s.bind(('"'"'127.0.0.1'"'"', 0)); print(s.getsockname()[1])') || exit 3
-exec /opt/env/bin/python -u -m deepspeed.launcher.launch \
+exec /opt/env/bin/python -u -m dist_ft.launch.forward deepspeed.launcher.launch \
   --world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19 \
   --master_addr=127.0.0.1 \
   --master_port="$port" \

@@ -4,7 +4,7 @@
 cd /home/ada || exit 3
 export OMP_NUM_THREADS=16
 # --world_info is {"localhost": [2, 3]}
-exec /opt/env/bin/python -u -m deepspeed.launcher.launch \
+exec /opt/env/bin/python -u -m dist_ft.launch.forward deepspeed.launcher.launch \
   --world_info=eyJsb2NhbGhvc3QiOiBbMiwgM119 \
   --master_addr=127.0.0.1 \
   --master_port=29511 \

@@ -48,7 +48,7 @@ def delay(module, name, seconds):
     @functools.wraps(plain)
     def slow(*arguments, **options):
         with pathlib.Path(os.environ["DIST_FT_FAULT_MARK"] + ".slow").open("a") as file:
-            file.write(f"{name} {os.environ['RANK']}\n")
+            file.write(f"{name} {os.environ.get('RANK', 'command')}\n")
         time.sleep(seconds)
         return plain(*arguments, **options)
 

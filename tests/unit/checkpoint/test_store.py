@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import random
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,59 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     wrong_shape = NamedState({"model/a": torch.zeros(4, 2), "exp_avg/a": torch.zeros(4, 2)}, updates=0)
     with pytest.raises(RequestError, match="cannot be loaded"):
         checkpoint.load(path, wrong_shape)
+
+
+def test_every_changed_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), progress(1))
+    manifest = path / "manifest.json"
+    written = manifest.read_bytes()
+    dice = random.Random(3)
+    for place in range(len(written)):
+        other = dice.choice([value for value in range(256) if value != written[place]])
+        manifest.write_bytes(written[:place] + bytes([other]) + written[place + 1 :])
+        assert checkpoint.verify(path), (place, written[place : place + 1], other)
+    manifest.write_bytes(written)
+    assert checkpoint.verify(path) is None
+
+
+def test_a_manifest_of_another_version_is_named(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), progress(1))
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 7'))
+    assert checkpoint.verify(path) == "manifest.json has version 7, and this version of dist-ft reads 1"
+
+
+@pytest.mark.parametrize("name", ["step-notanumber", "step-", "step-²", "step-4.partial", "step-+4"])
+def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path: Path, name: str) -> None:
+    path = checkpoint.save(tmp_path, state(1), progress(3))
+    (tmp_path / name).mkdir()
+    assert checkpoint.newest_sound(tmp_path) == (path, [])
+    checkpoint.prune(tmp_path, keep=1, best_step=None)
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_checkpoint_of_other_settings_is_moved_aside(tmp_path: Path) -> None:
+    own = checkpoint.save(tmp_path, state(1), replace(progress(3), settings="mine"))
+    old = checkpoint.save(tmp_path, state(1), progress(2))
+    checkpoint.save(tmp_path, state(2), replace(progress(9), settings="theirs"))
+    path, told = checkpoint.newest_sound(tmp_path, settings="mine")
+    assert path == own and "other settings" in told[0].rule and (tmp_path / "stale-1" / "step-9").is_dir()
+    shutil.rmtree(own)
+    assert checkpoint.newest_sound(tmp_path, settings="mine") == (old, []), "of a version without settings"
+
+
+def test_a_step_of_another_branch_is_not_taken_for_this_runs(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), replace(progress(8), lineage=(("a", 0),)))
+    mine = replace(progress(8), lineage=(("a", 0), ("b", 4)))
+    path = checkpoint.save(tmp_path, state(2), mine)
+    loaded = state(0)
+    checkpoint.load(path, loaded)
+    assert torch.equal(loaded.tensors["model/a"], torch.full((3, 2), 2.0))
+    assert checkpoint.read_progress(path) == mine
+    assert checkpoint.read_progress(tmp_path / "stale-1" / "step-8").lineage == (("a", 0),)
+    again = replace(progress(8), lineage=(("a", 0), ("b", 4), ("c", 8)))
+    checkpoint.save(tmp_path, state(3), again)  # resumed from this step: the same weights
+    assert checkpoint.read_progress(path) == mine
 
 
 class Evil:

@@ -81,10 +81,13 @@ UNREAD = {
         ["train.load_best_model_at_end=true", "data.validation=rows.jsonl", "train.eval_steps=2"],
     ),
     "train.metric_for_best_model": (
-        ["train.metric_for_best_model=loss", "data.validation=rows.jsonl"],
+        ["train.metric_for_best_model=loss", "data.validation=rows.jsonl", "train.save_minutes=null"],
         ["train.metric_for_best_model=loss", "data.validation=rows.jsonl", "train.save_steps=2"],
     ),
-    "train.save_total_limit": (["train.save_total_limit=3"], ["train.save_total_limit=3", "train.save_steps=2"]),
+    "train.save_total_limit": (
+        ["train.save_total_limit=3", "train.save_minutes=null"],
+        ["train.save_total_limit=3", "train.save_steps=2"],
+    ),
     "train.neftune_noise_alpha": (
         ["task=seq2seq", "train.neftune_noise_alpha=5"],
         ["train.neftune_noise_alpha=5"],

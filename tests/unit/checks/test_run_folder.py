@@ -57,3 +57,15 @@ def test_starting_anew_over_checkpoints_is_refused():
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     assert "is not a run folder" in found(f"output_dir={tmp_path}")["output_dir"]
+
+
+def test_a_start_that_ended_before_it_wrote_its_plan_may_be_repeated(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert found(f"output_dir={tmp_path / 'run'}") == {}
+
+
+def test_only_folders_of_checkpoints_count_as_checkpoints():
+    folder = existing_run()
+    (folder / "checkpoints" / "step-5").rename(folder / "checkpoints" / "step-notanumber")
+    assert found("train.resume=never") == {}

@@ -1,4 +1,4 @@
-"""Worker without torch: records its rank and environment, waits for the other workers, and fails on request."""
+"""Worker without torch: records its rank and environment, waits for the others, and fails or stops on request."""
 
 import json
 import os
@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from dist_ft.process.stop import Stop
+
+Stop().listen()
 run_dir = Path(sys.argv[1]).parent
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))

@@ -73,7 +73,7 @@ def test_no_worker_outlives_the_command(tmp_path, engine, signum):
     both_run(tmp_path, process)
     process.send_signal(signum)
     process.wait(timeout=20)
-    assert process.returncode == (130 if signum == signal.SIGINT else -9)
+    assert process.returncode == (75 if signum == signal.SIGINT else -9)
     end = time.monotonic() + 10
     while left(tmp_path):
         assert time.monotonic() < end, left(tmp_path)

@@ -1,0 +1,140 @@
+"""When checkpoints are saved, what a stop saves, and that neither needs a further collective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_ft import loop
+from dist_ft.config.train import TrainConfig
+from dist_ft.errors import Stopped
+from dist_ft.loop import Records, Run, Training, fit
+from dist_ft.process import comm
+from dist_ft.process.stop import AGAIN, WITH_AUTO
+from dist_ft.state import Batch, LossSum, Progress, StepStats
+
+STEPS, STEPS_IN_EPOCH = 10, 4
+NONE = torch.zeros(2, dtype=torch.int64)
+BATCH = Batch({"document_lengths": [4]}, targets=NONE, positions=NONE, documents=NONE, tokens=4)
+
+
+class Engine:
+    """An engine without a model."""
+
+    def forward_backward(self, micro: Batch, loss: Any, denominator: Any, *, last: bool) -> LossSum:
+        return LossSum(torch.tensor(3.0), torch.tensor(2.0))
+
+    def step(self, learning_rate: float) -> StepStats:
+        return StepStats(1.0)
+
+
+class Task:
+    loss = None
+
+
+class Tracker:
+    def log(self, metrics: Any, *, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Clock:
+    """Minutes pass as the steps do."""
+
+    def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(loop.time, "monotonic", lambda: 60.0 * run.progress.step)
+        run.saved_at = 0.0
+
+
+def make(saved: list[int], rank: int = 0, **keys: Any) -> Run:
+    training = Training(
+        task=Task(),  # type: ignore[arg-type]
+        engine=Engine(),  # type: ignore[arg-type]
+        batches=lambda step: [BATCH],
+        learning_rate=lambda step: 0.1,
+        epoch_at=lambda step: step / STEPS_IN_EPOCH,
+        total_steps=STEPS,
+        hooks=[],
+    )
+    records = Records(Tracker(), lambda progress: saved.append(progress.step), lambda name: None, lambda: None)
+    progress = Progress(0, 1, "ddp", None, None, None, 0)
+    return Run(TrainConfig(**keys), rank, training, None, records, lambda phase: None, progress)
+
+
+@pytest.mark.parametrize(
+    ("keys", "saves"),
+    [
+        ({}, [4, 8, 10]),
+        ({"save_minutes": 3}, [4, 8, 10]),  # noticed before the step that follows
+        ({"save_minutes": None}, [10]),
+        ({"save_steps": 3}, [3, 6, 9, 10]),
+        ({"save_steps": 5, "save_minutes": 3}, [4, 5, 9, 10]),
+    ],
+)
+def test_when_checkpoints_are_saved(keys: dict[str, Any], saves: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    run = make(saved, **keys)
+    Clock(run, monkeypatch)
+    fit(run)
+    assert saved == saves
+
+
+def test_only_rank_0_looks_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    run = make(saved, rank=1, save_minutes=1)
+    Clock(run, monkeypatch)
+    fit(run)
+    assert saved == [STEPS]
+
+
+@pytest.mark.parametrize(
+    ("keys", "limit"),
+    [
+        ({}, 2),
+        ({"save_steps": 3}, None),
+        ({"save_steps": 3, "save_total_limit": 5}, 5),
+        ({"save_total_limit": None}, None),
+        ({"save_minutes": 3}, 2),
+    ],
+)
+def test_how_many_are_kept(keys: dict[str, Any], limit: int | None) -> None:
+    assert TrainConfig(**keys).checkpoints_kept == limit
+
+
+@pytest.mark.parametrize(("resume", "again"), [("auto", AGAIN), ("runs/a/checkpoints/step-1", WITH_AUTO)])
+def test_a_stop_saves_the_last_finished_step_once(resume: str, again: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    run = make(saved, resume=resume, save_minutes=None)
+    monkeypatch.setattr(
+        run.training.engine, "step", lambda rate: run.progress.step == 5 and run.stop.ask("SIGTERM") or StepStats(1.0)
+    )
+    with pytest.raises(Stopped) as stopped:
+        fit(run)
+    assert saved == [6] and run.progress.step == 6
+    (problem,) = stopped.value.problems
+    assert (problem.where, problem.rule, problem.way_out) == ("SIGTERM", "step 6 of 10 is saved in a checkpoint", again)
+
+
+def test_a_stop_after_a_save_does_not_save_again() -> None:
+    saved: list[int] = []
+    run = make(saved, save_steps=3)
+    records = run.records
+
+    def save(progress: Progress) -> None:
+        records.save(progress)
+        run.stop.ask("SIGTERM")
+
+    run.records = Records(records.tracker, save, records.restore, records.export)
+    with pytest.raises(Stopped, match="step 3 of 10 is saved"):
+        fit(run)
+    assert saved == [3]
+
+
+def test_a_step_has_two_reductions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the counts, with the requests to stop and to save, and one for the losses."""
+    calls: list[int] = []
+    total = comm.total
+    monkeypatch.setattr(comm, "total", lambda value: calls.append(value.numel()) or total(value))
+    fit(make([]))
+    assert calls == [6, 2] * STEPS
