@@ -6,17 +6,17 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from ...config.task import TaskConfig
-from ...errors import RequestError
 from ..read.faults import EMPTY_TEXT, RowFault
 from ..read.formats import IGNORED_LABEL
-from .spans import OWN_TEMPLATE, Closers, Message, Span, find_spans
+from .places import LostReasoning
+from .renderer import OWN_TEMPLATE, Message, Renderer, Span
+from .spans import Closers
+from .supervised import PLAIN, ends_plain_turns, supervised_spans
+from .turns import Supervision, flag_of, reasoning_forms, without_flags, without_reasoning
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
 
@@ -27,8 +27,7 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
         return None
     if task.name in CONVERSING and tokenizer.chat_template:
         try:
-            answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            labels = ChatTokenizer(tokenizer).encode_messages(answered)["labels"]
+            labels = ChatTokenizer(tokenizer).encode_messages(PLAIN)["labels"]
             return [label for label in labels if label != IGNORED_LABEL][-1]
         except RowFault:  # the template does not support this conversation
             pass
@@ -37,8 +36,6 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
 
 
 Encoded = dict[str, list[int]]
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
 
 
 class ChatTokenizer:
@@ -46,17 +43,19 @@ class ChatTokenizer:
 
     Args:
         tokenizer: A transformers tokenizer, whose `chat_template` is used for messages.
+        supervision: What is supervised of conversations.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, supervision: Supervision | None = None) -> None:
         self.tokenizer = tokenizer
+        self.supervision = supervision or Supervision()
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos_id is not None and tokenizer("a")["input_ids"][:1] == [self.bos_id]
         added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         names = {*added, *tokenizer.all_special_tokens} - {None}
         self.closers = Closers(tuple(sorted(name for name in names if name.strip())), tokenizer.eos_token)
-        self.closer_ids = {number for name, number in added.items() if name.strip()} | {self.eos_id} - {None}
+        self.end_ids = {number for name, number in added.items() if name in self.closers.ends} | {self.eos_id} - {None}
 
     def encode_text(self, text: str) -> Encoded:
         """Encode a document as BOS (if the tokenizer adds one), its tokens and EOS (if any), with loss on all tokens.
@@ -87,12 +86,20 @@ class ChatTokenizer:
         context, answer = self._begin(context), self._end(answer)
         return {"input_ids": context + answer, "labels": [IGNORED_LABEL] * len(context) + answer}
 
+    def encode_turns(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0
+    ) -> list[Encoded]:
+        """Encode each supervised message as a conversation of its own, which ends with it; see `encode_messages`."""
+        turns = self.supervision.choose(messages, context)
+        return [self._encode([*messages[: turn + 1]], tools, [turn]) for turn in turns]
+
     def encode_messages(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0
     ) -> Encoded:
         """Encode a conversation with the chat template, with loss on the assistant turns including their end tokens.
 
-        If the template renders no end token after the last turn, EOS is appended.
+        If the template renders no end token after the last turn, EOS is appended. Which turns and end tokens are
+        supervised is set by `supervision` and by the flags of the messages (turns.py).
 
         Args:
             messages: Chat messages (see messages.py).
@@ -103,22 +110,30 @@ class ChatTokenizer:
             RowFault: There is no supervised assistant turn, or the chat template cannot render the conversation.
             RequestError: The tokenizer has no chat template.
         """
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
-        if not turns:
-            raise RowFault(
-                "there is no assistant turn", "correct data.format or the roles, or set task.unsupervised=drop"
-            )
-        if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in turns):
-            raise RowFault("the assistant turns are empty", "correct their content, or set task.unsupervised=drop")
-        render = _Render(self.tokenizer, tools)
-        text = render(messages)
-        if tools and not all(_tool_name(tool) in text for tool in tools):
-            way_out = "set task.chat_template to a template that renders tools, such as chatml"
-            raise RowFault("the chat template does not render the row's tools", way_out)
-        encoded = self._by_marks(render, messages, turns) if context == 0 else None
-        if encoded is None:
-            encoded = self._by_spans(text, find_spans(render, messages, turns, self.closers))
-        return self._once(self._closed(encoded, is_last=turns[-1] == len(messages) - 1))
+        return self._encode(messages, tools, self.supervision.choose(messages, context))
+
+    def _encode(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, turns: Sequence[int]
+    ) -> Encoded:
+        """Encode a conversation with loss on the messages `turns`; reasoning in the first form that is rendered."""
+        render = Renderer(self.tokenizer, tools)
+        muted = [i for i, message in enumerate(messages) if flag_of(message) is False]
+        given = without_flags(messages)
+        if self.supervision.reasoning == "drop":
+            given = without_reasoning(given)
+        lost: LostReasoning | None = None
+        for form in reasoning_forms(given, render.template):
+            try:
+                text, spans = supervised_spans(render, form, turns, muted, self.closers, self.supervision)
+            except LostReasoning as fault:
+                lost = lost or fault
+                continue
+            encoded = self._by_spans(text, spans)
+            if self.supervision.train_on_eos != "none" and messages[turns[-1]]["role"] == "assistant":
+                encoded = self._closed(encoded, render, is_last=turns[-1] == len(messages) - 1)
+            return self._once(encoded)
+        assert lost is not None, "the first form is the row as given"
+        raise lost
 
     def _by_spans(self, text: str, spans: Sequence[Span]) -> Encoded:
         """Tokenize the rendered text and label the tokens inside the spans."""
@@ -152,35 +167,13 @@ class ChatTokenizer:
             labels[first:last] = ids[first:last]
         return {"input_ids": ids, "labels": labels}
 
-    def _by_marks(self, render: _Render, messages: Sequence[Message], turns: Sequence[int]) -> Encoded | None:
-        """Label tokens by the template's `{% generation %}` blocks; return None if it has none or they yield no tokens.
-
-        If a block excludes the end token of a turn, the label is added where the prefix difference finds it.
-        """
-        if not _MARKS.search(render.template):
-            return None
-        ids, mask = render.with_mask(messages)
-        if not any(mask):
-            return None
-        try:
-            ends = self._by_spans(render(messages), find_spans(render, messages, turns, self.closers))["labels"]
-        except RowFault:
-            ends = [token if token == self.eos_id else IGNORED_LABEL for token in ids]
-        labels = [token if marked else IGNORED_LABEL for token, marked in zip(ids, mask, strict=True)]
-        for i in range(1, len(ids)):
-            is_end = ids[i] in self.closer_ids
-            if labels[i] == IGNORED_LABEL:
-                left_out = is_end and labels[i - 1] != IGNORED_LABEL and ids[i - 1] not in self.closer_ids
-                labels[i] = ends[i] if left_out and len(ends) == len(ids) else IGNORED_LABEL
-            elif ids[i - 1] in self.closer_ids and not is_end and not self.tokenizer.decode([ids[i]]).strip():
-                labels[i] = IGNORED_LABEL  # whitespace after the end token belongs to the template
-        return {"input_ids": ids, "labels": labels}
-
-    def _closed(self, encoded: Encoded, *, is_last: bool) -> Encoded:
+    def _closed(self, encoded: Encoded, render: Renderer, *, is_last: bool) -> Encoded:
         """Ensure that the last supervised turn ends with an end token; append EOS if the template renders none."""
         ids, labels = encoded["input_ids"], encoded["labels"]
-        end = max(i for i, label in enumerate(labels) if label != IGNORED_LABEL) + 1
-        if ids[end - 1] in self.closer_ids:
+        end = max((i for i, label in enumerate(labels) if label != IGNORED_LABEL), default=-1) + 1
+        if end == 0:
+            raise RowFault("the rendering has no supervised token", OWN_TEMPLATE)
+        if ids[end - 1] == self.eos_id or (ids[end - 1] in self.end_ids and ends_plain_turns(render, self.closers)):
             return encoded
         if not is_last or self.eos_id is None:
             why = "and the tokenizer has no EOS token" if is_last else "and more messages follow"
@@ -208,42 +201,3 @@ class ChatTokenizer:
 
     def _end(self, ids: list[int]) -> list[int]:
         return [*ids, self.eos_id] if self.eos_id is not None and ids[-1:] != [self.eos_id] else ids
-
-
-class _Render:
-    """Renderer that applies the tokenizer's chat template with given tools."""
-
-    def __init__(self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None) -> None:
-        self.tokenizer = tokenizer
-        self.tools = list(tools) if tools else None
-        try:
-            self.template: str = tokenizer.get_chat_template(None, self.tools)
-        except ValueError as error:
-            raise RequestError.of(
-                "task.chat_template",
-                "the tokenizer has no chat template, but the data contains messages",
-                "set task.chat_template=chatml or a Jinja file, or use prompt and completion as strings",
-            ) from error
-
-    def __call__(self, messages: Sequence[Message], *, generation: bool = False) -> str:
-        return str(self._apply(messages, tokenize=False, add_generation_prompt=generation))
-
-    def with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Return the token ids and the template's own mask of assistant tokens."""
-        if not self.tokenizer.is_fast:
-            return [], []
-        result = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(result["input_ids"]), list(result["assistant_masks"])
-
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options)
-        except _RENDER_ERRORS as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            way_out = "correct the rows, or set task.chat_template to a template that supports them"
-            raise RowFault(f"the chat template cannot render the row: {reason}", way_out) from error
-
-
-def _tool_name(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
