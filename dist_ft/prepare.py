@@ -20,6 +20,7 @@ from .data.render.labels import find_labels
 from .data.render.new_tokens import NewTokens, find_new_tokens
 from .data.render.template import ChatTokenizer
 from .data.render.tokenizer import check_tokenizers, load_tokenizer
+from .data.render.turns import Supervision
 from .data.store.identity import split_folder
 from .data.store.opened import Split
 from .data.store.repeats import describe_shared
@@ -76,7 +77,7 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
 
     @cache
     def encoder() -> ChatTokenizer:
-        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+        return ChatTokenizer(load_tokenizer(config, tokenizer_dir), Supervision.of(config.task))
 
     found = cache(lambda: find_facts(config, encoder))  # lazy: only computed if a split is not in the cache
     splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", found, encoder, say)}

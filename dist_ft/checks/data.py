@@ -17,11 +17,12 @@ from ..data.read.sets import ALONE, key_of, sets_of, sources_of
 from ..data.read.sources import HubSet, resolve
 from ..errors import DistFtError, Problem
 
+RESERVED = ("messages", "tools", "add_generation_prompt")  # variables of a chat template that rows determine
 FIRST_ROWS = 20  # read from each file, enough to detect a wrong encoding, delimiter or format
 
 
 def chat_template_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that the file of `task.chat_template` exists."""
+    """Check that the file of `task.chat_template` exists, and the keys that go with it."""
     template = getattr(config.task, "chat_template", None)
     if template not in (None, "chatml") and not Path(template).is_file():
         yield Problem(
@@ -29,6 +30,14 @@ def chat_template_problems(config: RunConfig) -> Iterator[Problem]:
             f"the file {template} does not exist",
             "set task.chat_template to a Jinja file, or to chatml",
         )
+
+    given = [name for name in getattr(config.task, "chat_template_kwargs", {}) if name in RESERVED]
+    if given:
+        rule = f"{', '.join(given)} of the chat template comes from the rows"
+        yield Problem("task.chat_template_kwargs", rule, "remove it")
+    if getattr(config.task, "one_row_per_turn", False) and getattr(config.task, "train_on", None) == "all":
+        rule = "with task.train_on=all, each sequence of a row would train the turns before it again"
+        yield Problem("task.one_row_per_turn", rule, "set task.train_on=assistant, or remove it")
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:

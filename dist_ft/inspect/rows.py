@@ -25,6 +25,7 @@ from ..data.read.formats import IGNORED_LABEL
 from ..data.read.sets import ALONE, SplitName, sets_of
 from ..data.render.template import ChatTokenizer
 from ..data.render.tokenizer import load_tokenizer
+from ..data.render.turns import Supervision
 from ..data.store.split import Encoder, encode_row
 from ..errors import DistFtError, RequestError
 from ..prepare import find_facts, prepare
@@ -50,7 +51,7 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
 
     @cache
     def encoder() -> ChatTokenizer:
-        return ChatTokenizer(load_tokenizer(config, tokenizer_dir))
+        return ChatTokenizer(load_tokenizer(config, tokenizer_dir), Supervision.of(config.task))
 
     facts = find_facts(config, encoder)
     task = TASKS[config.task.name](config.task, facts, padding_free=True)

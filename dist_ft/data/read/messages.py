@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+FLAGS = ("weight", "loss", "train")  # of a message: whether it is supervised (data/render/turns.py)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -75,10 +76,11 @@ def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         if role is None:
             raise RowShape(f"turn {number} is from {turn['from']!r}", f"use one of {', '.join(_SHAREGPT_ROLES)}")
         content = _text_of(turn["value"], number)
+        flags = {name: turn[name] for name in FLAGS if turn.get(name) is not None}
         if role == "function_call":
-            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(content, number)})
+            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(content, number), **flags})
         else:
-            messages.append({"role": role, "content": content})
+            messages.append({"role": role, "content": content, **flags})
     return messages
 
 

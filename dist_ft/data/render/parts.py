@@ -85,8 +85,7 @@ class Marker:
             if isinstance(function.get(key), str):
                 marked[key] = self._text(function[key], TOOLS, "tool", at)
         parameters = function.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        if isinstance(properties, Mapping):
+        if isinstance(parameters, Mapping) and isinstance(properties := parameters.get("properties"), Mapping):
             names = {name: self._key(name, TOOLS, "tool", at) for name in properties}
             changed: dict[str, Any] = {"properties": {names[name]: value for name, value in properties.items()}}
             if isinstance(parameters.get("required"), list):  # the same names, by which templates look up parameters

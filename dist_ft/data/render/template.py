@@ -6,6 +6,7 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,16 +137,34 @@ class ChatTokenizer:
         raise lost
 
     def _by_spans(self, text: str, spans: Sequence[Span]) -> Encoded:
-        """Tokenize the rendered text and label the tokens inside the spans."""
+        """Tokenize the rendered text and label the tokens inside the spans.
+
+        Where a token of the prompt takes the white space behind it (`rstrip`), an answer that starts with white space
+        is tokenized on its own, as it is generated.
+        """
         if not self.tokenizer.is_fast:
             return self._by_prefixes(text, spans)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         if sum(first == last for first, last in offsets) * 2 > len(ids):  # some converted tokenizers have no offsets
             return self._by_prefixes(text, spans)
+        starts = {start for start, _ in spans}
+        taken = [
+            start
+            for first, last in offsets
+            for start in range(first + 1, last)
+            if start in starts and text[first:start].strip() and not text[start:last].strip()
+        ]
+        if taken:
+            edges = [0, *taken, len(text)]
+            pieces = [
+                self._by_spans(text[left:right], [(a - left, b - left) for a, b in spans if left <= a < right])
+                for left, right in itertools.pairwise(edges)
+            ]
+            return {name: [token for piece in pieces for token in piece[name]] for name in ("input_ids", "labels")}
         labels = [IGNORED_LABEL] * len(ids)
         remaining = iter(spans)
-        start, stop = next(remaining)
+        start, stop = next(remaining, (len(text) + 1, len(text) + 1))
         for i, (first, last) in enumerate(offsets):
             while first >= stop:
                 start, stop = next(remaining, (len(text) + 1, len(text) + 1))

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...config.task import Reasoning
 from ..read.faults import RowFault
+from ..read.messages import FLAGS
 from .parts import REASONING_KEYS, THOUGHT
 from .renderer import Message
 
-FLAGS = ("weight", "loss", "train")  # of a message: whether it is supervised
 Ends = Literal["turn", "last", "none"]
-Reasoning = Literal["require", "keep", "drop"]
 
 
 @dataclass(frozen=True)
