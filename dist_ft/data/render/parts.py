@@ -20,7 +20,8 @@ TOOLS = -1  # owner of the tool descriptions
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 THOUGHT = re.compile(r"^\s*<think>(.*?)</think>\s*", re.DOTALL)  # reasoning at the start of a content
 _TAGS = re.compile(r"<[^<>\s'\"{}%]{1,40}>|\[/?[A-Z_]{2,20}\]|/(?:no_)?think\b")
-_CLOSES_THOUGHT = re.compile(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]")
+PROTECTED = "\ue0f0"  # stands for `</think>` where the template must not cut, see turns.py
+_CLOSES_THOUGHT = re.compile(rf"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|{PROTECTED}")
 _PLANE = 0x100000  # supplementary private use area B
 MOST = 0x7FFF  # marked texts of a row: two marks each, of the 65,534 characters of the plane
 
@@ -59,7 +60,7 @@ class Marker:
 
     base: int
     number: str
-    tags: re.Pattern[str] | None
+    tags: re.Pattern[str]
     bare: Collection[int] = ()
     parts: list[Part] = field(default_factory=list)
 
@@ -98,7 +99,9 @@ class Marker:
         if not closing:
             return self._text(text, owner, "content")
         stop = closing[-1].end()
-        return self._text(text[:stop], owner, "reasoning") + self._text(text[stop:], owner, "content")
+        empty = not any(text[start:end].strip() for start, end in _between(text[:stop], self.tags))
+        thought = text[:stop] if empty else self._text(text[:stop], owner, "reasoning")
+        return thought + self._text(text[stop:], owner, "content")
 
     def _call(self, call: Mapping[str, Any], owner: int, at: int) -> dict[str, Any]:
         function = call["function"]
@@ -144,10 +147,10 @@ class Marker:
         return "".join([*pieces, text[last:]])
 
 
-def tags_of(template: str) -> re.Pattern[str] | None:
+def tags_of(template: str) -> re.Pattern[str]:
     """Return a pattern of the tags that a template names, by which it may split or search texts."""
-    names = sorted(set(_TAGS.findall(template)), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names))) if names else None
+    names = sorted({*_TAGS.findall(template), PROTECTED}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)))
 
 
 def free_base(text: str) -> int | None:
@@ -165,16 +168,16 @@ def texts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | N
     return json.dumps([list(messages), list(tools or ())], ensure_ascii=False, default=str)
 
 
-def _segments(text: str, tags: re.Pattern[str] | None) -> list[tuple[int, int]]:
+def _segments(text: str, tags: re.Pattern[str]) -> list[tuple[int, int]]:
     """Return the spans of the text between tags, without outer white space; of a text of tags alone, the whole text."""
     found = [span for span in (_trimmed(text, *piece) for piece in _between(text, tags)) if span[0] < span[1]]
     whole = _trimmed(text, 0, len(text))
     return found or ([whole] if whole[0] < whole[1] else [])
 
 
-def _between(text: str, tags: re.Pattern[str] | None) -> Iterator[tuple[int, int]]:
+def _between(text: str, tags: re.Pattern[str]) -> Iterator[tuple[int, int]]:
     last = 0
-    for tag in tags.finditer(text) if tags else ():
+    for tag in tags.finditer(text):
         yield last, tag.start()
         last = tag.end()
     yield last, len(text)

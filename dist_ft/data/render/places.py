@@ -42,14 +42,14 @@ class Places:
         found = (self.spans.get(i, ()) for i, part in enumerate(self.parts) if part.owner == owner)
         return sorted(span for spans in found for span in spans)
 
-    def require(self, supervised: Collection[int], *, reasoning: bool) -> None:
-        """Check that every part is rendered; of reasoning, only that of supervised turns, and only if required.
+    def require(self, reasoned: Collection[int]) -> None:
+        """Check that every part is rendered; of reasoning, only that of the messages `reasoned`.
 
         Raises:
             RowFault: A part is not rendered, or not as it is.
         """
         for index, part in enumerate(self.parts):
-            if part.kind == "reasoning" and not (reasoning and part.owner in supervised):
+            if part.kind == "reasoning" and part.owner not in reasoned:
                 continue
             if not self.spans.get(index):
                 cause = f"the chat template does not render {self._name(part)}"
@@ -58,8 +58,10 @@ class Places:
             if not any(self.text[start:stop] in part.forms for start, stop in self.spans[index]):
                 raise RowFault(f"the chat template changes {self._name(part)}", OWN_TEMPLATE)
 
-    def require_inside(self, owner: int, spans: Sequence[Span], *, reasoning: bool) -> None:
+    def require_inside(self, owner: int, spans: Sequence[Span], reasoned: Collection[int]) -> None:
         """Check that each part of a supervised turn stands inside one of its spans, and none of another message's.
+
+        Of reasoning, this is required of the messages `reasoned`.
 
         Raises:
             RowFault: A part stands elsewhere.
@@ -67,7 +69,7 @@ class Places:
         for index, part in enumerate(self.parts):
             inside = [place for place in self.spans.get(index, ()) if _is_inside(place, spans)]
             single = len(inside) == 1 or (part.kind == "call" and inside)  # a name may be written twice in a call
-            if part.owner == owner and not single and (part.kind != "reasoning" or reasoning):
+            if part.owner == owner and not single and (part.kind != "reasoning" or owner in reasoned):
                 where = "outside the part of the text that the model generates" if not inside else "more than once"
                 raise RowFault(f"the chat template renders {self._name(part)} {where}", OWN_TEMPLATE)
             if part.owner != owner and part.kind != "call" and inside:

@@ -24,13 +24,17 @@ class Renderer:
     Args:
         tokenizer: transformers tokenizer.
         tools: Tool descriptions for the chat template.
+        closes_thought: Character that stands for `</think>` in the messages, so that the template cannot cut there.
 
     Raises:
         RequestError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None) -> None:
+    def __init__(
+        self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None, closes_thought: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.closes_thought = closes_thought
         self.tools = list(tools) if tools else None
         try:
             self.template: str = tokenizer.get_chat_template(None, self.tools)
@@ -42,15 +46,20 @@ class Renderer:
             ) from error
 
     def __call__(self, messages: Sequence[Message], *, generation: bool = False) -> str:
-        return str(self._apply(self.tools, messages, add_generation_prompt=generation))
+        return self._apply(self.tools, messages, add_generation_prompt=generation)
 
     def with_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
         """Render with other tool descriptions than those of the row."""
-        return str(self._apply(tools, messages, add_generation_prompt=False))
+        return self._apply(tools, messages, add_generation_prompt=False)
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template has `{% generation %}` blocks."""
+        return bool(_MARKS.search(self.template))
 
     def generated(self, messages: Sequence[Message]) -> list[Span] | None:
         """Return the spans of the template's `{% generation %}` blocks, or None if it has no such block."""
-        if not _MARKS.search(self.template):
+        if not self.marks_answers:
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -64,10 +73,11 @@ class Renderer:
         )
         return [(start, stop) for start, stop in spans[0] if stop > start]
 
-    def _apply(self, tools: Any, messages: Sequence[Message], **options: Any) -> Any:
+    def _apply(self, tools: Any, messages: Sequence[Message], **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
+            text = str(self.tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
         except _RENDER_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             way_out = "correct the rows, or set task.chat_template to a template that supports them"
             raise RowFault(f"the chat template cannot render the row: {reason}", way_out) from error
+        return text.replace(self.closes_thought, "</think>") if self.closes_thought else text

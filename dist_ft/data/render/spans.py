@@ -19,6 +19,10 @@ from .renderer import OWN_TEMPLATE, Message, Renderer, Span
 ONE_ROW = f"set task.one_row_per_turn=true or task.train_on=last, or {OWN_TEMPLATE}"
 
 
+class PromptFault(RowFault):
+    """The generation prompt ends with text that the rendered answer does not start with."""
+
+
 @dataclass(frozen=True)
 class Closers:
     """Tokens that can end a turn: the added tokens of the tokenizer, including EOS."""
@@ -90,10 +94,11 @@ def render_around(render: Renderer, messages: Sequence[Message], turn: int) -> t
     if not after.startswith(before):
         tail = before[max(0, len(common_prefix(before, after)) - 24) :]
         cause = f"the chat template's generation prompt ends with {tail!r}, which the rendered answer does not contain"
-        raise RowFault(
+        raise PromptFault(
             cause,
             "set task.chat_template_kwargs so that the prompt is rendered without it (such as {enable_thinking: false}"
-            f" for answers without reasoning), add this text to the data, or {OWN_TEMPLATE}",
+            " for answers without reasoning); if it opens a <think> block, task.reasoning=drop trains an empty one;"
+            f" or {OWN_TEMPLATE}",
         )
     return before, after
 

@@ -18,6 +18,7 @@ def supervised_spans(
     messages: Sequence[Message],
     turns: Sequence[int],
     muted: Collection[int],
+    reasoned: Collection[int],
     closers: Closers,
     settings: Supervision,
 ) -> tuple[str, list[Span]]:
@@ -28,6 +29,7 @@ def supervised_spans(
         messages: Messages without their flags.
         turns: Indices of the supervised messages.
         muted: Indices of the messages that are flagged as not supervised.
+        reasoned: Indices of the messages whose reasoning has to be rendered.
         closers: Tokens that can end a turn.
         settings: What is supervised.
 
@@ -36,8 +38,7 @@ def supervised_spans(
     """
     text = render(messages)
     places = find_places(render, messages, text)
-    requires = settings.reasoning == "require"
-    places.require(turns, reasoning=requires)
+    places.require(reasoned)
     if settings.train_on == "all":
         return text, _outside(text.rstrip(), [span for i in muted for span in places.within(i)])
     answers = [turn for turn in turns if messages[turn]["role"] == "assistant"]
@@ -46,7 +47,7 @@ def supervised_spans(
         if turn not in spans:
             content = find_content(places, turn, closers)
             spans[turn] = [] if content is None else [content]
-        places.require_inside(turn, spans[turn], reasoning=requires)
+        places.require_inside(turn, spans[turn], reasoned)
     for turn in spans:
         if settings.train_on_eos == "none" or (settings.train_on_eos == "last" and turn != turns[-1]):
             spans[turn] = _without_end(text, spans[turn], closers)

@@ -7,17 +7,18 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...config.task import TaskConfig
 from ..read.faults import EMPTY_TEXT, RowFault
 from ..read.formats import IGNORED_LABEL
+from .parts import PROTECTED
 from .places import LostReasoning
 from .renderer import OWN_TEMPLATE, Message, Renderer, Span
-from .spans import Closers
+from .spans import Closers, PromptFault
 from .supervised import PLAIN, ends_plain_turns, supervised_spans
-from .turns import Supervision, flag_of, reasoning_forms, without_flags, without_reasoning
+from .turns import Supervision, flag_of, protected_form, reasoning_forms, without_flags, without_reasoning
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
 
@@ -116,25 +117,41 @@ class ChatTokenizer:
     def _encode(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, turns: Sequence[int]
     ) -> Encoded:
-        """Encode a conversation with loss on the messages `turns`; reasoning in the first form that is rendered."""
-        render = Renderer(self.tokenizer, tools)
+        """Encode a conversation with loss on the messages `turns`, in the first form that is rendered completely."""
         muted = [i for i, message in enumerate(messages) if flag_of(message) is False]
-        given = without_flags(messages)
-        if self.supervision.reasoning == "drop":
-            given = without_reasoning(given)
-        lost: LostReasoning | None = None
-        for form in reasoning_forms(given, render.template):
+        first: RowFault | None = None
+        for render, form, reasoned in self._forms(messages, tools, turns):
             try:
-                text, spans = supervised_spans(render, form, turns, muted, self.closers, self.supervision)
-            except LostReasoning as fault:
-                lost = lost or fault
+                text, spans = supervised_spans(render, form, turns, muted, reasoned, self.closers, self.supervision)
+            except (LostReasoning, PromptFault) as fault:
+                first = first or fault
                 continue
             encoded = self._by_spans(text, spans)
             if self.supervision.train_on_eos != "none" and messages[turns[-1]]["role"] == "assistant":
                 encoded = self._closed(encoded, render, is_last=turns[-1] == len(messages) - 1)
             return self._once(encoded)
-        assert lost is not None, "the first form is the row as given"
-        raise lost
+        assert first is not None, "the first form is the row as given"
+        raise first
+
+    def _forms(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, turns: Sequence[int]
+    ) -> Iterator[tuple[Renderer, list[Message], Sequence[int]]]:
+        """Yield the conversation in the forms in which the chat template may render all of it.
+
+        Each has the messages whose reasoning has to be rendered.
+        """
+        render, reasoning = Renderer(self.tokenizer, tools), self.supervision.reasoning
+        given, reasoned = without_flags(messages), turns[-1:] if reasoning == "keep" else turns
+        if reasoning == "drop":
+            given = without_reasoning(given)
+        for form in reasoning_forms(given, render.template):
+            yield render, form, reasoned
+        if len(given) > 1 and given[-1]["role"] == "assistant" and not render.marks_answers:
+            prompt = render(given[:-1], generation=True)
+            if (shielded := protected_form(given, prompt, empty=reasoning == "drop")) is not None:
+                yield Renderer(self.tokenizer, tools, PROTECTED), shielded, reasoned
+        if reasoning == "keep":
+            yield render, given, []
 
     def _by_spans(self, text: str, spans: Sequence[Span]) -> Encoded:
         """Tokenize the rendered text and label the tokens inside the spans.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from ...config.task import Reasoning
 from ..read.faults import RowFault
 from ..read.messages import FLAGS
-from .parts import REASONING_KEYS, THOUGHT
+from .parts import PROTECTED, REASONING_KEYS, THOUGHT
 from .renderer import Message
 
 Ends = Literal["turn", "last", "none"]
@@ -106,6 +107,30 @@ def reasoning_forms(messages: Sequence[Message], template: str) -> Iterator[list
             yield [_renamed(message) for message in keyed]
         if "</think>" in template:
             yield [_inline(message) for message in keyed]
+
+
+def protected_form(messages: Sequence[Message], prompt: str, *, empty: bool) -> list[Message] | None:
+    """Return the conversation with the reasoning of its last answer in a block that the template cannot cut away.
+
+    Some templates open a `<think>` block in the generation prompt and cut what is in such a block out of all answers
+    (DeepSeek-R1, QwQ), also out of the last one. Here PROTECTED stands for `</think>`; the renderer restores it.
+
+    Args:
+        messages: The conversation.
+        prompt: The rendered prompt of the last message.
+        empty: Whether an answer without reasoning gets an empty block.
+
+    Returns:
+        None if the prompt opens no block, or there is no reasoning.
+    """
+    opening = re.search(r"<think>(\s*)$", prompt)
+    last = _keyed(messages[-1])
+    thought = str(last.pop("reasoning_content", "")).strip()
+    if opening is None or not (thought or empty) or any(PROTECTED in str(m) for m in messages):
+        return None
+    blank = opening[1]
+    block = f"<think>{blank}{thought}{blank}{PROTECTED}{blank * 2}"
+    return [*messages[:-1], {**last, "content": block + last["content"]}]
 
 
 def _keyed(message: Message) -> Message:

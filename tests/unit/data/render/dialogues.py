@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from dist_ft.data.read.formats import IGNORED_LABEL
@@ -103,12 +104,10 @@ def faults(
     """
     ids, labels = encoded["input_ids"], encoded["labels"]
     learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
-    whole = Counter(WORD.findall(tokenizer.decode(ids)))
-    supervised = Counter(WORD.findall(tokenizer.decode([i for i in labels if i != IGNORED_LABEL])))
-    texts = {
-        i: Counter(word for text in _texts(message) for word in WORD.findall(text))
-        for i, message in enumerate(messages)
-    }
+    whole = _count(re.sub(r"\\u(\w{4})", lambda match: chr(int(match[1], 16)), tokenizer.decode(ids)))
+    runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED_LABEL)
+    supervised = _count(*(tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned))
+    texts = {i: _count(*_texts(message)) for i, message in enumerate(messages)}
     wanted = sum((texts[i] for i in learned), Counter())
     found = []
     if missing := set(wanted) - set(supervised):
@@ -119,7 +118,7 @@ def faults(
         found.append(f"{len(foreign)} words that are no answer are learned")
     shown = sum((texts[i] for i, m in enumerate(messages) if i in learned or m["role"] != "assistant"), Counter())
     if tools:
-        shown += Counter(WORD.findall(f"{NAME} {PURPOSE} {KEY}"))
+        shown += _count(f"{NAME} {PURPOSE} {KEY}")
     if any(whole[word] < count for word, count in shown.items() if word != NAME):
         found.append("words are not rendered")
     return [*found, *_border_faults(tokenizer, messages, tools, encoded, learned[-1], marks=marks)]
@@ -143,6 +142,10 @@ def _border_faults(
         yield "the end of the prompt is learned"
     elif not marks and IGNORED_LABEL in labels[len(prompt) : end]:
         yield "a token between the prompt and the end of the answer is not learned"
+
+
+def _count(*texts: str) -> Counter[str]:
+    return Counter(word for text in texts for word in WORD.findall(text))
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -91,8 +91,8 @@ FAMILIES = {
     "switch": Family(
         "the prompt opens a block unless `enable_thinking` is false, plain answers have a closed one (Nemotron 3)",
         _turns(
-            "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% else %}<think></think>"
-            f"{{% endif %}}{CHAT}{CALLS}{END}",
+            "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n"
+            f"{{% elif '<think>' not in m.content %}}<think></think>{{% endif %}}{CHAT}{CALLS}{END}",
             PROMPT.replace(
                 "assistant\n",
                 "assistant\n{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\\n' }}"
@@ -115,7 +115,7 @@ FAMILIES = {
         "<s>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
         f"{{% if loop.first and tools %}}{TOOL_LIST}{{% endif %}}"
         "{% if m.tool_calls %}{% if m.tool_calls | length > 1 %}{{ raise_exception('only one call') }}{% endif %}"
-        '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
+        '{% set f = m.tool_calls[0].function %}{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}'
         "{% elif m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content | trim }}{% endif %}<|eot_id|>"
         "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
         ("<|start_header_id|>", "<|end_header_id|>"),
@@ -136,13 +136,13 @@ FAMILIES = {
     "channels": Family(
         "reasoning, calls and answers in channels, other end tokens in earlier turns; one call (gpt-oss)",
         "{% if tools %}<|start|>developer<|message|>{% for t in tools %}// {{ t.function.description }}\n"
-        "type {{ t.function.name }} = (_: {"
+        "type {{ t.function.name }} = (_: {{ '{' }}"
         "{% for k in t.function.parameters.properties %}{{ k }}: any, {% endfor %}}) => any;\n{% endfor %}<|end|>"
         "{% endif %}{% set ns = namespace(call='') %}"
         "{% for m in messages %}{% if m.role == 'assistant' %}"
         "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
-        "{% if m.tool_calls %}{% if m.content %}<|start|>assistant<|channel|>commentary<|message|>{{ m.content }}<|end|>"
-        "{% endif %}{% set ns.call = m.tool_calls[0].function.name %}"
+        "{% if m.tool_calls %}{% if m.content %}<|start|>assistant<|channel|>commentary<|message|>{{ m.content }}"
+        "<|end|>{% endif %}{% set ns.call = m.tool_calls[0].function.name %}"
         "<|start|>assistant to={{ ns.call }}<|channel|>commentary<|message|>"
         "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
         "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
@@ -174,12 +174,12 @@ FAMILIES = {
     "declared": Family(
         "tools and sorted arguments without JSON, roles system and user only (Gemma 4)",
         "<s>{% if tools %}<|turn>system\n{% for t in tools %}declaration:{{ t.function.name }}"
-        '{description:<|"|>{{ t.function.description }}<|"|>,parameters:{'
+        '{description:<|"|>{{ t.function.description }}<|"|>,parameters:{{ "{" }}'
         "{% for k, v in t.function.parameters.properties | dictsort %}{{ k }}:{{ v.type | upper }},{% endfor %}}}"
         "{% endfor %}<turn|>\n{% endif %}{% for m in messages %}"
         "{% if m.role in ['user', 'system', 'assistant', 'tool'] %}"
         "<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
-        "{% for c in m.tool_calls or [] %}<|call>call:{{ c.function.name }}{"
+        "{% for c in m.tool_calls or [] %}<|call>call:{{ c.function.name }}{{ '{' }}"
         "{% for k, v in c.function.arguments | dictsort %}{{ k }}:"
         "{% if v is string %}<|\"|>{{ v }}<|\"|>{% elif v is boolean %}{{ 'true' if v else 'false' }}"
         "{% else %}{{ v }}{% endif %},{% endfor %}}<call|>{% endfor %}<turn|>\n{% endif %}{% endfor %}"
@@ -190,7 +190,7 @@ FAMILIES = {
     "literal": Family(
         "arguments as a Python literal, escaped JSON of tools",
         _turns(
-            f"{CHAT}{{% for c in m.tool_calls or [] %}}\n{{{{ c.function.name }}}}({{{{ c.function.arguments }}}})"
+            f"{CHAT}{{% for c in m.tool_calls or [] %}}{{{{ '\n' + c.function.name }}}}({{{{ c.function.arguments }}}})"
             f"{{% endfor %}}{END}",
             tools="{{ tools | tojson(ensure_ascii=True) }}",
         ),
