@@ -21,7 +21,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 THOUGHT = re.compile(r"^\s*<think>(.*?)</think>\s*", re.DOTALL)  # reasoning at the start of a content
 _TAGS = re.compile(r"<[^<>\s'\"{}%]{1,40}>|\[/?[A-Z_]{2,20}\]|/(?:no_)?think\b")
 PROTECTED = "\ue0f0"  # stands for `</think>` where the template must not cut, see turns.py
-_CLOSES_THOUGHT = re.compile(rf"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|{PROTECTED}")
+_CLOSES_THOUGHT = re.compile(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]")
 _PLANE = 0x100000  # supplementary private use area B
 MOST = 0x7FFF  # marked texts of a row: two marks each, of the 65,534 characters of the plane
 
@@ -95,10 +95,12 @@ class Marker:
         return {**tool, "function": marked} if "function" in tool else marked
 
     def _content(self, text: str, owner: int) -> str:
-        closing = list(_CLOSES_THOUGHT.finditer(text))
+        closing = [
+            tag.end() for tag in self.tags.finditer(text) if tag[0] == PROTECTED or _CLOSES_THOUGHT.match(tag[0])
+        ]
         if not closing:
             return self._text(text, owner, "content")
-        stop = closing[-1].end()
+        stop = closing[-1]
         empty = not any(text[start:end].strip() for start, end in _between(text[:stop], self.tags))
         thought = text[:stop] if empty else self._text(text[:stop], owner, "reasoning")
         return thought + self._text(text[stop:], owner, "content")
@@ -147,9 +149,9 @@ class Marker:
         return "".join([*pieces, text[last:]])
 
 
-def tags_of(template: str) -> re.Pattern[str]:
+def tags_of(template: str, closes_thought: str | None) -> re.Pattern[str]:
     """Return a pattern of the tags that a template names, by which it may split or search texts."""
-    names = sorted({*_TAGS.findall(template), PROTECTED}, key=len, reverse=True)
+    names = sorted({*_TAGS.findall(template), closes_thought or "</think>"}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)))
 
 

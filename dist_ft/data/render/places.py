@@ -99,7 +99,7 @@ def find_places(render: Renderer, messages: Sequence[Message], text: str) -> Pla
     base = free_base(given + text)
     if base is None:
         raise RowFault("a text has private-use characters of Unicode plane 16", "remove these characters")
-    number, tags = free_number(given + text), tags_of(render.template)
+    number, tags = free_number(given + text), tags_of(render.template, render.closes_thought)
     bare: set[int] = set()
     for _ in range(_ROUNDS):
         marker = Marker(base, number, tags, bare)
