@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from dist_ft.data.read.formats import IGNORED_LABEL
@@ -121,17 +121,23 @@ def faults(
         shown += _count(f"{NAME} {PURPOSE} {KEY}")
     if any(whole[word] < count for word, count in shown.items() if word != NAME):
         found.append("words are not rendered")
-    return [*found, *_border_faults(tokenizer, messages, tools, encoded, learned[-1], marks=marks)]
+    starts = sum(a == IGNORED_LABEL != b for a, b in pairwise([IGNORED_LABEL, *labels]))
+    if not marks and starts != len(learned):
+        found.append("a token between the prompt and the end of an answer is not learned")
+    return [*found, *_border_faults(tokenizer, messages, tools, encoded, learned[-1])]
 
 
 def _border_faults(
-    tokenizer: Any, messages: Sequence[Message], tools: Any, encoded: Mapping[str, list[int]], turn: int, *, marks: bool
+    tokenizer: Any, messages: Sequence[Message], tools: Any, encoded: Mapping[str, list[int]], turn: int
 ) -> Iterator[str]:
-    """What is wrong around the last supervised turn: its prompt, its end, and what is between."""
+    """What is wrong around the last supervised turn: its prompt and its end."""
     ids, labels = encoded["input_ids"], encoded["labels"]
     end = max(i for i, label in enumerate(labels) if label != IGNORED_LABEL)
     if tokenizer.decode([ids[end]]) not in tokenizer.get_added_vocab():
         yield "no end token is learned"
+    run = next((i for i in range(end, -1, -1) if labels[i] == IGNORED_LABEL), -1)
+    if labels[run + 1 : end].count(tokenizer.eos_token_id):
+        yield "something behind the end token is learned"
     given = [{k: v for k, v in message.items() if k != "weight"} for message in messages[:turn]]
     prompt = tokenizer.apply_chat_template(given, tools=tools, add_generation_prompt=True, return_dict=True)[
         "input_ids"
@@ -140,8 +146,6 @@ def _border_faults(
         yield "the tokens before the answer are not those of the prompt"
     elif labels[len(prompt) - 1] != IGNORED_LABEL:
         yield "the end of the prompt is learned"
-    elif not marks and IGNORED_LABEL in labels[len(prompt) : end]:
-        yield "a token between the prompt and the end of the answer is not learned"
 
 
 def _count(*texts: str) -> Counter[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_ft.data.read.faults import RowFault
+from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.template import ChatTokenizer
 from tests.unit.data.render.dialogues import DIALOGUES, faults
 from tests.unit.data.render.families import FAMILIES
@@ -35,6 +36,28 @@ def row_of(name: str) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_learned_wrongly(name: str, dialogue: str) -> None:
     assert outcome(name, dialogue)[0] == []
+
+
+def test_the_oracle_sees_what_is_wrong() -> None:
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    messages, tools = DIALOGUES["after_loop"]
+    encoded = ChatTokenizer(tokenizer).encode_messages(messages, tools)
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    learned = [i for i, label in enumerate(labels) if label != IGNORED_LABEL]
+    assert faults(tokenizer, messages, tools, encoded) == []
+
+    def found(changed: dict[int, int], of: list[int] = labels) -> str:
+        new = [changed.get(i, label) for i, label in enumerate(of)]
+        return " ".join(faults(tokenizer, messages, tools, {"input_ids": ids, "labels": new}))
+
+    assert "words of an answer are not learned" in found(dict.fromkeys(learned[-30:-2], IGNORED_LABEL))
+    assert "between the prompt and the end" in found({learned[3]: IGNORED_LABEL})
+    assert "no end token" in found({learned[-1]: IGNORED_LABEL})
+    first = max(i for i in learned if i - 1 not in learned)
+    assert "end of the prompt is learned" in found({first - 1: ids[first - 1]})
+    assert "no answer are learned" in found({}, ids) and "behind the end token" in found({}, ids)
+    unseen, _ = DIALOGUES["multi"]
+    assert "words are not rendered" in " ".join(faults(tokenizer, [*unseen[:3], messages[-1]], tools, encoded))
 
 
 def test_the_document_has_every_form() -> None:
