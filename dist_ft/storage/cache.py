@@ -14,7 +14,7 @@ from typing import Any
 from ..config.run import RunConfig
 from .files import digest_file
 
-CODE_VERSION = 4  # of prepared content: increase it with every change of tokens, labels, packing or conversion
+CODE_VERSION = 3  # of prepared content: increase it with every change of tokens, labels, packing or conversion
 _REMEMBERED_BYTES = 64 << 20
 
 

@@ -138,14 +138,28 @@ def _border_faults(
     run = next((i for i in range(end, -1, -1) if labels[i] == IGNORED_LABEL), -1)
     if labels[run + 1 : end].count(tokenizer.eos_token_id):
         yield "something behind the end token is learned"
-    given = [{k: v for k, v in message.items() if k != "weight"} for message in messages[:turn]]
-    prompt = tokenizer.apply_chat_template(given, tools=tools, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
-    if ids[: len(prompt)] != prompt:
+    prompts = [_prompt(tokenizer, history, tools) for history in (messages[:turn], _inline(messages[:turn]))]
+    prompt = next((prompt for prompt in prompts if ids[: len(prompt)] == prompt), None)
+    if prompt is None:
         yield "the tokens before the answer are not those of the prompt"
     elif labels[len(prompt) - 1] != IGNORED_LABEL:
         yield "the end of the prompt is learned"
+
+
+def _prompt(tokenizer: Any, messages: Sequence[Message], tools: Any) -> list[int]:
+    given = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    rendered = tokenizer.apply_chat_template(given, tools=tools, add_generation_prompt=True, return_dict=True)
+    return list(rendered["input_ids"])
+
+
+def _inline(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with its reasoning in the content, the other form in which templates may show it."""
+    return [
+        {**message, "thinking": None, "content": f"<think>\n{message['thinking']}\n</think>\n\n{message['content']}"}
+        if "thinking" in message
+        else message
+        for message in messages
+    ]
 
 
 def _count(*texts: str) -> Counter[str]:

@@ -9,7 +9,7 @@ import pytest
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.template import ChatTokenizer
-from tests.unit.data.render.dialogues import DIALOGUES, faults
+from tests.unit.data.render.dialogues import DIALOGUES, faults, words
 from tests.unit.data.render.families import FAMILIES
 
 TABLE = Path(__file__).parents[4] / "docs" / "templates.md"
@@ -56,8 +56,8 @@ def test_the_oracle_sees_what_is_wrong() -> None:
     first = max(i for i in learned if i - 1 not in learned)
     assert "end of the prompt is learned" in found({first - 1: ids[first - 1]})
     assert "no answer are learned" in found({}, ids) and "behind the end token" in found({}, ids)
-    unseen, _ = DIALOGUES["multi"]
-    assert "words are not rendered" in " ".join(faults(tokenizer, [*unseen[:3], messages[-1]], tools, encoded))
+    more = [{"role": "system", "content": words(5)}, *messages]
+    assert "words are not rendered" in " ".join(faults(tokenizer, more, tools, encoded))
 
 
 def test_the_document_has_every_form() -> None:
