@@ -18,6 +18,10 @@ _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
 
 
+class RenderFault(RowFault):
+    """The chat template raises an error for a row."""
+
+
 class Renderer:
     """Function that renders messages with the chat template of a tokenizer.
 
@@ -79,5 +83,5 @@ class Renderer:
         except _RENDER_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             way_out = "correct the rows, or set task.chat_template to a template that supports them"
-            raise RowFault(f"the chat template cannot render the row: {reason}", way_out) from error
+            raise RenderFault(f"the chat template cannot render the row: {reason}", way_out) from error
         return text.replace(self.closes_thought, "</think>") if self.closes_thought else text

@@ -6,6 +6,7 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,18 @@ from ..read.faults import EMPTY_TEXT, RowFault
 from ..read.formats import IGNORED_LABEL
 from .parts import PROTECTED
 from .places import LostReasoning
-from .renderer import OWN_TEMPLATE, Message, Renderer, Span
+from .renderer import OWN_TEMPLATE, Message, Renderer, RenderFault, Span
 from .spans import Closers, PromptFault
 from .supervised import PLAIN, ends_plain_turns, supervised_spans
-from .turns import Supervision, flag_of, protected_form, reasoning_forms, without_flags, without_reasoning
+from .turns import (
+    Supervision,
+    flag_of,
+    protected_form,
+    reasoning_forms,
+    with_text_arguments,
+    without_flags,
+    without_reasoning,
+)
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
 
@@ -123,7 +132,7 @@ class ChatTokenizer:
         for render, form, reasoned in self._forms(messages, tools, turns):
             try:
                 text, spans = supervised_spans(render, form, turns, muted, reasoned, self.closers, self.supervision)
-            except (LostReasoning, PromptFault) as fault:
+            except (LostReasoning, PromptFault, RenderFault) as fault:
                 first = first or fault
                 continue
             encoded = self._by_spans(text, spans)
@@ -147,9 +156,13 @@ class ChatTokenizer:
         for form in reasoning_forms(given, render.template):
             yield render, form, reasoned
         if len(given) > 1 and given[-1]["role"] == "assistant" and not render.marks_answers:
-            prompt = render(given[:-1], generation=True)
-            if (shielded := protected_form(given, prompt, empty=reasoning == "drop")) is not None:
-                yield Renderer(self.tokenizer, tools, PROTECTED), shielded, reasoned
+            with contextlib.suppress(RenderFault):
+                prompt = render(given[:-1], generation=True)
+                if (shielded := protected_form(given, prompt, empty=reasoning == "drop")) is not None:
+                    yield Renderer(self.tokenizer, tools, PROTECTED), shielded, reasoned
+        if (written := with_text_arguments(given)) is not None:
+            for form in reasoning_forms(written, render.template):
+                yield render, form, reasoned
         if reasoning == "keep":
             yield render, given, []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,20 @@ def reasoning_forms(messages: Sequence[Message], template: str) -> Iterator[list
             yield [_inline(message) for message in keyed]
 
 
+def with_text_arguments(messages: Sequence[Message]) -> list[Message] | None:
+    """Return the messages with the arguments of calls as JSON text, which some templates need; None without calls."""
+    if not any(message.get("tool_calls") for message in messages):
+        return None
+    changed = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
+            for call in message.get("tool_calls") or ()
+        ]
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed
+
+
 def protected_form(messages: Sequence[Message], prompt: str, *, empty: bool) -> list[Message] | None:
     """Return the conversation with the reasoning of its last answer in a block that the template cannot cut away.
 
@@ -154,6 +169,10 @@ def _inline(message: Message) -> Message:
         return message
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     return {**rest, "content": f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{message['content']}"}
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -6,9 +6,11 @@ comes from is seen from the character alone, whatever the template does and howe
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -148,8 +150,14 @@ def _border_faults(
 
 def _prompt(tokenizer: Any, messages: Sequence[Message], tools: Any) -> list[int]:
     given = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    rendered = tokenizer.apply_chat_template(given, tools=tools, add_generation_prompt=True, return_dict=True)
-    return list(rendered["input_ids"])
+    options = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
+    try:
+        return list(tokenizer.apply_chat_template(given, **options)["input_ids"])
+    except TypeError:  # arguments have to be text
+        given = deepcopy(given)
+        for call in (call["function"] for message in given for call in message.get("tool_calls", ())):
+            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+        return list(tokenizer.apply_chat_template(given, **options)["input_ids"])
 
 
 def _inline(messages: Sequence[Message]) -> list[Message]:

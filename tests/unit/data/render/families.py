@@ -197,6 +197,15 @@ FAMILIES = {
         IM,
         "<|im_end|>",
     ),
+    "text_arguments": Family(
+        "arguments have to be text (DeepSeek-V3)",
+        _turns(
+            f"{CHAT}{{% for c in m.tool_calls or [] %}}{{% set f = c.function %}}<tool_call>"
+            f"{{{{ f.name + '\\n' + f.arguments }}}}</tool_call>{{% endfor %}}{END}"
+        ),
+        IM,
+        "<|im_end|>",
+    ),
     "marked": Family(
         "`{% generation %}` marks without the end token",
         _turns(f"{MARK}{THOUGHT}{CHAT}{CALLS}{UNMARK}{END}"),
