@@ -72,11 +72,14 @@ def _answers(
         found = find_spans(render, places, turns, closers, lenient=lenient)
         return {turn: [span] for turn, span in zip(turns, found, strict=True)}
     spans: dict[int, list[Span]] = {turn: [] for turn in turns}
-    borders = [(places.within(i)[-1][1], i) for i, m in enumerate(places.messages) if places.within(i)]
+    borders = [(found[-1][1], i) for i in range(len(places.messages)) if (found := places.within(i))]
     for start, stop in blocks:
-        owner = next((i for border, i in borders if border > start), None)
+        behind = next((at for at, (border, _) in enumerate(borders) if border > start), len(borders))
+        here = [i for _, i in borders[max(0, behind - 1) : behind + 1] if places.messages[i]["role"] == "assistant"]
+        owner = here[-1] if here else None  # behind the texts of a turn only what ends it, such as an end token
         if owner in spans:
-            spans[owner].append((start, stop))
+            kept = places.text[start:stop].rstrip()
+            spans[owner].append((start, start + len(kept) if kept.endswith(closers.ends) else stop))
     for turn, found in spans.items():
         if found:
             found[0] = _behind_prompt(render, places, turn, found[0])
