@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..data.read.faults import RowFault
 from ..data.read.formats import normalise_for
 from ..data.read.sets import SplitName, sets_of
 from ..data.render.template import CONVERSING, ChatTokenizer
+from ..data.render.turns import without_reasoning
 from ..errors import RequestError
 
 Message = dict[str, Any]
@@ -34,20 +35,20 @@ class Question:
         return cls([{"role": "user", "content": text}] if chat else None, text)
 
     def encode(self, tokenizer: Any) -> list[int]:
-        """Return the token ids of the prompt, up to the start of the answer."""
+        """Return the token ids of the prompt, up to the start of the answer.
+
+        Raises:
+            RequestError: If the chat template cannot render it.
+        """
+        chat = ChatTokenizer(tokenizer)
         if self.messages is None:
             ids: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
-            chat = ChatTokenizer(tokenizer)
             begins = chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id]
             return [chat.bos_id, *ids] if begins else ids  # type: ignore[list-item]
-        rendered = tokenizer.apply_chat_template(
-            list(self.messages),
-            tools=list(self.tools) if self.tools else None,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
-        return list(rendered["input_ids"])
+        try:
+            return chat.encode_prompt(self.messages, self.tools)
+        except RowFault as fault:
+            raise RequestError.of("prompt", fault.cause, fault.way_out) from fault
 
 
 def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
@@ -65,8 +66,12 @@ def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[
     Raises:
         RequestError: If the run has no such split, or a row is invalid or consists of token ids.
     """
+    drops = getattr(config.task, "reasoning", None) == "drop"
     for place, row in read_canonical(config, split, count):
-        yield question_of(row, place)
+        question = question_of(row, place)
+        if drops and question.messages is not None:
+            question = replace(question, messages=without_reasoning(question.messages))
+        yield question
 
 
 def read_canonical(config: RunConfig, split: SplitName, count: int) -> Iterator[tuple[str, dict[str, Any]]]:

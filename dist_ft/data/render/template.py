@@ -123,6 +123,20 @@ class ChatTokenizer:
         """
         return self._encode(messages, tools, self.supervision.choose(messages, context))
 
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Return the token ids of a conversation with the generation prompt.
+
+        Raises:
+            RowFault: The chat template cannot render the conversation.
+        """
+        render, given = Renderer(self.tokenizer, tools), without_flags(messages)
+        try:
+            return self._ids(render(given, generation=True))
+        except RenderFault:
+            if (written := with_text_arguments(given)) is None:
+                raise
+            return self._ids(render(written, generation=True))
+
     def _encode(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, turns: Sequence[int]
     ) -> Encoded:
