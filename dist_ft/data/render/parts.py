@@ -34,16 +34,13 @@ class Part:
     kind: Kind
     value: Any  # string, number or boolean
     at: int = 0  # number of the tool call or tool
+    gap: str | None = None  # tags and white space between the previous part and this one, if both are of one text
 
     @property
     def forms(self) -> tuple[str, ...]:
         """The ways in which a template may write the value: as text, in JSON, or as a Python literal."""
         if isinstance(self.value, str):
-            text = self.value
-            if self.kind == "reasoning":
-                return (text,)
-            escaped = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
-            return (text, *(form[1:-1] for form in escaped))
+            return forms_of(self.value)
         return (json.dumps(self.value), str(self.value))
 
 
@@ -140,11 +137,16 @@ class Marker:
         pieces, last = [], 0
         for start, stop in _segments(text, self.tags):
             index = len(self.parts)
-            self.parts.append(Part(owner, kind, text[start:stop], at))
+            self.parts.append(Part(owner, kind, text[start:stop], at, text[last:start] if last else None))
             opening, closing = self._marks(index)
             pieces += [text[last:start], opening, text[start:stop], closing]
             last = stop
         return "".join([*pieces, text[last:]])
+
+
+def forms_of(text: str) -> tuple[str, ...]:
+    """Return a text as it is, and as it is inside a string of JSON (with or without ASCII alone) or of Python."""
+    return (text, *(form[1:-1] for form in (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))))
 
 
 def tags_of(template: str, closes_thought: str | None) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..read.faults import RowFault
-from .parts import MOST, TOOLS, Marker, Part, free_base, free_number, tags_of, texts_of
+from .parts import MOST, TOOLS, Marker, Part, forms_of, free_base, free_number, tags_of, texts_of
 from .renderer import OWN_TEMPLATE, Message, Renderer, Span
 
 _ROUNDS = 12  # renderings with marks of one row
@@ -55,7 +55,8 @@ class Places:
                 cause = f"the chat template does not render {self._name(part)}"
                 fault = LostReasoning if part.kind == "reasoning" else RowFault
                 raise fault(cause, KEEP_REASONING if part.kind == "reasoning" else SHOWS)
-            if not any(self.text[start:stop] in part.forms for start, stop in self.spans[index]):
+            is_whole = any(self.text[start:stop] in part.forms for start, stop in self.spans[index])
+            if not is_whole or not self._is_joined(index, part):
                 raise RowFault(f"the chat template changes {self._name(part)}", OWN_TEMPLATE)
 
     def require_inside(self, owner: int, spans: Sequence[Span], reasoned: Collection[int]) -> None:
@@ -74,6 +75,13 @@ class Places:
                 raise RowFault(f"the chat template renders {self._name(part)} {where}", OWN_TEMPLATE)
             if part.owner != owner and part.kind != "call" and inside:
                 raise RowFault(f"the chat template renders {self._name(part)} inside an answer", OWN_TEMPLATE)
+
+    def _is_joined(self, index: int, part: Part) -> bool:
+        """Return whether what is between this part and the previous one of the same text is rendered too."""
+        if part.gap is None:
+            return True
+        ends, starts = ([span[i] for span in self.spans.get(at, ())] for i, at in ((1, index - 1), (0, index)))
+        return any(self.text[end:start] in forms_of(part.gap) for end in ends for start in starts)
 
     def _name(self, part: Part) -> str:
         if part.owner == TOOLS:

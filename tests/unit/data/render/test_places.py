@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dist_ft.data.read.faults import RowFault
+from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.places import find_places
 from dist_ft.data.render.renderer import Renderer
 from dist_ft.data.render.template import ChatTokenizer
@@ -144,3 +145,33 @@ def test_the_number_of_renderings_does_not_depend_on_the_texts(monkeypatch: pyte
         ]
         ChatTokenizer(tokenizer).encode_messages(messages)
     assert counts == [4, 4]  # the row, the row with marks, the prompt, the row up to the turn
+
+
+def learned(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> list[int]:
+    """The supervised tokens of a row."""
+    labels = ChatTokenizer(tokenizer).encode_messages(messages, tools)["labels"]
+    return [label for label in labels if label != IGNORED_LABEL]
+
+
+@pytest.mark.parametrize("dialogue", ["multi", "call", "after_loop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_others_say_moves_no_span(family: str, dialogue: str) -> None:
+    """The same tokens are learned if another message quotes the rendering of the whole conversation."""
+    tokenizer = FAMILIES[family].tokenizer()
+    messages, tools = DIALOGUES[dialogue]
+    try:
+        expected = learned(tokenizer, messages, tools)
+    except RowFault:
+        return
+    text = tokenizer.decode(ChatTokenizer(tokenizer).encode_messages(messages, tools)["input_ids"]).strip()
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            quoting = [*messages[:i], {**message, "content": text}, *messages[i + 1 :]]
+            assert learned(tokenizer, quoting, tools) == expected
+
+
+def test_a_tag_that_a_template_takes_out_of_an_answer_is_missed() -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content.replace('<mark>', '') }}")
+    chat = [CHAT[0], {"role": "assistant", "content": "How <mark>are you?"}]
+    with pytest.raises(RowFault, match="changes the assistant's content"):
+        ChatTokenizer(make_tokenizer(template)).encode_messages(chat)

@@ -24,6 +24,7 @@ from tests.unit.data.render.chats import (
     make_tokenizer,
     marked,
 )
+from tests.unit.data.render.dialogues import DIALOGUES, faults
 
 
 def test_messages_before_context_carry_no_loss() -> None:
@@ -192,3 +193,10 @@ def test_the_header_of_a_turn_is_not_learned_if_the_prompt_has_it() -> None:
     template = MARKED_CHATML.replace(header, inside).replace("{% else %}", "{% else %}<|im_start|>{{ m.role }}\n")
     tokenizer, plain = make_tokenizer(template), make_tokenizer(MARKED_CHATML)
     assert ChatTokenizer(tokenizer).encode_messages(CHAT) == ChatTokenizer(plain).encode_messages(CHAT)
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+def test_the_shipped_template_renders_every_part_of_a_row(dialogue: str) -> None:
+    messages, tools = DIALOGUES[dialogue]
+    tokenizer = make_tokenizer(CHATML_FILE.read_text(encoding="utf-8"), eos="<|im_end|>")
+    assert faults(tokenizer, messages, tools, ChatTokenizer(tokenizer).encode_messages(messages, tools)) == []
