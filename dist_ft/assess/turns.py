@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from ..config.run import RunConfig
 from ..data.read.chosen import read_split
 from ..data.read.faults import RowFault
-from ..data.read.formats import normalise_for
+from ..data.read.formats import VARIABLES, normalise_for
 from ..data.read.sets import SplitName, sets_of
 from ..data.render.template import CONVERSING, ChatTokenizer
 from ..data.render.turns import without_reasoning
@@ -28,6 +28,7 @@ class Question:
     text: str  # plain text prompt, or the last message as displayed
     answer: str | None = None  # answer from the data, if any
     tools: Sequence[Any] | None = None
+    variables: Mapping[str, Any] | None = None  # of the chat template, for this row
 
     @classmethod
     def of_text(cls, text: str, *, chat: bool) -> Question:
@@ -46,7 +47,7 @@ class Question:
             begins = chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id]
             return [chat.bos_id, *ids] if begins else ids  # type: ignore[list-item]
         try:
-            return chat.encode_prompt(self.messages, self.tools)
+            return chat.encode_prompt(self.messages, self.tools, self.variables)
         except RowFault as fault:
             raise RequestError.of("prompt", fault.cause, fault.way_out) from fault
 
@@ -110,7 +111,7 @@ def question_of(row: dict[str, Any], place: str) -> Question:
         stop = turns[-1] if turns else len(messages)
         shown = next((str(m.get("content", "")) for m in reversed(messages[:stop]) if m["role"] != "assistant"), "")
         answer = messages[stop].get("content") if turns else None
-        return Question(messages[:stop], shown, answer, row.get("tools"))
+        return Question(messages[:stop], shown, answer, row.get("tools"), row.get(VARIABLES))
     if "prompt" in row:
         return Question(None, row["prompt"], row["completion"])
     if "text" in row:

@@ -12,12 +12,12 @@ from ..config.run import RunConfig
 from ..data.read.chosen import has_labels
 from ..data.read.fill import template_problems
 from ..data.read.formats import FORMATS, detect
+from ..data.read.messages import RESERVED
 from ..data.read.rows import read_rows
 from ..data.read.sets import ALONE, key_of, sets_of, sources_of
 from ..data.read.sources import HubSet, resolve
 from ..errors import DistFtError, Problem
 
-RESERVED = ("messages", "tools", "add_generation_prompt")  # variables of a chat template that rows determine
 FIRST_ROWS = 20  # read from each file, enough to detect a wrong encoding, delimiter or format
 
 

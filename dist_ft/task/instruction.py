@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.read.formats import VARIABLES
 from ..state import Example, Row
 from .language_model import LanguageModelTask
 
@@ -20,7 +21,9 @@ class Instruction(LanguageModelTask):
             return [{"input_ids": row["input_ids"], "labels": row["labels"]}]
         if "messages" not in row:
             return [tokenizer.encode_pair(row["prompt"], row["completion"])]
-        given = (row["messages"], row.get("tools"), row.get("context", 0))
+        given = [row["messages"], row.get("tools"), row.get("context", 0)]
+        if row.get(VARIABLES):
+            given.append(row[VARIABLES])
         if getattr(self.config, "one_row_per_turn", False):
             examples: Sequence[Example] = tokenizer.encode_turns(*given)
             return examples

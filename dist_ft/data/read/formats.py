@@ -9,11 +9,11 @@
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"source": str, "target": str, "references": [str]}` | source_target |
 | `{"context": str, "question": str, "answers": {"text": [str], "answer_start": [int or null]}, "id": str}` | squad |
-| `{"prompt", "chosen", "rejected"}`, all strings or all lists of messages, `"tools"` | pairs |
+| `{"prompt", "chosen", "rejected"}`, all strings or all lists of messages, the columns of messages | pairs |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` are optional. The first `context`
-messages are not supervised.
+`tools`, `context` and `chat_template_kwargs` (variables of the template, an object) of messages, `text_pair`,
+`references`, `label_text` and `id` are optional. The first `context` messages are not supervised.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from ...config.run import RunConfig
 from ...errors import Problem, RequestError
 from .answers import ANSWERS, answers_of
 from .fill import fill
-from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
+from .messages import RowShape, check_messages, check_tools, check_variables, messages_of_alpaca, messages_of_sharegpt
 from .pairs import pair_of
 
 IGNORED_LABEL = -100
+VARIABLES = "chat_template_kwargs"  # column of a row's own variables of the chat template, named as in TRL
 
 
 @dataclass(frozen=True)
@@ -270,8 +271,9 @@ def _string(row: Mapping[str, Any], name: str) -> str:
 
 
 def _with_tools(canonical: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = check_tools(row.get("tools"))
-    return {**canonical, "tools": tools} if tools else canonical
+    tools, variables = check_tools(row.get("tools")), check_variables(row.get(VARIABLES))
+    more = {name: value for name, value in (("tools", tools), (VARIABLES, variables)) if value}
+    return {**canonical, **more}
 
 
 TEXTS, PAIRS = (
@@ -286,9 +288,11 @@ TEXTS, PAIRS = (
 TAGS = ("ner_tags", "tags", "labels")
 FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),
-    "messages": Format(("messages",), ("tools",), _messages, ("instruction",)),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt, ("instruction",)),
-    "prompt_completion": Format(("prompt", "completion"), ("tools",), _prompt_completion, ("instruction", "seq2seq")),
+    "messages": Format(("messages",), ("tools", VARIABLES), _messages, ("instruction",)),
+    "sharegpt": Format(("conversations",), ("system", "tools", VARIABLES), _sharegpt, ("instruction",)),
+    "prompt_completion": Format(
+        ("prompt", "completion"), ("tools", VARIABLES), _prompt_completion, ("instruction", "seq2seq")
+    ),
     "alpaca": Format(
         ("instruction", "output|response"), ("input", "context", "system", "history"), _alpaca, ("instruction",)
     ),
@@ -300,6 +304,6 @@ FORMATS: dict[str, Format] = {
         ("context", "question", "|".join(ANSWERS)), ("id", "answer_start"), _squad, ("question_answering",)
     ),
     "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
-    "pairs": Format(("chosen", "rejected"), ("prompt", "tools"), _pairs, ("preference", "reward")),
+    "pairs": Format(("chosen", "rejected"), ("prompt", "tools", VARIABLES), _pairs, ("preference", "reward")),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FLAGS = ("weight", "loss", "train")  # of a message: whether it is supervised (data/render/turns.py)
+RESERVED = ("messages", "tools", "add_generation_prompt")  # variables of a chat template that rows determine
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -55,6 +56,22 @@ def check_tools(value: Any) -> list[Any]:
         raise RowShape("tools must be a list of objects, or a JSON string of one")
     tools = [_without_nulls(tool) for tool in value]
     return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
+
+
+def check_variables(value: Any) -> dict[str, Any]:
+    """Return a row's own variables of the chat template, from an object or its JSON string; empty if not given.
+
+    Raises:
+        RowShape: The value is not an object, or names what comes from other columns.
+    """
+    if value is None or value == "":
+        return {}
+    value = _parsed(value, "chat_template_kwargs")
+    if not isinstance(value, Mapping):
+        raise RowShape("chat_template_kwargs must be an object")
+    if given := [name for name in RESERVED if name in value]:
+        raise RowShape(f"chat_template_kwargs has {', '.join(given)}, which other columns determine")
+    return dict(_without_nulls(value))
 
 
 def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ class Renderer:
     Args:
         tokenizer: transformers tokenizer.
         tools: Tool descriptions for the chat template.
+        variables: Variables of the chat template for this row.
         closes_thought: Character that stands for `</think>` in the messages, so that the template cannot cut there.
 
     Raises:
@@ -35,9 +36,14 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None, closes_thought: str | None = None
+        self,
+        tokenizer: Any,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None = None,
+        closes_thought: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.variables = dict(variables or {})
         self.closes_thought = closes_thought
         self.tools = list(tools) if tools else None
         try:
@@ -73,13 +79,14 @@ class Renderer:
             tools=self.tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+            **{**self.tokenizer.special_tokens_map, **self.variables},
         )
         return [(start, stop) for start, stop in spans[0] if stop > start]
 
     def _apply(self, tools: Any, messages: Sequence[Message], **options: Any) -> str:
         try:
-            text = str(self.tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
+            given = {"tools": tools, "tokenize": False, **self.variables, **options}
+            text = str(self.tokenizer.apply_chat_template(list(messages), **given))
         except _RENDER_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             way_out = "correct the rows, or set task.chat_template to a template that supports them"

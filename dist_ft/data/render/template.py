@@ -47,6 +47,7 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
 
 
 Encoded = dict[str, list[int]]
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 class ChatTokenizer:
@@ -98,14 +99,22 @@ class ChatTokenizer:
         return {"input_ids": context + answer, "labels": [IGNORED_LABEL] * len(context) + answer}
 
     def encode_turns(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        context: int = 0,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[Encoded]:
         """Encode each supervised message as a conversation of its own, which ends with it; see `encode_messages`."""
-        turns = self.supervision.choose(messages, context)
-        return [self._encode([*messages[: turn + 1]], tools, [turn]) for turn in turns]
+        turns, render = self.supervision.choose(messages, context), Renderer(self.tokenizer, tools, variables)
+        return [self._encode(render, [*messages[: turn + 1]], [turn]) for turn in turns]
 
     def encode_messages(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        context: int = 0,
+        variables: Mapping[str, Any] | None = None,
     ) -> Encoded:
         """Encode a conversation with the chat template, with loss on the assistant turns including their end tokens.
 
@@ -116,20 +125,24 @@ class ChatTokenizer:
             messages: Chat messages (see messages.py).
             tools: Tool descriptions for the chat template.
             context: Number of messages at the start that are not supervised.
+            variables: Variables of the chat template for this row.
 
         Raises:
             RowFault: There is no supervised assistant turn, or the chat template cannot render the conversation.
             RequestError: The tokenizer has no chat template.
         """
-        return self._encode(messages, tools, self.supervision.choose(messages, context))
+        turns = self.supervision.choose(messages, context)
+        return self._encode(Renderer(self.tokenizer, tools, variables), messages, turns)
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the token ids of a conversation with the generation prompt.
 
         Raises:
             RowFault: The chat template cannot render the conversation.
         """
-        render, given = Renderer(self.tokenizer, tools), without_flags(messages)
+        render, given = Renderer(self.tokenizer, tools, variables), without_flags(messages)
         try:
             return self._ids(render(given, generation=True))
         except RenderFault:
@@ -137,15 +150,13 @@ class ChatTokenizer:
                 raise
             return self._ids(render(written, generation=True))
 
-    def _encode(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, turns: Sequence[int]
-    ) -> Encoded:
+    def _encode(self, render: Renderer, messages: Sequence[Message], turns: Sequence[int]) -> Encoded:
         """Encode a conversation with loss on the messages `turns`, in the first form that is rendered completely."""
         muted = [i for i, message in enumerate(messages) if flag_of(message) is False]
         first: RowFault | None = None
-        for render, form, reasoned in self._forms(messages, tools, turns):
+        for renders, form, reasoned in self._forms(render, messages, turns):
             try:
-                text, spans = supervised_spans(render, form, turns, muted, reasoned, self.closers, self.supervision)
+                text, spans = supervised_spans(renders, form, turns, muted, reasoned, self.closers, self.supervision)
             except (LostReasoning, PromptFault, RenderFault) as fault:
                 first = first or fault
                 continue
@@ -157,13 +168,13 @@ class ChatTokenizer:
         raise first
 
     def _forms(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, turns: Sequence[int]
+        self, render: Renderer, messages: Sequence[Message], turns: Sequence[int]
     ) -> Iterator[tuple[Renderer, list[Message], Sequence[int]]]:
         """Yield the conversation in the forms in which the chat template may render all of it.
 
         Each has the messages whose reasoning has to be rendered.
         """
-        render, reasoning = Renderer(self.tokenizer, tools), self.supervision.reasoning
+        reasoning = self.supervision.reasoning
         given, reasoned = without_flags(messages), turns[-1:] if reasoning == "keep" else turns
         if reasoning == "drop":
             given = without_reasoning(given)
@@ -173,7 +184,7 @@ class ChatTokenizer:
             with contextlib.suppress(RenderFault):
                 prompt = render(given[:-1], generation=True)
                 if (shielded := protected_form(given, prompt, empty=reasoning == "drop")) is not None:
-                    yield Renderer(self.tokenizer, tools, PROTECTED), shielded, reasoned
+                    yield Renderer(self.tokenizer, render.tools, render.variables, PROTECTED), shielded, reasoned
         if (written := with_text_arguments(given)) is not None:
             for form in reasoning_forms(written, render.template):
                 yield render, form, reasoned
