@@ -92,12 +92,12 @@ def render_around(render: Renderer, messages: Sequence[Message], turn: int) -> t
         raise RowFault("the conversation starts with an assistant turn", "start with a user turn, or drop these rows")
     before, after = render(messages[:turn], generation=True), render(messages[: turn + 1])
     if not after.startswith(before):
-        tail = before[max(0, len(common_prefix(before, after)) - 24) :]
+        tail = before[len(common_prefix(before, after)) :][-40:]
         cause = f"the chat template's generation prompt ends with {tail!r}, which the rendered answer does not contain"
         raise PromptFault(
             cause,
-            "set task.chat_template_kwargs so that the prompt is rendered without it (such as {enable_thinking: false}"
-            " for answers without reasoning); if it opens a <think> block, task.reasoning=drop trains an empty one;"
+            "set task.chat_template_kwargs, or this column of the rows, so that the prompt is rendered without it (such as"
+            " {enable_thinking: false} for answers without reasoning); if it opens a <think> block, task.reasoning=drop trains an empty one;"
             f" or {OWN_TEMPLATE}",
         )
     return before, after

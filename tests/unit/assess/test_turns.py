@@ -70,6 +70,10 @@ def test_a_prompt_is_rendered_as_the_row_was_in_training(tiny_tokenizer: Path) -
     said = [{"role": "user", "content": "Hi", "weight": 1}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     ids = Question([*said, said[0]], "").encode(tokenizer)
     assert tokenizer.decode(ids) == 'user: Hi;assistant: look_up{"q": "x"};user: Hi;assistant: '
+    tokenizer.chat_template = "{{ messages[0].content }}{{ name }}"
+    assert tokenizer.decode(Question(said, "", variables={"name": " x"}).encode(tokenizer)) == "Hi x"
+    row = {"messages": [*said, said[0]], "chat_template_kwargs": {"name": " x"}}
+    assert question_of(row, "").variables == {"name": " x"}
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(RequestError, match="the chat template cannot render the row: no"):
         Question(said, "").encode(tokenizer)

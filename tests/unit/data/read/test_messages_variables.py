@@ -38,13 +38,8 @@ def test_each_row_has_its_own_variables(one_row_per_turn: bool) -> None:
 
 def test_pairs_have_them_too() -> None:
     tokenizer = ChatTokenizer(FAMILIES["switch"].tokenizer())
-    given = {
-        "prompt": [user(1)],
-        "chosen": [said(2)],
-        "rejected": [said(3)],
-        "chat_template_kwargs": '{"enable_thinking": false}',
-    }
-    row = normalise(given, "pairs", {}, "")
+    pair = {"prompt": [user(1)], "chosen": [said(2)], "rejected": [said(3)]}
+    row = normalise({**pair, "chat_template_kwargs": '{"enable_thinking": false}'}, "pairs", {}, "")
     assert encode_pair(row, tokenizer)[0] == tokenizer.encode_messages([user(1), said(2)], variables=OFF)
 
 
