@@ -96,8 +96,9 @@ def render_around(render: Renderer, messages: Sequence[Message], turn: int) -> t
         cause = f"the chat template's generation prompt ends with {tail!r}, which the rendered answer does not contain"
         raise PromptFault(
             cause,
-            "set task.chat_template_kwargs, or this column of the rows, so that the prompt is rendered without it (such as"
-            " {enable_thinking: false} for answers without reasoning); if it opens a <think> block, task.reasoning=drop trains an empty one;"
+            "set task.chat_template_kwargs, or this column of the rows, to render the prompt without it (such as"
+            " {enable_thinking: false} for answers without reasoning); if it opens a <think> block, task.reasoning=drop"
+            " trains an empty one;"
             f" or {OWN_TEMPLATE}",
         )
     return before, after
