@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.template import ChatTokenizer
+from dist_ft.data.render.turns import Supervision, without_reasoning
 from tests.unit.data.render.dialogues import DIALOGUES, faults, words
 from tests.unit.data.render.families import FAMILIES
 
@@ -36,6 +38,56 @@ def row_of(name: str) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_is_learned_wrongly(name: str, dialogue: str) -> None:
     assert outcome(name, dialogue)[0] == []
+
+
+@pytest.mark.parametrize("dialogue", ["multi", "all_reasoning", "after_loop", "thinking_loop"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_learned_wrongly_of_single_turns(name: str, dialogue: str) -> None:
+    tokenizer = FAMILIES[name].tokenizer()
+    messages, tools = DIALOGUES[dialogue]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    try:
+        rows = ChatTokenizer(tokenizer).encode_turns(messages, tools)
+    except RowFault:
+        return
+    for turn, encoded in zip(turns, rows, strict=True):
+        given = [{**m, "weight": 0} if i in turns and i != turn else m for i, m in enumerate(messages[: turn + 1])]
+        assert faults(tokenizer, given, tools, encoded, marks=name.startswith("marked")) == []
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_learned_wrongly_without_reasoning(name: str, dialogue: str) -> None:
+    tokenizer = FAMILIES[name].tokenizer()
+    messages, tools = DIALOGUES[dialogue]
+    try:
+        encoded = ChatTokenizer(tokenizer, Supervision(reasoning="drop")).encode_messages(messages, tools)
+    except RowFault:
+        return
+    assert faults(tokenizer, without_reasoning(messages), tools, encoded, marks=name.startswith("marked")) == []
+
+
+def test_keys_train_what_is_refused_without_them() -> None:
+    """Rows whose refusal names a key are trained with it."""
+
+    def trains(name: str, dialogue: str, **settings: Any) -> bool:
+        messages, tools = DIALOGUES[dialogue]
+        try:
+            ChatTokenizer(FAMILIES[name].tokenizer(), Supervision(**settings)).encode_messages(messages, tools)
+        except RowFault:
+            return False
+        return True
+
+    for name, dialogue, settings in (
+        ("last_thought", "all_reasoning", {"train_on": "last"}),
+        ("last_thought", "all_reasoning", {"reasoning": "keep"}),
+        ("channels", "multi", {"train_on": "last"}),
+        ("cut_thought", "plain", {"reasoning": "drop"}),
+        ("chatml", "reasoning", {"reasoning": "drop"}),
+    ):
+        assert not trains(name, dialogue) and trains(name, dialogue, **settings), (name, dialogue, settings)
+    tokenizer = ChatTokenizer(FAMILIES["channels"].tokenizer())
+    assert len(tokenizer.encode_turns(DIALOGUES["multi"][0])) == 2
 
 
 def test_the_oracle_sees_what_is_wrong() -> None:
