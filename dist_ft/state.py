@@ -283,4 +283,4 @@ class Progress:
     stale_evaluations: int  # number of evaluations since the best one
     evaluation_pending: bool = False  # a stop interrupted the evaluation of `step`, which a resumed run makes first
     lineage: tuple[tuple[str, int], ...] = ()  # id of each start of the run that led here, and the step it began at
-    settings: str | None = None  # hash of what may not change within a run, see config/identity.py
+    settings: str | None = None  # hash of what may not change within a run, see config/run.py

@@ -16,6 +16,7 @@ from ..config.run import RunConfig
 from ..config.task import Seq2SeqConfig
 from ..data.read.pairs import pair_of
 from ..data.render.template import ChatTokenizer
+from ..data.render.turns import Supervision
 from ..errors import RequestError
 from ..families import architecture_of, build_task
 from ..prepare import Prepared
@@ -222,7 +223,8 @@ def open_predictors(
         model, attention = open_model(which, config, prepared, run_dir, device)
         built = build_task(config, prepared.facts, attention)
         kind = PREDICTORS[task.name]
-        predictors.append(kind(name, model, built, prepared.facts, ChatTokenizer(tokenizer), chat=chat))
+        encoder = ChatTokenizer(tokenizer, Supervision.of(config.task))
+        predictors.append(kind(name, model, built, prepared.facts, encoder, chat=chat))
     return predictors
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from ..config.run import RunConfig
 from ..data.read.chosen import read_split
 from ..data.read.faults import RowFault
-from ..data.read.formats import normalise_for
+from ..data.read.formats import VARIABLES, normalise_for
 from ..data.read.sets import SplitName, sets_of
 from ..data.render.special_text import SpecialText
-from ..data.render.template import CONVERSING, ChatTokenizer, render_prompt
+from ..data.render.template import CONVERSING, ChatTokenizer
+from ..data.render.turns import without_reasoning
 from ..errors import RequestError
 
 Message = dict[str, Any]
@@ -29,6 +29,7 @@ class Question:
     text: str  # plain text prompt, or the last message as displayed
     answer: str | None = None  # answer from the data, if any
     tools: Sequence[Any] | None = None
+    variables: Mapping[str, Any] | None = None  # of the chat template, for this row
 
     @classmethod
     def of_text(cls, text: str, *, chat: bool) -> Question:
@@ -36,14 +37,24 @@ class Question:
         return cls([{"role": "user", "content": text}] if chat else None, text)
 
     def encode(self, tokenizer: Any, special_text: SpecialText | None = None) -> list[int]:
-        """Return the token ids of the prompt, up to the start of the answer; see special_text.py for `special_text`."""
+        """Return the token ids of the prompt, up to the start of the answer.
+
+        Args:
+            tokenizer: transformers tokenizer.
+            special_text: Encoder of messages that write out special tokens.
+
+        Raises:
+            RequestError: If the chat template cannot render it.
+        """
+        chat = ChatTokenizer(tokenizer, special_text=special_text)
         if self.messages is None:
             ids: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
-            chat = ChatTokenizer(tokenizer)
             begins = chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id]
             return [chat.bos_id, *ids] if begins else ids  # type: ignore[list-item]
-        encode = functools.partial(render_prompt, tokenizer) if special_text is None else special_text.encode_prompt
-        return encode(self.messages, self.tools)
+        try:
+            return chat.encode_prompt(self.messages, self.tools, self.variables)
+        except RowFault as fault:
+            raise RequestError.of("prompt", fault.cause, fault.way_out) from fault
 
 
 def speaks_chat(config: RunConfig, tokenizer: Any, formats: Sequence[str]) -> bool:
@@ -61,8 +72,12 @@ def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[
     Raises:
         RequestError: If the run has no such split, or a row is invalid or consists of token ids.
     """
+    drops = getattr(config.task, "reasoning", None) == "drop"
     for place, row in read_canonical(config, split, count):
-        yield question_of(row, place)
+        question = question_of(row, place)
+        if drops and question.messages is not None:
+            question = replace(question, messages=without_reasoning(question.messages))
+        yield question
 
 
 def read_canonical(config: RunConfig, split: SplitName, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,7 +116,7 @@ def question_of(row: dict[str, Any], place: str) -> Question:
         stop = turns[-1] if turns else len(messages)
         shown = next((str(m.get("content", "")) for m in reversed(messages[:stop]) if m["role"] != "assistant"), "")
         answer = messages[stop].get("content") if turns else None
-        return Question(messages[:stop], shown, answer, row.get("tools"))
+        return Question(messages[:stop], shown, answer, row.get("tools"), row.get(VARIABLES))
     if "prompt" in row:
         return Question(None, row["prompt"], row["completion"])
     if "text" in row:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..config.identity import settings_of
 from ..config.method import LoraKeys
 from ..config.plan import CHECKPOINTS, REFERENCE_FILE, START_FILE, Plan
+from ..config.run import settings_of
 from ..errors import RequestError, TrainingError
 from ..method.start import read_start
 from ..process import comm

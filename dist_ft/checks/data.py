@@ -13,6 +13,7 @@ from ..data.read.chosen import has_labels
 from ..data.read.faults import InvalidRow, Tally, describe_cause
 from ..data.read.fill import template_problems
 from ..data.read.formats import FORMATS, detect
+from ..data.read.messages import RESERVED
 from ..data.read.rows import RawRow, read_rows
 from ..data.read.sets import ALONE, SPLITS, key_of, sets_of
 from ..data.read.sources import HubSet, resolve
@@ -22,7 +23,7 @@ FIRST_ROWS = 20  # read from each file, enough to detect a wrong encoding, delim
 
 
 def chat_template_problems(config: RunConfig) -> Iterator[Problem]:
-    """Check that the file of `task.chat_template` exists."""
+    """Check that the file of `task.chat_template` exists, and the keys that go with it."""
     template = getattr(config.task, "chat_template", None)
     if template not in (None, "chatml") and not Path(template).is_file():
         yield Problem(
@@ -30,6 +31,14 @@ def chat_template_problems(config: RunConfig) -> Iterator[Problem]:
             f"the file {template} does not exist",
             "set task.chat_template to a Jinja file, or to chatml",
         )
+
+    given = [name for name in getattr(config.task, "chat_template_kwargs", {}) if name in RESERVED]
+    if given:
+        rule = f"{', '.join(given)} of the chat template comes from the rows"
+        yield Problem("task.chat_template_kwargs", rule, "remove it")
+    if getattr(config.task, "one_row_per_turn", False) and getattr(config.task, "train_on", None) == "all":
+        rule = "with task.train_on=all, each sequence of a row would train the turns before it again"
+        yield Problem("task.one_row_per_turn", rule, "set task.train_on=assistant, or remove it")
 
 
 def data_problems(config: RunConfig) -> Iterator[Problem]:

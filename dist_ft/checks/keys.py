@@ -60,6 +60,15 @@ def _shares_by_size(config: RunConfig) -> bool:
 OWN_KEYS = ("format", "columns", "template", "revision", "delimiter", "max_rows", "duplicates", "invalid_rows")
 OF_SETS = "each set of data.mixture has its own"
 SAY_OF_SET = "set it for each data set, as data.mixture.NAME.KEY"
+CONVERSATION = (
+    "chat_template",
+    "chat_template_kwargs",
+    "reasoning",
+    "train_on",
+    "train_on_eos",
+    "one_row_per_turn",
+)
+TOKENIZED = "tokenized rows are used unchanged"
 NO_VALIDATION = "there is no validation data"
 GIVE_VALIDATION = "set data.validation, or remove it"
 NO_TRACKING = "W&B is disabled by track.wandb=off"
@@ -79,11 +88,9 @@ READ_WHEN = [
         "packing splits documents into blocks, so none is too long",
         "remove it, or set task.packing=false",
     ),
-    ReadWhen(
-        "task.chat_template",
-        lambda c: not c.data.only_tokens,
-        "tokenized rows are used unchanged",
-        "remove it, or use rows of text",
+    *(
+        ReadWhen(f"task.{key}", lambda c: not c.data.only_tokens, TOKENIZED, "remove it, or use rows of text")
+        for key in CONVERSATION
     ),
     ReadWhen(
         "task.label_smoothing",

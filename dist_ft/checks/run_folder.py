@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config.identity import MAY_CHANGE, SECTIONS, without_sets_keys
 from ..config.plan import CHECKPOINTS, LOCK_FILE, RUN_FILE, read_plan, saved_steps
-from ..config.run import RunConfig
+from ..config.run import MAY_CHANGE, SECTIONS, RunConfig, without_sets_keys
 from ..errors import Problem, RequestError
 from ..privacy.rules import fixes_length
 

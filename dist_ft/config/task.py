@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,9 @@ from .strict import Share, Strict, Text
 
 Overlong = Literal["error", "truncate", "drop"]
 Unsupervised = Literal["error", "drop"]
+Variable = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$")]
+Reasoning = Literal["require", "keep", "drop"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class TaskChoice(Strict):
@@ -43,7 +46,28 @@ class InstructionConfig(TaskChoice):
     overlong: Overlong = Field("error", description="Action for a row longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a row without a supervised token.")
     chat_template: Text | None = Field(
-        None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
+        None, description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."
+    )
+    chat_template_kwargs: dict[Variable, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as enable_thinking; the exported template has them as"
+        " defaults.",
+    )
+    reasoning: Reasoning = Field(
+        "require",
+        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
+        " it from the rows.",
+    )
+    train_on: Literal["assistant", "last", "all"] | list[Role] = Field(
+        "assistant",
+        description="Supervised turns: the assistant's, its last one, those of a list of roles, or every token. The"
+        " flags `weight`, `loss` and `train` of a message take precedence.",
+    )
+    train_on_eos: Literal["turn", "last", "none"] = Field(
+        "turn", description="End tokens to learn: of each supervised turn, of the last one, or none."
+    )
+    one_row_per_turn: bool = Field(
+        False, description="Train each supervised turn in a sequence of its own, which ends with it."
     )
 
 
@@ -142,7 +166,17 @@ class PreferenceConfig(TaskChoice):
     overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
     chat_template: Text | None = Field(
-        None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
+        None, description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."
+    )
+    chat_template_kwargs: dict[Variable, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as enable_thinking; the exported template has them as"
+        " defaults.",
+    )
+    reasoning: Reasoning = Field(
+        "require",
+        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
+        " it from the rows.",
     )
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
         "sigmoid", description="`sigmoid` is the loss of the DPO paper."
@@ -166,7 +200,17 @@ class RewardConfig(TaskChoice):
     overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
     chat_template: Text | None = Field(
-        None, description="Path of a Jinja file, or `chatml`. Defaults to the tokenizer's."
+        None, description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."
+    )
+    chat_template_kwargs: dict[Variable, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as enable_thinking; the exported template has them as"
+        " defaults.",
+    )
+    reasoning: Reasoning = Field(
+        "require",
+        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
+        " it from the rows.",
     )
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Coefficient of a pair's squared score sum, which keeps scores centered at zero."

@@ -74,9 +74,9 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
                 kind = name if at < len(sequences) else "augmented copy"
                 title = f"── {place} ({kind}): {describe_sequence(sequence, facts)}"
                 console.print(Text(title, style="bold"))
+                targets = find_targets(sequence, list(task.layout.limits)[at % len(task.layout.limits)])
                 ids = list(sequence["input_ids"])
-                labels = list(sequence.get("labels", mark_answer(sequence)))
-                console.print(render_tokens(tokenizer, ids, labels, marked=not console.is_terminal), "")
+                console.print(render_tokens(tokenizer, ids, targets, marked=not console.is_terminal), "")
 
 
 def _encode_copy(task: Task, copy: Row | None, encoder: Encoder) -> Sequence[Example]:
@@ -104,27 +104,34 @@ def describe_sequence(sequence: Example, facts: Facts) -> str:
     return f"{length}, {supervised} supervised"
 
 
-def mark_answer(sequence: Example) -> list[int]:
-    """Return labels that mark the tokens of the answer span; all are ignored if there is no answer."""
+def find_targets(sequence: Example, limit: str = "max_length") -> list[bool]:
+    """Return whether each token of a sequence is a target.
+
+    Args:
+        sequence: Encoded sequence. With labels, the first token is never predicted; of an answer span without labels
+            it may be one of its ends.
+        limit: Key of the task that limits the sequence; a decoder predicts all tokens of a target.
+    """
+    size = len(sequence["input_ids"])
+    if "labels" in sequence:
+        return [i > 0 and label != IGNORED_LABEL for i, label in enumerate(sequence["labels"])]
     first, last = sequence.get("span", (0, -1))
-    first = last + 1 if [first] == list(sequence.get("null", ())) else first
-    return [token if first <= i <= last else IGNORED_LABEL for i, token in enumerate(sequence["input_ids"])]
+    if [first] == list(sequence.get("null", ())):  # no answer
+        last = first - 1
+    return [limit == "max_target_length" or first <= i <= last for i in range(size)]
 
 
-def render_tokens(tokenizer: Any, ids: list[int], labels: list[int], *, marked: bool) -> Text:
+def render_tokens(tokenizer: Any, ids: list[int], targets: list[bool], *, marked: bool) -> Text:
     """Render tokens as text, including special tokens.
 
     Args:
         tokenizer: transformers tokenizer; None renders token ids.
         ids: token ids of a sequence.
-        labels: labels of the sequence, -100 for tokens without loss; the first token is never predicted.
+        targets: whether each token is a target.
         marked: whether to enclose supervised text in [[ ]], for output without colors.
     """
     text = Text()
-    pairs = [
-        (token, i > 0 and label != IGNORED_LABEL) for i, (token, label) in enumerate(zip(ids, labels, strict=True))
-    ]
-    for is_supervised, group in groupby(pairs, key=lambda pair: pair[1]):
+    for is_supervised, group in groupby(zip(ids, targets, strict=True), key=lambda pair: pair[1]):
         piece = _decode(tokenizer, [token for token, _ in group])
         shown = f"[[{piece}]]" if marked and is_supervised else piece
         text.append(shown, style=SUPERVISED if is_supervised else CONTEXT)

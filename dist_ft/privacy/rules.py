@@ -60,6 +60,9 @@ def privacy_problems(config: RunConfig) -> Iterator[Problem]:
     if config.task.packs:
         rule = "packed samples contain parts of several rows, so the influence of a single row is not bounded"
         yield Problem("task.packing", rule, "set task.packing=false")
+    if getattr(config.task, "one_row_per_turn", False):
+        rule = "a row would be several samples, so its influence is not bounded by clipping the gradient of each"
+        yield Problem("task.one_row_per_turn", rule, "set task.one_row_per_turn=false")
     if getattr(config.task, "class_weights", None):
         rule = "clipping undoes class weights, and balanced weights are counted from the private rows"
         yield Problem("task.class_weights", rule, "remove it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..state import Example, Row
@@ -13,9 +14,8 @@ class CausalLM(LanguageModelTask):
 
     answers = False
 
-    def tokens_of(self, row: Row, tokenizer: Any) -> Example:
+    def examples_of(self, row: Row, tokenizer: Any) -> Sequence[Example]:
         """Tokenize the text of a row; rows with `input_ids` and `labels` are kept as is."""
         if "input_ids" in row:
-            return {"input_ids": row["input_ids"], "labels": row["labels"]}
-        example: Example = tokenizer.encode_text(row["text"])
-        return example
+            return [{"input_ids": row["input_ids"], "labels": row["labels"]}]
+        return [tokenizer.encode_text(row["text"])]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ..data.read.formats import VARIABLES
 from ..state import Example, Row
 from .language_model import LanguageModelTask
 
@@ -13,13 +15,16 @@ class Instruction(LanguageModelTask):
 
     answers = True
 
-    def tokens_of(self, row: Row, tokenizer: Any) -> Example:
+    def examples_of(self, row: Row, tokenizer: Any) -> Sequence[Example]:
         """Tokenize messages, or a prompt and its completion; rows with `input_ids` and `labels` are kept as is."""
         if "input_ids" in row:
-            return {"input_ids": row["input_ids"], "labels": row["labels"]}
-        example: Example
-        if "messages" in row:
-            example = tokenizer.encode_messages(row["messages"], row.get("tools"), row.get("context", 0))
-        else:
-            example = tokenizer.encode_pair(row["prompt"], row["completion"])
-        return example
+            return [{"input_ids": row["input_ids"], "labels": row["labels"]}]
+        if "messages" not in row:
+            return [tokenizer.encode_pair(row["prompt"], row["completion"])]
+        given = [row["messages"], row.get("tools"), row.get("context", 0)]
+        if row.get(VARIABLES):
+            given.append(row[VARIABLES])
+        if getattr(self.config, "one_row_per_turn", False):
+            examples: Sequence[Example] = tokenizer.encode_turns(*given)
+            return examples
+        return [tokenizer.encode_messages(*given)]

@@ -55,28 +55,31 @@ class LanguageModelTask(Task):
         )
 
     def encode(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """Tokenize a row; see `tokens_of`.
+        """Tokenize a row; see `examples_of`.
 
         Raises:
-            RowFault: If the row has no supervised token.
+            RowFault: If a sequence of the row has no supervised token.
         """
-        return [check_supervised(self.tokens_of(row, tokenizer))]
+        return [check_supervised(example) for example in self.examples_of(row, tokenizer)]
 
     @abstractmethod
-    def tokens_of(self, row: Row, tokenizer: Any) -> Example:
-        """Return the `input_ids` and `labels` of a row, without truncation."""
+    def examples_of(self, row: Row, tokenizer: Any) -> Sequence[Example]:
+        """Return the `input_ids` and `labels` of a row's sequences, without truncation."""
 
     def truncate(self, row: Row, tokenizer: Any) -> Sequence[Example]:
-        """Tokenize a row and truncate it to its first `max_length` tokens.
+        """Tokenize a row, truncate its sequences to their first `max_length` tokens, and keep the supervised ones.
 
         Raises:
             RowFault: If none of these tokens is supervised.
         """
-        example = self.tokens_of(row, tokenizer)
-        cut = {name: values[: self.config.max_length] for name, values in example.items()}
-        if not is_supervised(cut):
+        size = self.config.max_length
+        cut: list[Example] = [
+            {name: values[:size] for name, values in example.items()} for example in self.examples_of(row, tokenizer)
+        ]
+        kept = [example for example in cut if is_supervised(example)]
+        if not kept:
             raise RowFault("no token within the first task.max_length tokens is supervised", "raise task.max_length")
-        return [cut]
+        return kept
 
     def count_targets(self, table: Any, samples: Any) -> np.ndarray:
         """Return the number of supervised tokens of each sample, `[samples]` int64."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...config.data import DataConfig, DataSet
 from ...config.launch import HostfileConfig
 from ...config.run import RunConfig
-from ...config.task import InstructionConfig
+from ...config.task import InstructionConfig, PreferenceConfig, RewardConfig
 from ...errors import RequestError
 
 PACKAGE = "package:"
@@ -41,7 +41,7 @@ def settle_paths(config: RunConfig) -> RunConfig:
     }
     if config.train.resume not in ("auto", "never"):
         changes["train"] = config.train.model_copy(update={"resume": _absolute(config.train.resume)})
-    if isinstance(config.task, InstructionConfig):
+    if isinstance(config.task, InstructionConfig | PreferenceConfig | RewardConfig):
         changes["task"] = config.task.model_copy(update={"chat_template": _settle(config.task.chat_template)})
     if isinstance(config.launch, HostfileConfig):
         path = _absolute(config.launch.hostfile)

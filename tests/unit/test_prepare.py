@@ -132,6 +132,12 @@ def test_what_shapes_the_tokens_is_in_the_key_and_nothing_else(make_config: Any,
         make_config(rows, task={"packing": True}),
         make_config(rows, task={"packing": True}, data={"shuffle": False}),
         make_config(rows, task={"chat_template": "chatml"}),
+        make_config(rows, task={"chat_template_kwargs": {"enable_thinking": False}}),
+        make_config(rows, task={"reasoning": "keep"}),
+        make_config(rows, task={"train_on": "last"}),
+        make_config(rows, task={"train_on": ["user"]}),
+        make_config(rows, task={"train_on_eos": "none"}),
+        make_config(rows, task={"one_row_per_turn": True}),
         make_config(rows, data={"format": "messages"}),
     ]
     assert all(identity.split_folder(config, "train") == folder for config in same)

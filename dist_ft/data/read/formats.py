@@ -9,11 +9,11 @@
 | `{"tokens": [str, …], "tags": [str or int, …]}` | tagged |
 | `{"source": str, "target": str, "references": [str]}` | source_target |
 | `{"context": str, "question": str, "answers": {"text": [str], "answer_start": [int or null]}, "id": str}` | squad |
-| `{"prompt", "chosen", "rejected"}`, all strings or all lists of messages, `"tools"` | pairs |
+| `{"prompt", "chosen", "rejected"}`, all strings or all lists of messages, the columns of messages | pairs |
 | `{"input_ids": [...], "labels": [...]}` | tokens |
 
-`tools`, `context` of messages, `text_pair`, `references`, `label_text` and `id` are optional. The first `context`
-messages are not supervised.
+`tools`, `context` and `chat_template_kwargs` (variables of the template, an object) of messages, `text_pair`,
+`references`, `label_text` and `id` are optional. The first `context` messages are not supervised.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from ...errors import Problem, RequestError
 from .answers import ANSWERS, answers_of
 from .faults import InvalidRow, check_text
 from .fill import fill
-from .messages import RowShape, check_messages, check_tools, messages_of_alpaca, messages_of_sharegpt
-from .pairs import pair_of
+from .messages import RowShape, check_messages, check_tools, check_variables, messages_of_alpaca, messages_of_sharegpt
+from .pairs import pair_of, refuse_rejected
 from .rows import RawRow
 
 IGNORED_LABEL = -100
 NO_LABEL = -1  # marks rows without a label in Hub datasets
+VARIABLES = "chat_template_kwargs"  # column of a row's own variables of the chat template, named as in TRL
 
 
 @dataclass(frozen=True)
@@ -188,22 +189,22 @@ def _text(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_rejected(row)
+    refuse_rejected(row)
     return _with_tools({"messages": check_messages(row["messages"])}, row)
 
 
 def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_rejected(row)
+    refuse_rejected(row)
     return _with_tools({"messages": messages_of_sharegpt(row)}, row)
 
 
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_rejected(row)
+    refuse_rejected(row)
     return {"messages": messages_of_alpaca(row)}
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_rejected(row)
+    refuse_rejected(row)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         both = {"messages": check_messages([*prompt, *completion]), "context": len(prompt)}
@@ -305,21 +306,9 @@ def _with_tools(canonical: dict[str, Any], row: Mapping[str, Any]) -> dict[str, 
     tools, functions = check_tools(row.get("tools")), check_tools(row.get("functions"))
     if tools and functions:
         raise RowShape("the row has both tools and functions", "keep one of these columns")
-    return {**canonical, "tools": tools or functions} if tools or functions else canonical
-
-
-def _refuse_rejected(row: Mapping[str, Any]) -> None:
-    """Refuse a row whose answer is marked as a bad one, as in unpaired preference data (KTO).
-
-    Raises:
-        RowShape: The column `label` or `kto_tag` is false.
-    """
-    for name in ("label", "kto_tag"):
-        if row.get(name) is False or row.get(name) in ("false", "False"):
-            way_out = "remove these rows, or use pairs with task=preference; to train on them, remove the column"
-            raise RowShape(
-                f"{name} is false, which marks the answer as one not to learn (unpaired preference)", way_out
-            )
+    variables = check_variables(row.get(VARIABLES))
+    more = {name: value for name, value in (("tools", tools or functions), (VARIABLES, variables)) if value}
+    return {**canonical, **more}
 
 
 TEXTS = ("text", "sentence", "sentence1", "premise", "question1")
@@ -327,10 +316,10 @@ PAIRS = ("text_pair", "sentence2", "hypothesis", "question2")
 TAGS = ("ner_tags", "tags", "labels")
 FORMATS: dict[str, Format] = {
     "tokens": Format(("input_ids", "labels"), (), _tokens, ("causal_lm", "instruction")),
-    "messages": Format(("messages",), ("tools", "functions"), _messages, ("instruction",)),
-    "sharegpt": Format(("conversations",), ("system", "tools", "functions"), _sharegpt, ("instruction",)),
+    "messages": Format(("messages",), ("tools", "functions", VARIABLES), _messages, ("instruction",)),
+    "sharegpt": Format(("conversations",), ("system", "tools", "functions", VARIABLES), _sharegpt, ("instruction",)),
     "prompt_completion": Format(
-        ("prompt", "completion"), ("tools", "functions"), _prompt_completion, ("instruction", "seq2seq")
+        ("prompt", "completion"), ("tools", "functions", VARIABLES), _prompt_completion, ("instruction", "seq2seq")
     ),
     "alpaca": Format(
         ("instruction", "output|response"), ("input", "context", "system", "history"), _alpaca, ("instruction",)
@@ -343,6 +332,8 @@ FORMATS: dict[str, Format] = {
         ("context", "question", "|".join(ANSWERS)), ("id", "answer_start"), _squad, ("question_answering",)
     ),
     "source_target": Format(("source", "target"), ("references",), _source_target, ("seq2seq",)),
-    "pairs": Format(("chosen", "rejected"), ("prompt", "tools", "functions"), _pairs, ("preference", "reward")),
+    "pairs": Format(
+        ("chosen", "rejected"), ("prompt", "tools", "functions", VARIABLES), _pairs, ("preference", "reward")
+    ),
     "text": Format(("text",), (), _text, ("causal_lm", "masked_lm")),
 }

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+FLAGS = ("weight", "loss", "train")  # of a message: whether it is supervised (data/render/turns.py)
+RESERVED = ("messages", "tools", "add_generation_prompt")  # variables of a chat template that rows determine
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -57,6 +59,22 @@ def check_tools(value: Any) -> list[Any]:
     return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
+def check_variables(value: Any) -> dict[str, Any]:
+    """Return a row's own variables of the chat template, from an object or its JSON string; empty if not given.
+
+    Raises:
+        RowShape: The value is not an object, or names what comes from other columns.
+    """
+    if value is None or value == "":
+        return {}
+    value = _parsed(value, "chat_template_kwargs")
+    if not isinstance(value, Mapping):
+        raise RowShape("chat_template_kwargs must be an object")
+    if given := [name for name in RESERVED if name in value]:
+        raise RowShape(f"chat_template_kwargs has {', '.join(given)}, which other columns determine")
+    return dict(_without_nulls(value))
+
+
 def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Convert ShareGPT `conversations` of {from, value}, with an optional column `system`, to messages.
 
@@ -76,10 +94,11 @@ def messages_of_sharegpt(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         if role is None:
             raise RowShape(f"turn {number} is from {turn['from']!r}", f"use one of {', '.join(_SHAREGPT_ROLES)}")
         content = _text_of(turn["value"], number)
+        flags = {name: turn[name] for name in FLAGS if turn.get(name) is not None}
         if role == "function_call":
-            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(content, number)})
+            messages.append({"role": "assistant", "content": "", "tool_calls": _calls(content, number), **flags})
         else:
-            messages.append({"role": role, "content": content})
+            messages.append({"role": role, "content": content, **flags})
     return messages
 
 

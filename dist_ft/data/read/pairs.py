@@ -72,3 +72,17 @@ def _shared_text(one: str, other: str) -> str:
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     spaces = [i for i in range(same) if one[i].isspace()]
     return one[: spaces[-1]] if spaces else ""
+
+
+def refuse_rejected(row: Mapping[str, Any]) -> None:
+    """Refuse a row whose answer is marked as a bad one, as in unpaired preference data (KTO).
+
+    Raises:
+        RowShape: The column `label` or `kto_tag` is false.
+    """
+    for name in ("label", "kto_tag"):
+        if row.get(name) is False or row.get(name) in ("false", "False"):
+            way_out = "remove these rows, or use pairs with task=preference; to train on them, remove the column"
+            raise RowShape(
+                f"{name} is false, which marks the answer as one not to learn (unpaired preference)", way_out
+            )

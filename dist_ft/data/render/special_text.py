@@ -11,22 +11,25 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from ...config.data import SpecialTokensInText
 from ...config.run import RunConfig
 from ..read.faults import RowFault
-from .spans import Message
-from .template import ChatTokenizer, Encoded, render_prompt
+from .renderer import Message
+from .template import ChatTokenizer
 from .tokenizer import load_tokenizer
+from .turns import Supervision
 
-_FIRST = 0xF0000  # names of the copy are single characters from here on, of a private-use area
+# names of the copy are single characters from here on, of a private-use area; parts.py uses another one
+_FIRST = 0xF0000
 _SPEAKERS = ("user", "tool")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+Tokens = TypeVar("Tokens")
 _KEEP = "remove the text, or set data.special_tokens_in_text=keep"
 
 
@@ -37,7 +40,7 @@ def open_chat_tokenizer(config: RunConfig, folder: str) -> ChatTokenizer:
         RequestError: See `load_tokenizer`.
     """
     tokenizer = load_tokenizer(config, folder)
-    return ChatTokenizer(tokenizer, SpecialText.of(config, tokenizer))
+    return ChatTokenizer(tokenizer, Supervision.of(config.task), SpecialText.of(config, tokenizer))
 
 
 class SpecialText:
@@ -47,10 +50,18 @@ class SpecialText:
         tokenizer: A transformers tokenizer.
         own: Special tokens that the user added for the data (`model.add_tokens`), which are kept.
         action: `plain` or `refuse`.
+        supervision: What is supervised of conversations.
     """
 
-    def __init__(self, tokenizer: Any, own: Sequence[str], action: SpecialTokensInText) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        own: Sequence[str],
+        action: SpecialTokensInText,
+        supervision: Supervision | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.supervision = supervision or Supervision()
         self.action = action
         added = tokenizer.added_tokens_decoder.values()
         special = [token.content for token in added if token.special and token.content.strip()]
@@ -62,47 +73,57 @@ class SpecialText:
     def of(cls, config: RunConfig, tokenizer: Any) -> SpecialText | None:
         """Return the encoder of a run, or None if special tokens in text are kept."""
         action = config.data.special_tokens_in_text
-        return None if action == "keep" else cls(tokenizer, config.model.add_tokens, action)
+        if action == "keep":
+            return None
+        return cls(tokenizer, config.model.add_tokens, action, Supervision.of(config.task))
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
-        """Return the token ids of messages up to the start of the answer, with special tokens of a user as text.
+    def encode(
+        self,
+        messages: Sequence[Message],
+        encode: Callable[[ChatTokenizer, Sequence[Message]], Tokens],
+        *,
+        strict: bool = True,
+    ) -> Tokens | None:
+        """Encode messages with special tokens of a user or a tool as text.
 
-        A tokenizer or a chat template that does not allow this encodes them as special tokens, as if they were kept.
-        """
-        ids = render_prompt(self.tokenizer, messages, tools)
-        if self._copy is None or all(self._find(message) is None for message in messages):
-            return ids
-        harmless = [self._replace(message, "x") for message in messages]
-        expected = render_prompt(self.tokenizer, harmless, tools)
-        if render_prompt(self._copy.tokenizer, self._renamed(harmless), tools) != expected:
-            return ids
-        return render_prompt(self._copy.tokenizer, self._renamed(messages), tools)
+        Args:
+            messages: Chat messages.
+            encode: Encodes messages with the tokenizer that it is given.
+            strict: If false, text that cannot be encoded this way is encoded as special tokens, as if it were kept.
 
-    def __call__(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0
-    ) -> Encoded | None:
-        """Return the encoded conversation, or None if no user or tool writes out a special token.
+        Returns:
+            The encoded messages, or None if no user or tool writes out a special token (or if not `strict`).
 
         Raises:
             RowFault: There is such text and the action is `refuse`, or the template does not allow `plain`.
         """
         found = next((name for message in messages if (name := self._find(message)) is not None), None)
-        if found is None or self.pattern is None:
+        if found is None:
             return None
+        try:
+            return self._encode(messages, encode, found)
+        except RowFault:
+            if strict:
+                raise
+            return None
+
+    def _encode(
+        self, messages: Sequence[Message], encode: Callable[[ChatTokenizer, Sequence[Message]], Tokens], found: str
+    ) -> Tokens:
         cause = "what a user or a tool says contains a special token"
         if self.action == "refuse":
             raise RowFault(cause, _KEEP, repr(found))
         if self._copy is None:
             raise RowFault(f"{cause}, and those of this tokenizer cannot be told from text", _KEEP, repr(found))
         harmless = [self._replace(message, "x") for message in messages]
-        expected = ChatTokenizer(self.tokenizer).encode_messages(harmless, tools, context)
+        expected = encode(ChatTokenizer(self.tokenizer, self.supervision), harmless)
         try:
-            is_same = self._copy.encode_messages(self._renamed(harmless), tools, context) == expected
+            is_same = encode(self._copy, self._renamed(harmless)) == expected
         except RowFault:
             is_same = False
         if not is_same:
             raise RowFault(f"{cause}, and the chat template builds its own from parts", _KEEP, repr(found))
-        return self._copy.encode_messages(self._renamed(messages), tools, context)
+        return encode(self._copy, self._renamed(messages))
 
     def _find(self, message: Message) -> str | None:
         """Return the first special token that a message writes out although its role must not, or None."""
@@ -146,7 +167,7 @@ class SpecialText:
                 setattr(other, name, self.names.get(token, token))
         other.extra_special_tokens = [self.names.get(str(t), str(t)) for t in self.tokenizer.extra_special_tokens]
         other.chat_template = self._rename(self.tokenizer.chat_template)
-        return ChatTokenizer(other)
+        return ChatTokenizer(other, self.supervision)
 
     def _rename_exactly(self, value: Any) -> Any:
         """Rename the special tokens in the content of a tokenizer.json, where they are whole strings or keys."""

@@ -6,17 +6,31 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import jinja2
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...config.task import TaskConfig
-from ...errors import RequestError
 from ..read.faults import EMPTY_TEXT, RowFault
 from ..read.formats import IGNORED_LABEL
-from .spans import OWN_TEMPLATE, Closers, Message, Span, find_spans
+from .parts import PROTECTED
+from .places import LostReasoning
+from .renderer import OWN_TEMPLATE, Message, Renderer, RenderFault, Span
+from .spans import Closers, PromptFault
+from .supervised import PLAIN, ends_plain_turns, supervised_spans
+from .turns import (
+    Supervision,
+    flag_of,
+    protected_form,
+    reasoning_forms,
+    with_text_arguments,
+    without_flags,
+    without_reasoning,
+)
+
+if TYPE_CHECKING:
+    from .special_text import SpecialText
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
 
@@ -27,8 +41,7 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
         return None
     if task.name in CONVERSING and tokenizer.chat_template:
         try:
-            answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            labels = ChatTokenizer(tokenizer).encode_messages(answered)["labels"]
+            labels = ChatTokenizer(tokenizer).encode_messages(PLAIN)["labels"]
             return [label for label in labels if label != IGNORED_LABEL][-1]
         except RowFault:  # the template does not support this conversation
             pass
@@ -36,21 +49,8 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
     return end
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
-    """Return the token ids of messages rendered with the chat template, up to the start of the answer."""
-    rendered = tokenizer.apply_chat_template(
-        list(messages),
-        tools=list(tools) if tools else None,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-    )
-    return list(rendered["input_ids"])
-
-
 Encoded = dict[str, list[int]]
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
+Tools = Sequence[Mapping[str, Any]] | None
 
 
 class ChatTokenizer:
@@ -58,11 +58,15 @@ class ChatTokenizer:
 
     Args:
         tokenizer: A transformers tokenizer, whose `chat_template` is used for messages.
-        special_text: Encoder of the conversations that write out special tokens, see special_text.py.
+        supervision: What is supervised of conversations.
+        special_text: Encoder of messages that write out special tokens, see special_text.py.
     """
 
-    def __init__(self, tokenizer: Any, special_text: Callable[..., Encoded | None] | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, supervision: Supervision | None = None, special_text: SpecialText | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.supervision = supervision or Supervision()
         self.special_text = special_text
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
@@ -70,7 +74,7 @@ class ChatTokenizer:
         added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         names = {*added, *tokenizer.all_special_tokens} - {None}
         self.closers = Closers(tuple(sorted(name for name in names if name.strip())), tokenizer.eos_token)
-        self.closer_ids = {number for name, number in added.items() if name.strip()} | {self.eos_id} - {None}
+        self.end_ids = {number for name, number in added.items() if name in self.closers.ends} | {self.eos_id} - {None}
 
     def encode_text(self, text: str) -> Encoded:
         """Encode a document as BOS (if the tokenizer adds one), its tokens and EOS (if any), with loss on all tokens.
@@ -101,52 +105,141 @@ class ChatTokenizer:
         context, answer = self._begin(context), self._end(answer)
         return {"input_ids": context + answer, "labels": [IGNORED_LABEL] * len(context) + answer}
 
+    def encode_turns(
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        context: int = 0,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[Encoded]:
+        """Encode each supervised message as a conversation of its own, which ends with it; see `encode_messages`."""
+        if self.special_text is not None:
+            rows = self.special_text.encode(messages, lambda chat, m: chat.encode_turns(m, tools, context, variables))
+            if rows is not None:
+                return rows
+        turns, render = self.supervision.choose(messages, context), Renderer(self.tokenizer, tools, variables)
+        return [self._encode(render, [*messages[: turn + 1]], [turn]) for turn in turns]
+
     def encode_messages(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, context: int = 0
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        context: int = 0,
+        variables: Mapping[str, Any] | None = None,
     ) -> Encoded:
         """Encode a conversation with the chat template, with loss on the assistant turns including their end tokens.
 
-        If the template renders no end token after the last turn, EOS is appended.
+        If the template renders no end token after the last turn, EOS is appended. Which turns and end tokens are
+        supervised is set by `supervision` and by the flags of the messages (turns.py).
 
         Args:
             messages: Chat messages (see messages.py).
             tools: Tool descriptions for the chat template.
             context: Number of messages at the start that are not supervised.
+            variables: Variables of the chat template for this row.
 
         Raises:
             RowFault: There is no supervised assistant turn, or the chat template cannot render the conversation.
             RequestError: The tokenizer has no chat template.
         """
-        if self.special_text is not None and (encoded := self.special_text(messages, tools, context)) is not None:
-            return encoded
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
-        if not turns:
-            raise RowFault(
-                "there is no assistant turn", "correct data.format or the roles, or set task.unsupervised=drop"
-            )
-        if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in turns):
-            raise RowFault("the assistant turns are empty", "correct their content, or set task.unsupervised=drop")
-        render = _Render(self.tokenizer, tools)
-        text = render(messages)
-        if tools and not all(_tool_name(tool) in text for tool in tools):
-            way_out = "set task.chat_template to a template that renders tools, such as chatml"
-            raise RowFault("the chat template does not render the row's tools", way_out)
-        labelled = self._by_marks(render, messages, turns) if context == 0 else None
-        if labelled is None:
-            labelled = self._by_spans(text, find_spans(render, messages, turns, self.closers))
-        return self._once(self._closed(labelled, is_last=turns[-1] == len(messages) - 1))
+        if self.special_text is not None:
+            row = self.special_text.encode(messages, lambda chat, m: chat.encode_messages(m, tools, context, variables))
+            if row is not None:
+                return row
+        turns = self.supervision.choose(messages, context)
+        return self._encode(Renderer(self.tokenizer, tools, variables), messages, turns)
+
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the token ids of a conversation with the generation prompt.
+
+        Raises:
+            RowFault: The chat template cannot render the conversation.
+        """
+        if self.special_text is not None:
+            encode = self.special_text.encode
+            prompt = encode(messages, lambda chat, m: chat.encode_prompt(m, tools, variables), strict=False)
+            if prompt is not None:
+                return prompt
+        render, given = Renderer(self.tokenizer, tools, variables), without_flags(messages)
+        try:
+            return self._ids(render(given, generation=True))
+        except RenderFault:
+            if (written := with_text_arguments(given)) is None:
+                raise
+            return self._ids(render(written, generation=True))
+
+    def _encode(self, render: Renderer, messages: Sequence[Message], turns: Sequence[int]) -> Encoded:
+        """Encode a conversation with loss on the messages `turns`, in the first form that is rendered completely."""
+        muted = [i for i, message in enumerate(messages) if flag_of(message) is False]
+        first: RowFault | None = None
+        for renders, form, reasoned in self._forms(render, messages, turns):
+            try:
+                text, spans = supervised_spans(renders, form, turns, muted, reasoned, self.closers, self.supervision)
+            except (LostReasoning, PromptFault, RenderFault) as fault:
+                first = first or fault
+                continue
+            encoded = self._by_spans(text, spans)
+            if self.supervision.train_on_eos != "none" and messages[turns[-1]]["role"] == "assistant":
+                encoded = self._closed(encoded, render, is_last=turns[-1] == len(messages) - 1)
+            return self._once(encoded)
+        assert first is not None, "the first form is the row as given"
+        raise first
+
+    def _forms(
+        self, render: Renderer, messages: Sequence[Message], turns: Sequence[int]
+    ) -> Iterator[tuple[Renderer, list[Message], Sequence[int]]]:
+        """Yield the conversation in the forms in which the chat template may render all of it.
+
+        Each has the messages whose reasoning has to be rendered.
+        """
+        reasoning = self.supervision.reasoning
+        given, reasoned = without_flags(messages), turns[-1:] if reasoning == "keep" else turns
+        if reasoning == "drop":
+            given = without_reasoning(given)
+        for form in reasoning_forms(given, render.template):
+            yield render, form, reasoned
+        if len(given) > 1 and given[-1]["role"] == "assistant" and not render.marks_answers:
+            with contextlib.suppress(RenderFault):
+                prompt = render(given[:-1], generation=True)
+                if (shielded := protected_form(given, prompt, empty=reasoning == "drop")) is not None:
+                    yield Renderer(self.tokenizer, render.tools, render.variables, PROTECTED), shielded, reasoned
+        if (written := with_text_arguments(given)) is not None:
+            for form in reasoning_forms(written, render.template):
+                yield render, form, reasoned
+        if reasoning == "keep":
+            yield render, given, []
 
     def _by_spans(self, text: str, spans: Sequence[Span]) -> Encoded:
-        """Tokenize the rendered text and label the tokens inside the spans."""
+        """Tokenize the rendered text and label the tokens inside the spans.
+
+        Where a token of the prompt takes the white space behind it (`rstrip`), an answer that starts with white space
+        is tokenized on its own, as it is generated.
+        """
         if not self.tokenizer.is_fast:
             return self._by_prefixes(text, spans)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         if sum(first == last for first, last in offsets) * 2 > len(ids):  # some converted tokenizers have no offsets
             return self._by_prefixes(text, spans)
+        starts = {start for start, _ in spans}
+        taken = [
+            start
+            for first, last in offsets
+            for start in range(first + 1, last)
+            if start in starts and text[first:start].strip() and not text[start:last].strip()
+        ]
+        if taken:
+            edges = [0, *taken, len(text)]
+            pieces = [
+                self._by_spans(text[left:right], [(a - left, b - left) for a, b in spans if left <= a < right])
+                for left, right in itertools.pairwise(edges)
+            ]
+            return {name: [token for piece in pieces for token in piece[name]] for name in ("input_ids", "labels")}
         labels = [IGNORED_LABEL] * len(ids)
         remaining = iter(spans)
-        start, stop = next(remaining)
+        start, stop = next(remaining, (len(text) + 1, len(text) + 1))
         for i, (first, last) in enumerate(offsets):
             while first >= stop:
                 start, stop = next(remaining, (len(text) + 1, len(text) + 1))
@@ -168,35 +261,13 @@ class ChatTokenizer:
             labels[first:last] = ids[first:last]
         return {"input_ids": ids, "labels": labels}
 
-    def _by_marks(self, render: _Render, messages: Sequence[Message], turns: Sequence[int]) -> Encoded | None:
-        """Label tokens by the template's `{% generation %}` blocks; return None if it has none or they yield no tokens.
-
-        If a block excludes the end token of a turn, the label is added where the prefix difference finds it.
-        """
-        if not _MARKS.search(render.template):
-            return None
-        ids, mask = render.with_mask(messages)
-        if not any(mask):
-            return None
-        try:
-            ends = self._by_spans(render(messages), find_spans(render, messages, turns, self.closers))["labels"]
-        except RowFault:
-            ends = [token if token == self.eos_id else IGNORED_LABEL for token in ids]
-        labels = [token if marked else IGNORED_LABEL for token, marked in zip(ids, mask, strict=True)]
-        for i in range(1, len(ids)):
-            is_end = ids[i] in self.closer_ids
-            if labels[i] == IGNORED_LABEL:
-                left_out = is_end and labels[i - 1] != IGNORED_LABEL and ids[i - 1] not in self.closer_ids
-                labels[i] = ends[i] if left_out and len(ends) == len(ids) else IGNORED_LABEL
-            elif ids[i - 1] in self.closer_ids and not is_end and not self.tokenizer.decode([ids[i]]).strip():
-                labels[i] = IGNORED_LABEL  # whitespace after the end token belongs to the template
-        return {"input_ids": ids, "labels": labels}
-
-    def _closed(self, encoded: Encoded, *, is_last: bool) -> Encoded:
+    def _closed(self, encoded: Encoded, render: Renderer, *, is_last: bool) -> Encoded:
         """Ensure that the last supervised turn ends with an end token; append EOS if the template renders none."""
         ids, labels = encoded["input_ids"], encoded["labels"]
-        end = max(i for i, label in enumerate(labels) if label != IGNORED_LABEL) + 1
-        if ids[end - 1] in self.closer_ids:
+        end = max((i for i, label in enumerate(labels) if label != IGNORED_LABEL), default=-1) + 1
+        if end == 0:
+            raise RowFault("the rendering has no supervised token", OWN_TEMPLATE)
+        if ids[end - 1] == self.eos_id or (ids[end - 1] in self.end_ids and ends_plain_turns(render, self.closers)):
             return encoded
         if not is_last or self.eos_id is None:
             why = "and the tokenizer has no EOS token" if is_last else "and more messages follow"
@@ -224,42 +295,3 @@ class ChatTokenizer:
 
     def _end(self, ids: list[int]) -> list[int]:
         return [*ids, self.eos_id] if self.eos_id is not None and ids[-1:] != [self.eos_id] else ids
-
-
-class _Render:
-    """Renderer that applies the tokenizer's chat template with given tools."""
-
-    def __init__(self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None) -> None:
-        self.tokenizer = tokenizer
-        self.tools = list(tools) if tools else None
-        try:
-            self.template: str = tokenizer.get_chat_template(None, self.tools)
-        except ValueError as error:
-            raise RequestError.of(
-                "task.chat_template",
-                "the tokenizer has no chat template, but the data contains messages",
-                "set task.chat_template=chatml or a Jinja file, or use prompt and completion as strings",
-            ) from error
-
-    def __call__(self, messages: Sequence[Message], *, generation: bool = False) -> str:
-        return str(self._apply(messages, tokenize=False, add_generation_prompt=generation))
-
-    def with_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Return the token ids and the template's own mask of assistant tokens."""
-        if not self.tokenizer.is_fast:
-            return [], []
-        result = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(result["input_ids"]), list(result["assistant_masks"])
-
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options)
-        except _RENDER_ERRORS as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            way_out = "correct the rows, or set task.chat_template to a template that supports them"
-            raise RowFault(f"the chat template cannot render the row: {reason}", way_out) from error
-
-
-def _tool_name(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function", tool)
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""

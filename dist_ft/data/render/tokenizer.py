@@ -9,7 +9,7 @@ from typing import Any
 from ...config.run import RunConfig
 from ...errors import RequestError
 from .added_tokens import add_tokens
-from .template_file import read_template
+from .template_file import read_template, with_defaults
 
 
 def check_tokenizers(config: RunConfig, model_dir: str, tokenizer_dir: str) -> None:
@@ -67,6 +67,8 @@ def load_tokenizer(config: RunConfig, folder: str) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         way_out = "set model.tokenizer to a folder or Hub id that has a tokenizer"
         raise RequestError.of("model.tokenizer", f"{folder} has no loadable tokenizer ({reason})", way_out) from error
-    tokenizer.chat_template = read_template(config.task) or tokenizer.chat_template
+    tokenizer.chat_template = with_defaults(
+        read_template(config.task) or tokenizer.chat_template, getattr(config.task, "chat_template_kwargs", {})
+    )
     add_tokens(tokenizer, config.model.add_tokens)
     return tokenizer

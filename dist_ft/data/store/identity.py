@@ -20,6 +20,14 @@ from ..read.sets import ALONE, SPLITS, SplitName, sets_of
 from ..read.sources import fingerprint
 from ..render.template_file import read_template
 
+RENDERING_VERSION = 2  # of conversations: increase it with every change of their tokens and labels
+_LATER_KEYS = {
+    "chat_template_kwargs": {},
+    "reasoning": "require",
+    "train_on": "assistant",
+    "train_on_eos": "turn",
+    "one_row_per_turn": False,
+}
 _TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template.json")
 
 
@@ -37,8 +45,13 @@ def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path
     alone = sets_of(config, split)[part]
     data, root = alone.data, cache_root(config)
     task = config.task.model_dump(mode="json")
+    for name, default in _LATER_KEYS.items():
+        if task.get(name) == default:  # not in the names of splits that earlier versions prepared
+            del task[name]
+    renders = "chat_template" in task and not alone.data.only_tokens
     content = {
         "version": CODE_VERSION,
+        **({"rendering": RENDERING_VERSION} if renders else {}),
         "rows": _fingerprint(alone, split, root),
         "reading": source_identity(alone),
         **({"augment": augment} if (augment := augment_identity(alone, split)) else {}),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...data.read.faults import RowFault
+from ...data.read.formats import VARIABLES
 from ...state import Example, Row
 
 EQUAL = "chosen and rejected are the same"
@@ -30,8 +31,8 @@ def encode_pair(row: Row, tokenizer: Any) -> list[Example]:
         return [tokenizer.encode_pair(prompt, answer) for answer in answers]
     if not prompt:
         raise RowFault("chosen and rejected do not start with a common message", "provide the prompt in its own column")
-    tools = row.get("tools")
-    return [tokenizer.encode_messages([*prompt, *answer], tools, len(prompt)) for answer in answers]
+    given = (row.get("tools"), len(prompt), row.get(VARIABLES))
+    return [tokenizer.encode_messages([*prompt, *answer], *given) for answer in answers]
 
 
 def cut_pair(pair: Sequence[Example], max_length: int) -> list[Example]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from dist_ft.assess.turns import Question, question_of, speaks_chat
+from dist_ft.assess.turns import Question, question_of, read_questions, speaks_chat
 from dist_ft.config.task import CausalLMConfig, InstructionConfig, PreferenceConfig
 from dist_ft.data.render.template import find_end_token
 from dist_ft.errors import RequestError
@@ -55,6 +55,39 @@ def test_pairs_of_messages_are_asked_in_chat_and_pairs_of_text_are_not(tiny_toke
         rows.write_text(json.dumps({"prompt": prompt, "chosen": "a", "rejected": "b"}), encoding="utf-8")
         config: Any = compose(["task=preference", "data=jsonl", f"data.train={rows}"]).config
         assert speaks_chat(config, tokenizer, ["pairs"]) is wanted
+
+
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"q": "x"}}}
+
+
+def test_a_prompt_is_rendered_as_the_row_was_in_training(tiny_tokenizer: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}{{ m.weight }}: {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %};{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    said = [{"role": "user", "content": "Hi", "weight": 1}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    ids = Question([*said, said[0]], "").encode(tokenizer)
+    assert tokenizer.decode(ids) == 'user: Hi;assistant: look_up{"q": "x"};user: Hi;assistant: '
+    tokenizer.chat_template = "{{ messages[0].content }}{{ name }}"
+    assert tokenizer.decode(Question(said, "", variables={"name": " x"}).encode(tokenizer)) == "Hi x"
+    row = {"messages": [*said, said[0]], "chat_template_kwargs": {"name": " x"}}
+    assert question_of(row, "").variables == {"name": " x"}
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(RequestError, match="the chat template cannot render the row: no"):
+        Question(said, "").encode(tokenizer)
+
+
+def test_reasoning_that_was_dropped_in_training_is_in_no_prompt(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "content": "<think>Hm</think>two", "thinking": "Hm"}
+    said = [{"role": "user", "content": "one"}, thought, {"role": "user", "content": "three"}, thought]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": said}))
+    words = ["data=jsonl", f"data.train={tmp_path / 'rows.jsonl'}"]
+    for reasoning, content in (("drop", "two"), ("require", "<think>Hm</think>two")):
+        (question,) = read_questions(compose([*words, f"task.reasoning={reasoning}"]).config, "train", 1)
+        assert question.messages is not None and question.messages[1]["content"] == content
+        assert ("thinking" in question.messages[1]) is (reasoning == "require")
 
 
 def test_rows_as_questions() -> None:

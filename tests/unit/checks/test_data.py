@@ -83,3 +83,13 @@ def test_data_is_opened(name, content, rule):
 
 def test_template_file_must_exist():
     assert "the file none.jinja does not exist" in found("task.chat_template=none.jinja")["task.chat_template"]
+
+
+def test_what_the_rows_determine_is_no_variable_of_the_template():
+    problems = found("task.chat_template_kwargs={tools: [], enable_thinking: true}")
+    assert problems == {"task.chat_template_kwargs": "tools of the chat template comes from the rows → remove it"}
+
+
+def test_a_row_of_each_turn_learns_no_turn_twice():
+    words = ["task.one_row_per_turn=true", "task.train_on=all"]
+    assert "would train the turns before it again" in found(*words)["task.one_row_per_turn"]

@@ -24,7 +24,17 @@ UNREAD = {
         ["task=causal_lm", "task.overlong=drop"],
         ["task=causal_lm", "task.packing=false", "task.overlong=drop"],
     ),
-    "task.chat_template": (["task.chat_template=chatml", "data.format=tokens"], ["task.chat_template=chatml"]),
+    **{
+        word.partition("=")[0]: ([word, "data.format=tokens"], [word])
+        for word in (
+            "task.chat_template=chatml",
+            "task.chat_template_kwargs={enable_thinking: false}",
+            "task.reasoning=keep",
+            "task.train_on=last",
+            "task.train_on_eos=none",
+            "task.one_row_per_turn=true",
+        )
+    },
     "task.label_smoothing": (
         ["task=preference", "task.loss_type=ipo", "task.label_smoothing=0.1"],
         ["task=preference", "task.loss_type=robust", "task.label_smoothing=0.1"],

@@ -78,7 +78,16 @@ def test_a_split_that_is_not_set_is_refused(run_file: Path, capsys: pytest.Captu
 
 
 def test_tokens_without_a_tokenizer_are_numbers() -> None:
-    assert view.render_tokens(None, [1, 2, 3], [-100, 2, 3], marked=True).plain == "1 [[2 3 ]]"
+    assert view.render_tokens(None, [1, 2, 3], [False, True, True], marked=True).plain == "1 [[2 3 ]]"
+
+
+def test_a_first_token_is_marked_where_it_is_a_target() -> None:
+    ids = [5, 6, 7]
+    assert view.find_targets({"input_ids": ids, "labels": [5, -100, 7]}) == [False, False, True]
+    assert view.find_targets({"input_ids": ids, "span": [0, 1], "null": [2]}) == [True, True, False]
+    assert view.find_targets({"input_ids": ids, "span": [0, 0], "null": [0]}) == [False] * 3
+    assert view.find_targets({"input_ids": ids}, "max_target_length") == [True] * 3
+    assert view.find_targets({"input_ids": ids}) == [False] * 3
 
 
 def test_of_a_sequence_without_labels_the_length_is_told() -> None:

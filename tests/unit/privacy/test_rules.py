@@ -15,6 +15,7 @@ REFUSED = {
     "engine": ["engine=zero2"],
     "method": ["method=ia3"],
     "task.packing": ["task.packing=true"],
+    "task.one_row_per_turn": ["task.one_row_per_turn=true"],
     "task.class_weights": ["task=sequence_classification", "task.class_weights=balanced"],
     "train.load_best_model_at_end": [
         "train.load_best_model_at_end=true",

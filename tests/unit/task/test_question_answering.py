@@ -15,7 +15,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.config.task import QuestionAnsweringConfig
 from dist_ft.data.read.faults import RowFault
 from dist_ft.errors import RequestError
-from dist_ft.inspect.rows import describe_sequence, mark_answer
+from dist_ft.inspect.rows import describe_sequence, find_targets
 from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Facts, Sample
 from dist_ft.task.question_answering import QuestionAnswering
@@ -317,8 +317,8 @@ def test_view_shows_the_answer(wordpiece: Any) -> None:
     first, last = piece["span"]
     assert describe_sequence(piece, Facts()).endswith(f"tokens, answer in tokens {first} to {last}")
     assert {describe_sequence(other, Facts()) for other in without} == {"48 tokens, no answer"}
-    assert [i for i, label in enumerate(mark_answer(piece)) if label != -100] == list(range(first, last + 1))
-    assert set(mark_answer(without[0])) == {-100} == set(mark_answer({"input_ids": [1, 2]}))
+    assert [i for i, is_target in enumerate(find_targets(piece)) if is_target] == list(range(first, last + 1))
+    assert not any(find_targets(without[0])) and not any(find_targets({"input_ids": [1, 2]}))
 
 
 def test_a_decoder_of_language_keeps_its_base(tiny_llama: Path, tmp_path: Path) -> None:

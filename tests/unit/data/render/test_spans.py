@@ -75,7 +75,7 @@ def test_white_space_that_a_template_strips_is_no_part_of_a_span() -> None:
 def test_the_last_turns_thinking_is_supervised_and_an_earlier_one_that_is_dropped_is_refused() -> None:
     thinking = {"role": "assistant", "content": "<think>\nHm\n</think>\n\nIt is Paris."}
     assert encode(QWEN3, [CHAT[0], thinking]).endswith("⟦<think>\nHm\n</think>\n\nIt is Paris.<|im_end|>⟧\n")
-    with pytest.raises(RowFault, match="changes the content of earlier assistant turns"):
+    with pytest.raises(RowFault, match="does not render the reasoning of an assistant message"):
         encode(QWEN3, [CHAT[0], thinking, *CHAT[2:]])
 
 
@@ -120,7 +120,7 @@ def test_an_empty_thinking_block_of_the_generation_prompt_is_context() -> None:
 
 def test_a_template_that_wants_content_in_parts_shows_no_words() -> None:
     template = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
-    with pytest.raises(RowFault, match="does not render the assistant's content"):
+    with pytest.raises(RowFault, match="does not render the content of a message of role user"):
         encode(template, CHAT)
 
 

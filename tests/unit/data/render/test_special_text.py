@@ -15,7 +15,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.special_text import SpecialText, open_chat_tokenizer
-from dist_ft.data.render.template import ChatTokenizer, render_prompt
+from dist_ft.data.render.template import ChatTokenizer
 from dist_ft.data.store.identity import split_folder
 from dist_ft.prepare import prepare
 from tests.unit.data.render.chats import CHATML, CORPUS, GEMMA, LLAMA3, MISTRAL, QWEN3, SPECIAL, make_tokenizer
@@ -29,7 +29,7 @@ FROM_PARTS = (  # as templates do that write '<|' + role + '|>'
 
 
 def encoder(tokenizer: Any, action: Any = "plain", own: tuple[str, ...] = ()) -> ChatTokenizer:
-    return ChatTokenizer(tokenizer, SpecialText(tokenizer, own, action))
+    return ChatTokenizer(tokenizer, special_text=SpecialText(tokenizer, own, action))
 
 
 def expected_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -129,17 +129,16 @@ def test_rows_are_refused_on_request_and_where_text_cannot_be_told_apart() -> No
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, MISTRAL, QWEN3])
 def test_a_prompt_is_the_beginning_of_what_was_trained(template: str) -> None:
     tokenizer = make_tokenizer(template)
-    special_text = SpecialText(tokenizer, (), "plain")
     trained = encoder(tokenizer).encode_messages(CHAT)
-    prompt = special_text.encode_prompt(CHAT[:1])
+    prompt = encoder(tokenizer).encode_prompt(CHAT[:1])
     assert prompt == trained["input_ids"][: len(prompt)]
-    assert prompt != render_prompt(tokenizer, CHAT[:1])
+    assert prompt != ChatTokenizer(tokenizer).encode_prompt(CHAT[:1])
     harmless = [{"role": "user", "content": "Hello"}]
     expected = tokenizer.apply_chat_template(harmless, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert special_text.encode_prompt(harmless) == expected
+    assert encoder(tokenizer).encode_prompt(harmless) == expected
     built = make_tokenizer(FROM_PARTS)
     kept = built.apply_chat_template(CHAT[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert SpecialText(built, (), "plain").encode_prompt(CHAT[:1]) == kept
+    assert encoder(built).encode_prompt(CHAT[:1]) == kept
 
 
 def test_the_installed_tokenizer_and_the_key(tmp_path: Path, tiny_llama: Path) -> None:

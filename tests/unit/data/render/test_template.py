@@ -24,6 +24,7 @@ from tests.unit.data.render.chats import (
     make_tokenizer,
     marked,
 )
+from tests.unit.data.render.dialogues import DIALOGUES, faults
 
 
 def test_messages_before_context_carry_no_loss() -> None:
@@ -168,3 +169,34 @@ def test_sentencepiece_like_pieces_are_supervised_whole() -> None:
     encoded = ChatTokenizer(fast).encode_messages(CHAT)
     supervised = [t for t, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != IGNORED_LABEL]
     assert fast.decode(supervised).replace("▁", " ").split("</s>") == ["How are you?", " It is Paris.", ""]
+
+
+def test_an_end_token_in_a_generation_block_of_its_own_belongs_to_the_turn() -> None:
+    block = f"{{{{ m.content }}}}{END}{NEWLINE}{{% generation %}}<|im_end|>{END}"
+    tokenizer = make_tokenizer(MARKED_CHATML.replace(f"{{{{ m.content }}}}<|im_end|>{END}", block))
+    assert marked(tokenizer, ChatTokenizer(tokenizer).encode_messages(CHAT)) == (
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n⟦How are you?⟧\n⟦<|im_end|>⟧\n"
+        "<|im_start|>user\nI am well<|im_end|>\n<|im_start|>assistant\n⟦It is Paris.⟧\n⟦<|im_end|>⟧\n"
+    )
+
+
+def test_white_space_behind_tokens_of_a_turn_is_learned_with_generation_marks_too() -> None:
+    tokenizer = make_tokenizer(MARKED_CHATML)
+    answer = "[INST]\nIt is[/INST]\nParis."
+    encoded = ChatTokenizer(tokenizer).encode_messages([CHAT[0], {"role": "assistant", "content": answer}])
+    assert marked(tokenizer, encoded).endswith(f"<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n")
+
+
+def test_the_header_of_a_turn_is_not_learned_if_the_prompt_has_it() -> None:
+    header = "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    inside = "{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    template = MARKED_CHATML.replace(header, inside).replace("{% else %}", "{% else %}<|im_start|>{{ m.role }}\n")
+    tokenizer, plain = make_tokenizer(template), make_tokenizer(MARKED_CHATML)
+    assert ChatTokenizer(tokenizer).encode_messages(CHAT) == ChatTokenizer(plain).encode_messages(CHAT)
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+def test_the_shipped_template_renders_every_part_of_a_row(dialogue: str) -> None:
+    messages, tools = DIALOGUES[dialogue]
+    tokenizer = make_tokenizer(CHATML_FILE.read_text(encoding="utf-8"), eos="<|im_end|>")
+    assert faults(tokenizer, messages, tools, ChatTokenizer(tokenizer).encode_messages(messages, tools)) == []

@@ -196,6 +196,10 @@ def test_existing_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
     config = compose(["data=jsonl", 'data.train=[rows.jsonl, "*.jsonl", a/b]', "model.name_or_path=a/b"]).config
     assert config.data.train == [f"{tmp_path}/rows.jsonl", f"{tmp_path}/*.jsonl", "a/b"]
     assert config.model.name_or_path == "a/b"
+    (tmp_path / "own.jinja").write_text("")
+    for task in ("instruction", "preference", "reward"):
+        words = [f"task={task}", "task.chat_template=own.jinja", "data=jsonl", "data.train=rows.jsonl"]
+        assert compose(words).config.task.chat_template == f"{tmp_path}/own.jinja"
     assert "Python package is not installed" in problems("data=jsonl", "data.train=package:none_such/x")["data.train"]
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from dist_ft.config.identity import settings_of
-from dist_ft.config.run import RunConfig
+from dist_ft.config.run import RunConfig, settings_of
 from tests.runs import token_run
 
 SAME: list[dict[str, Any]] = [
