@@ -153,6 +153,20 @@ def test_what_shapes_the_tokens_is_in_the_key_and_nothing_else(make_config: Any,
     assert identity.split_folder(base, "train") != folder
 
 
+def test_another_rendering_is_another_key_of_rendered_rows_alone(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = make_config([{"messages": CHAT}])
+    others = [
+        make_config(rendered.data.train, data={"format": "tokens"}),
+        make_config(rendered.data.train, task={"name": "causal_lm"}),
+    ]
+    before = [identity.split_folder(config, "train") for config in (rendered, *others)]
+    monkeypatch.setattr(identity, "RENDERING_VERSION", identity.RENDERING_VERSION + 1)
+    after = [identity.split_folder(config, "train") for config in (rendered, *others)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, True]
+
+
 def test_another_tokenizer_is_another_key(make_config: Any, tiny_tokenizer: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
     config = make_config([{"messages": CHAT}], model={"tokenizer": str(tmp_path / "tokenizer")})
