@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,8 @@ def _take(handle: int, byte: int, run_dir: Path, wait_s: float) -> None:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
             return
         except OSError as error:
-            if error.errno in UNSUPPORTED:  # this file system has no locks, so that the user has to take care
+            if error.errno in UNSUPPORTED:
+                print(f"dist-ft: {run_dir}: its file system has no locks; start this run only once", file=sys.stderr)
                 return
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise

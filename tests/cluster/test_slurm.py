@@ -127,6 +127,36 @@ def test_a_job_stops_before_its_time_limit_and_at_a_signal_and_goes_on(slurm, en
     assert lines == list(range(1, steps[1] + 1))
 
 
+def test_a_preempted_job_is_requeued_and_goes_on_where_it_stopped(slurm, env, tmp_path, tiny_words):
+    """Its tasks receive SIGTERM, as at a preemption."""
+    code = "from dist_ft.launch import slurm; slurm.TEMPLATE = slurm.SLURM_DIR / 'preemption.sbatch'\n" + REAL
+    given = [word for word in tiny_words if not word.startswith("train.max_steps")]
+    words = [*TWO_NODES, "launch.workers_per_node=1", "engine=fsdp", f"output_dir={tmp_path}/run", *given]
+    words += ["train.num_train_epochs=null", "train.max_steps=100000", "train.save_minutes=60"]
+    identity = identity_of(submit(code, words, env))
+    log = tmp_path / "run" / "logs" / f"job-{identity}.log"
+
+    def wait_for_step(step):
+        end = time.monotonic() + 120
+        while last_step(tmp_path / "run") < step:
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.3)
+
+    wait_for_step(3)
+    subprocess.run(["scancel", "--signal=TERM", identity], env=env, check=True)
+    end = time.monotonic() + 90
+    while not (saved := re.search(r"SIGTERM: step (\d+) of 100000 is saved", log.read_text())):
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.3)
+    stopped = int(saved[1])
+    wait_for_step(stopped + 2)
+    subprocess.run(["scancel", identity], env=env, check=True)
+    assert f"resuming from the checkpoint of step {stopped}" in log.read_text()
+    assert "start 1 on n[1-2]" in log.read_text()
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, lines[-1] + 1))
+
+
 def last_step(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
     return json.loads(lines[-1])["step"] if lines else 0

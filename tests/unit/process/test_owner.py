@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -78,3 +80,15 @@ def test_the_lock_alone_makes_no_run_folder(tmp_path: Path) -> None:
     with owner.command_owns(tmp_path / "run"):
         pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lockf(handle: int, command: int, length: int, start: int) -> None:
+        if command & fcntl.LOCK_EX:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert is_free(tmp_path)
+    assert "has no locks; start this run only once" in capsys.readouterr().err
