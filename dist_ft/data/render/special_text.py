@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -21,7 +21,7 @@ from ...config.data import SpecialTokensInText
 from ...config.run import RunConfig
 from ..read.faults import RowFault
 from .renderer import Message
-from .template import ChatTokenizer
+from .template import ChatTokenizer, Tokens
 from .tokenizer import load_tokenizer
 from .turns import Supervision
 
@@ -29,7 +29,6 @@ from .turns import Supervision
 _FIRST = 0xF0000
 _SPEAKERS = ("user", "tool")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-Tokens = TypeVar("Tokens")
 _KEEP = "remove the text, or set data.special_tokens_in_text=keep"
 
 

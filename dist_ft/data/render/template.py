@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from ...config.task import TaskConfig
 from ..read.faults import EMPTY_TEXT, RowFault
@@ -28,9 +28,6 @@ from .turns import (
     without_flags,
     without_reasoning,
 )
-
-if TYPE_CHECKING:
-    from .special_text import SpecialText
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
 
@@ -51,6 +48,20 @@ def find_end_token(tokenizer: Any, task: TaskConfig) -> int | None:
 
 Encoded = dict[str, list[int]]
 Tools = Sequence[Mapping[str, Any]] | None
+Tokens = TypeVar("Tokens")
+
+
+class TextEncoder(Protocol):
+    """Encoder of messages in which a user or a tool writes out special tokens (special_text.py)."""
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        encode: Callable[[ChatTokenizer, Sequence[Message]], Tokens],
+        *,
+        strict: bool = True,
+    ) -> Tokens | None:
+        """Return the messages as `encode` encodes them, with special tokens as text; None if there are none."""
 
 
 class ChatTokenizer:
@@ -63,7 +74,7 @@ class ChatTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, supervision: Supervision | None = None, special_text: SpecialText | None = None
+        self, tokenizer: Any, supervision: Supervision | None = None, special_text: TextEncoder | None = None
     ) -> None:
         self.tokenizer = tokenizer
         self.supervision = supervision or Supervision()
