@@ -11,7 +11,24 @@ from .strict import Share, Strict, Text
 Overlong = Literal["error", "truncate", "drop"]
 Unsupervised = Literal["error", "drop"]
 Variable = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$")]
-Reasoning = Literal["require", "keep", "drop"]
+ChatTemplate = Annotated[
+    Text | None,
+    Field(description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."),
+]
+ChatTemplateKwargs = Annotated[
+    dict[Variable, Any],
+    Field(
+        description="Variables of the chat template, such as enable_thinking; the exported template has them as"
+        " defaults."
+    ),
+]
+Reasoning = Annotated[
+    Literal["require", "keep", "drop"],
+    Field(
+        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
+        " it from the rows."
+    ),
+]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -45,19 +62,9 @@ class InstructionConfig(TaskChoice):
     )
     overlong: Overlong = Field("error", description="Action for a row longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a row without a supervised token.")
-    chat_template: Text | None = Field(
-        None, description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."
-    )
-    chat_template_kwargs: dict[Variable, Any] = Field(
-        default_factory=dict,
-        description="Variables of the chat template, such as enable_thinking; the exported template has them as"
-        " defaults.",
-    )
-    reasoning: Reasoning = Field(
-        "require",
-        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
-        " it from the rows.",
-    )
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=dict)
+    reasoning: Reasoning = "require"
     train_on: Literal["assistant", "last", "all"] | list[Role] = Field(
         "assistant",
         description="Supervised turns: the assistant's, its last one, those of a list of roles, or every token. The"
@@ -165,19 +172,9 @@ class PreferenceConfig(TaskChoice):
     )
     overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
-    chat_template: Text | None = Field(
-        None, description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."
-    )
-    chat_template_kwargs: dict[Variable, Any] = Field(
-        default_factory=dict,
-        description="Variables of the chat template, such as enable_thinking; the exported template has them as"
-        " defaults.",
-    )
-    reasoning: Reasoning = Field(
-        "require",
-        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
-        " it from the rows.",
-    )
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=dict)
+    reasoning: Reasoning = "require"
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = Field(
         "sigmoid", description="`sigmoid` is the loss of the DPO paper."
     )
@@ -199,19 +196,9 @@ class RewardConfig(TaskChoice):
     )
     overlong: Overlong = Field("error", description="Action for a pair with a sequence longer than max_length.")
     unsupervised: Unsupervised = Field("error", description="Action for a pair with an empty answer or equal answers.")
-    chat_template: Text | None = Field(
-        None, description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."
-    )
-    chat_template_kwargs: dict[Variable, Any] = Field(
-        default_factory=dict,
-        description="Variables of the chat template, such as enable_thinking; the exported template has them as"
-        " defaults.",
-    )
-    reasoning: Reasoning = Field(
-        "require",
-        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
-        " it from the rows.",
-    )
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: ChatTemplateKwargs = Field(default_factory=dict)
+    reasoning: Reasoning = "require"
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Coefficient of a pair's squared score sum, which keeps scores centered at zero."
     )
