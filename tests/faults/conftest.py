@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_ft.launch.composition.compose import list_groups
+from dist_ft.launch.composition.words import override_words
 from tests.faults.jobs import Job
 
 
@@ -20,12 +22,13 @@ def start(tmp_path: Path, tiny_llama: Path) -> Iterator:
 
     def begin(fault: str, engine: str = "ddp", *words: str, slow: str = "") -> Job:
         common = [
-            f"model.name_or_path={tiny_llama}", f"data.train={rows}", "data.validation=null", "data.test=null",
+            f"output_dir={tmp_path / 'run'}", f"model.name_or_path={tiny_llama}",
+            f"data.train={rows}", "data.validation=null", "data.test=null",
             "data.format=tokens", f"data.cache_dir={tmp_path / 'cache'}", f"engine={engine}", "method=full",
             "track.wandb=off", "train.num_train_epochs=null", "train.max_steps=500", "train.global_batch_size=4",
             "train.per_device_train_batch_size=2", "launch.workers_per_node=2",
         ]  # fmt: skip
-        jobs.append(Job(tmp_path, fault, [*common, *words], slow))
+        jobs.append(Job(tmp_path, fault, override_words(common, words, list_groups()), slow))
         return jobs[-1]
 
     yield begin

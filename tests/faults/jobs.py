@@ -29,7 +29,7 @@ class Job:
             "DIST_FT_TEST_JOB": str(folder),
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dist_ft.launch.cli", "train", f"output_dir={self.run_dir}", *words],
+            [sys.executable, "-m", "dist_ft.launch.cli", "train", *words],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
