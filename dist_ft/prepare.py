@@ -59,8 +59,8 @@ class Prepared:
     def describe_shared(self, *names: SplitName) -> Iterator[str]:
         """Yield a warning for each evaluation split, of `names` or of all, with rows that are also in data.train."""
         training = self.train.digests()
-        for name in names or SPLITS[1:]:
-            split: Split | None = getattr(self, name)
+        for name in names or SPLITS:
+            split: Split | None = getattr(self, name) if name != "train" else None
             if split is not None and (line := describe_shared(name, split.digests(), training)):
                 yield line
 

@@ -243,3 +243,6 @@ def test_labels_that_are_almost_the_same_are_told(make: Any) -> None:
     (line,) = describe_data(config, prepare(config))
     assert line == "labels that are almost the same are separate classes: 'Good' and 'good'"
     assert list(describe_data(make({}), prepare(make({})))) == []
+    assert (
+        list(describe_data(make({}), prepare(make({})), "train")) == []
+    )  # training rows are not compared with themselves
