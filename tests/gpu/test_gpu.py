@@ -33,7 +33,7 @@ def test_documents_stay_apart(kernel: str) -> None:
     model = small()
     ids = torch.randint(0, 512, (1, sum(LENGTHS)), device="cuda")
     apart = torch.cat([model(input_ids=part).logits for part in ids.split(LENGTHS, dim=1)], dim=1)
-    choice = choose_attention(kernel, type(model), torch.device("cuda"), torch.bfloat16)
+    choice = choose_attention(kernel, type(model), model.config, torch.device("cuda"), torch.bfloat16)
     model.set_attn_implementation(choice.implementation)
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None].cuda()
     together = model(input_ids=ids, position_ids=positions, document_lengths=LENGTHS, use_cache=False).logits
@@ -41,7 +41,8 @@ def test_documents_stay_apart(kernel: str) -> None:
 
 
 def test_auto_takes_the_best_there_is() -> None:
-    choice = choose_attention("auto", LlamaForCausalLM, torch.device("cuda"), torch.bfloat16)
+    model = small()
+    choice = choose_attention("auto", type(model), model.config, torch.device("cuda"), torch.bfloat16)
     has_package = importlib.util.find_spec("flash_attn") is not None
     assert choice.kernel == ("flash_attention_2" if has_package else "sdpa")
 
