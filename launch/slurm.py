@@ -82,6 +82,10 @@ class SlurmLauncher:
             raise RequestError(*problems)
         return launch.nodes, launch.workers_per_node
 
+    def has_bfloat16(self, config: RunConfig) -> bool:
+        """Return whether the job asks for GPUs; those of clusters compute in bfloat16 (Ampere and later)."""
+        return _launch(config).gpus_per_node != 0
+
     def render(self, plan: Plan) -> Rendered:
         """Render `job.sbatch`."""
         launch = _launch(plan.config)

@@ -50,7 +50,7 @@ def token_run(
     return {
         "run_name": folder.name,
         "output_dir": str(folder),
-        "model": {"name_or_path": model},
+        "model": {"dtype": "float32", "name_or_path": model},
         "task": {"name": "instruction", "max_length": MAX_LENGTH, "packing": packing},
         "data": {"train": data, "format": "tokens", "shuffle": False, "cache_dir": str(folder.parent / "cache")},
         "method": method,
@@ -77,7 +77,7 @@ def labelled_run(folder: Path, model: str, data: Path, engine: str, world: int, 
     groups: dict[str, Any] = {
         "run_name": folder.name,
         "output_dir": str(folder),
-        "model": {"name_or_path": model},
+        "model": {"dtype": "float32", "name_or_path": model},
         "task": {"name": "sequence_classification", "max_length": 32, "class_weights": "balanced"},
         "data": {
             "train": str(data),
@@ -105,7 +105,7 @@ def chat_config(folder: Path, model: Path, method: dict[str, Any], cache: Path) 
         {
             "run_name": "r",
             "output_dir": str(folder),
-            "model": {"name_or_path": str(model)},
+            "model": {"dtype": "float32", "name_or_path": str(model)},
             "task": {"name": "instruction", "max_length": 128},
             "data": {
                 "train": str(cache / "rows.jsonl"),

@@ -21,9 +21,10 @@ class ModelConfig(Strict):
     from_scratch: bool = Field(
         False, description="Initialize the weights from train.seed; only config.json and the tokenizer are loaded."
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="dtype of forward, backward and frozen weights; trained weights and AdamW state stay in float32.",
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="dtype of forward, backward and frozen weights; trained weights and AdamW state stay in float32. "
+        "`auto`: bfloat16 on GPUs that compute in it, otherwise that of the checkpoint.",
     )
     quantization: Literal["none", "nf4", "int8"] | None = Field(
         None, description="Format of frozen linear layers. Defaults to nf4 for method=qlora and to none otherwise."

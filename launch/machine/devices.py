@@ -15,6 +15,7 @@ from pathlib import Path
 from ...errors import MachineError
 
 TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
+BFLOAT16_SINCE = (8, 0)  # compute capability
 
 
 def find_devices(environ: Mapping[str, str]) -> tuple[int | str, ...]:
@@ -78,8 +79,16 @@ def torch_build() -> str | None:
     return next((name for name in ("hip", "cuda") if version.get(name)), None)
 
 
-def list_nvidia() -> tuple[str, ...]:
+def has_old_gpus() -> bool:
+    """Return whether an NVIDIA GPU of this machine is older than Ampere, the first generation with bfloat16."""
+    return torch_build() == "cuda" and len(list_nvidia()) != len(list_nvidia(BFLOAT16_SINCE))
+
+
+def list_nvidia(capability: tuple[int, int] = (0, 0)) -> tuple[str, ...]:
     """Return the UUIDs of the NVIDIA GPUs that this process may use; none without a working driver.
+
+    Args:
+        capability: The least compute capability of the GPUs to list.
 
     Raises:
         MachineError: If nvidia-ml-py is not installed.
@@ -97,7 +106,9 @@ def list_nvidia() -> tuple[str, ...]:
     found = []
     for index in range(count):
         try:
-            found.append(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            if tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)) >= capability:
+                found.append(pynvml.nvmlDeviceGetUUID(device))
         except pynvml.NVMLError:  # the count includes GPUs that a container or a job may not use
             continue
     pynvml.nvmlShutdown()

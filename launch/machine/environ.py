@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .devices import find_devices
+from .devices import find_devices, has_old_gpus
 
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?($|_)", re.IGNORECASE)
 PREFIXES = (
@@ -68,7 +68,13 @@ class Site:
     cwd: str
     cores: int
     devices: tuple[int | str, ...] = ()  # GPUs visible to workers on this machine, as CUDA_VISIBLE_DEVICES names them
+    old_gpus: bool = False  # whether a GPU of this machine does not compute in bfloat16
     environment: Mapping[str, str] = field(default_factory=dict)  # for workers on other machines, without secrets
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Return whether workers on this machine have GPUs that compute in bfloat16."""
+        return bool(self.devices) and not self.old_gpus
 
     def threads(self, workers: int) -> int:
         """Return the number of threads for each of `workers` processes on this machine, at least 1."""
@@ -83,6 +89,7 @@ def find_site(environ: Mapping[str, str] | None = None) -> Site:
         cwd=os.getcwd(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         devices=find_devices(environ),
+        old_gpus=has_old_gpus(),
         environment=shared_environment(environ),
     )
 

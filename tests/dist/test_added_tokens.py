@@ -54,7 +54,7 @@ def runs(bases: dict[bool, str], tmp_path_factory: pytest.TempPathFactory) -> di
                 config = {
                     "run_name": "r",
                     "output_dir": str(folders[case]),
-                    "model": {"name_or_path": bases[tied], "add_tokens": TOKENS},
+                    "model": {"dtype": "float32", "name_or_path": bases[tied], "add_tokens": TOKENS},
                     "task": {"name": "causal_lm", "max_length": 64, "packing": False},
                     "data": {"train": str(data), "shuffle": False, "cache_dir": str(top / "cache")},
                     "method": METHODS[method],

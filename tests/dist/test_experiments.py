@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dist_ft.checks.precision import settle_dtype
 from dist_ft.checks.request import check
 from dist_ft.launch.composition.compose import compose, list_groups
 from dist_ft.testing.spawn import spawn
@@ -108,7 +109,8 @@ def test_every_experiment_trains_and_exports(tmp_path: Path, tiny_llama: Path) -
     for experiment in CASES:
         composed = compose(words_of(experiment, tmp_path, models))
         assert not check(composed.config, composed.origins), experiment
-        cases.append({"config": composed.config.model_dump(mode="json"), "export": True})
+        config, _ = settle_dtype(composed.config, composed.origins, bfloat16=False)
+        cases.append({"config": config.model_dump(mode="json"), "export": True})
     spawn(1, "tests.dist.cases:run_cases", cases, timeout_s=500)
     for experiment in CASES:
         lines = metrics_of(tmp_path / experiment)

@@ -78,7 +78,11 @@ def runs(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dic
             config = {
                 "run_name": "r",
                 "output_dir": str(folders[case]),
-                "model": {"name_or_path": bases[shape], "add_tokens": [NEW_TOKEN] if method == "tokens" else []},
+                "model": {
+                    "dtype": "float32",
+                    "name_or_path": bases[shape],
+                    "add_tokens": [NEW_TOKEN] if method == "tokens" else [],
+                },
                 "task": {
                     "name": "seq2seq",
                     "max_length": 32,

@@ -19,7 +19,7 @@ from dist_ft.process.place import Place, Worker
 
 @pytest.mark.parametrize(("quantization", "hooks"), [("nf4", True), ("int8", False)])
 def test_rows_go_one_by_one_where_they_would_change_each_other(quantization: str, hooks: bool) -> None:
-    words = ["method=qlora", f"model.quantization={quantization}", "privacy.noise_multiplier=1"]
+    words = ["method=qlora", "model.dtype=float32", f"model.quantization={quantization}", "privacy.noise_multiplier=1"]
     found = build_privacy(compose(words).config, PoissonOrder(100, 1, 10, 1000), 10)
     assert found is not None and found.hooks == hooks
 

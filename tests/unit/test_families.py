@@ -24,7 +24,7 @@ def make_config(folder: Path, method: dict[str, Any], **changes: dict[str, Any])
     content: dict[str, Any] = {
         "run_name": "r",
         "output_dir": "runs/r",
-        "model": {"name_or_path": str(folder), **changes.get("model", {})},
+        "model": {"dtype": "float32", "name_or_path": str(folder), **changes.get("model", {})},
         "task": {"name": "causal_lm", "packing": False},
         "data": {"train": "rows.jsonl"},
         "method": method,

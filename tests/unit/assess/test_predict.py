@@ -43,7 +43,7 @@ def make_run(top: Path, base: str, task: dict[str, Any], rows: list[dict[str, An
         {
             "run_name": "r",
             "output_dir": str(top / "run"),
-            "model": {"name_or_path": base},
+            "model": {"dtype": "float32", "name_or_path": base},
             "task": {"max_length": 32, **task},
             "data": {"train": str(data), "validation": str(data), "cache_dir": str(top / "cache")},
             "method": {"name": "full"},

@@ -36,7 +36,12 @@ def make_plan(method: dict[str, Any], quantization: str | None = None) -> Plan:
         {
             "run_name": "desk",
             "output_dir": "runs/desk",
-            "model": {"name_or_path": "org/some-model", "revision": "abc123", "quantization": quantization},
+            "model": {
+                "dtype": "float32",
+                "name_or_path": "org/some-model",
+                "revision": "abc123",
+                "quantization": quantization,
+            },
             "task": {"name": "instruction"},
             "data": {"train": ["a|b.jsonl", "c.jsonl"]},
             "method": method,

@@ -25,7 +25,7 @@ def run_file(tmp_path: Path, tiny_llama: Path) -> Path:
     content: dict[str, Any] = {
         "run_name": "t",
         "output_dir": str(tmp_path / "run"),
-        "model": {"name_or_path": str(tiny_llama)},
+        "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
         "task": {"name": "instruction", "unsupervised": "drop"},
         "data": {"train": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache")},
         "method": {"name": "full"},

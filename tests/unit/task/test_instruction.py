@@ -54,7 +54,7 @@ def test_a_prepared_row_has_a_sample_for_each_turn(tmp_path: Path, tiny_llama: P
         {
             "run_name": "t",
             "output_dir": str(tmp_path / "run"),
-            "model": {"name_or_path": str(tiny_llama)},
+            "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
             "task": {"name": "instruction", "one_row_per_turn": True, "train_on_eos": "none"},
             "data": {"train": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache")},
             "method": {"name": "full"},

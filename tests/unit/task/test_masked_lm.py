@@ -72,7 +72,7 @@ def make_config(folder: Path, tmp_path: Path, texts: list[str], **changes: Any) 
     content: dict[str, Any] = {
         "run_name": "t",
         "output_dir": str(tmp_path / "run"),
-        "model": {"name_or_path": str(folder)},
+        "model": {"dtype": "float32", "name_or_path": str(folder)},
         "task": {"name": "masked_lm", "max_length": 32},
         "data": {"train": str(rows), "cache_dir": str(tmp_path / "cache")},
         "method": {"name": "full"},

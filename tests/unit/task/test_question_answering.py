@@ -215,7 +215,7 @@ def settings(folder: Path, model: str, rows: list[dict[str, Any]], **task: Any) 
     content: dict[str, Any] = {
         "run_name": "t",
         "output_dir": str(folder / "run"),
-        "model": {"name_or_path": model},
+        "model": {"dtype": "float32", "name_or_path": model},
         "task": {"name": "question_answering", "max_length": 48, "doc_stride": 10, **task},
         "data": {"train": str(source), "validation": str(source), "cache_dir": str(folder / "cache")},
         "method": {"name": "full"},

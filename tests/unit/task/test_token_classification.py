@@ -268,7 +268,7 @@ def test_prepared_rows_are_counted_by_what_became_of_them(tiny_llama: Path, tmp_
     content: dict[str, Any] = {
         "run_name": "t",
         "output_dir": str(tmp_path / "run"),
-        "model": {"name_or_path": str(tiny_llama)},
+        "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
         "task": {"name": "token_classification", **keys},
         "data": {"train": str(source), "validation": str(source), "cache_dir": str(tmp_path / "cache")},
         "method": {"name": "full"},

@@ -66,7 +66,7 @@ def make(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> A
         content: dict[str, Any] = {
             "run_name": "t",
             "output_dir": str(tmp_path / "run"),
-            "model": {"name_or_path": str(tiny_llama)},
+            "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
             "task": {"name": "sequence_classification", "max_length": 192, **(task or {})},
             "data": {**files, "cache_dir": str(tmp_path / "cache"), "augment": augment, **(data or {})},
             "method": {"name": "full"},

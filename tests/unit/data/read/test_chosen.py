@@ -31,7 +31,7 @@ def make(tmp_path: Path, tiny_llama: Path) -> Any:
         content: dict[str, Any] = {
             "run_name": "t",
             "output_dir": str(tmp_path / "run"),
-            "model": {"name_or_path": str(tiny_llama)},
+            "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
             "task": {"name": "sequence_classification", "max_length": 32},
             "data": {"train": str(path), "cache_dir": str(tmp_path / "cache"), **data},
             "method": {"name": "full"},

@@ -61,7 +61,7 @@ def make_config(base: Path, top: Path, method: dict[str, Any], **changes: Any) -
     given: dict[str, Any] = {
         "run_name": "r",
         "output_dir": str(top / "run"),
-        "model": {"name_or_path": str(base), "add_tokens": TOKENS},
+        "model": {"dtype": "float32", "name_or_path": str(base), "add_tokens": TOKENS},
         "task": {"name": "causal_lm", "max_length": 32, "packing": False},
         "data": {"train": str(data), "cache_dir": str(top / "cache")},
         "method": method,
@@ -210,7 +210,12 @@ def test_over_a_quantised_base_and_one_that_moves(
     bases: dict[str, Path], tmp_path: Path, method: dict[str, Any], quantization: str
 ) -> None:
     """The export itself checks that the reloaded model has the logits of the trained model."""
-    model = {"name_or_path": str(bases["untied"]), "add_tokens": TOKENS, "quantization": quantization}
+    model = {
+        "dtype": "float32",
+        "name_or_path": str(bases["untied"]),
+        "add_tokens": TOKENS,
+        "quantization": quantization,
+    }
     trained = Trained(make_config(bases["untied"], tmp_path, method, model=model))
     card = (trained.out / "README.md").read_text()
     assert card.count("base.resize_token_embeddings(514") == (1 if quantization == "none" else 2)
@@ -243,7 +248,7 @@ def test_a_chat_template_may_be_made_of_them(bases: dict[str, Path], tmp_path: P
     tokens = ["<|user|>", "<|assistant|>", "<|end|>"]
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2
     changes = {
-        "model": {"name_or_path": str(bases["tied"]), "add_tokens": tokens},
+        "model": {"dtype": "float32", "name_or_path": str(bases["tied"]), "add_tokens": tokens},
         "task": {"name": "instruction", "max_length": 32, "packing": False, "chat_template": str(template)},
     }
     config = make_config(bases["tied"], tmp_path, {"name": "full"}, **changes)
@@ -259,7 +264,7 @@ def test_a_chat_template_may_be_made_of_them(bases: dict[str, Path], tmp_path: P
 
 def test_the_cache_knows_them(bases: dict[str, Path], tmp_path: Path) -> None:
     with_tokens = make_config(bases["tied"], tmp_path, LORA)
-    without = make_config(bases["tied"], tmp_path, LORA, model={"name_or_path": str(bases["tied"])})
+    without = make_config(bases["tied"], tmp_path, LORA, model={"dtype": "float32", "name_or_path": str(bases["tied"])})
     assert split_folder(with_tokens, "train") != split_folder(without, "train")
 
 
@@ -271,7 +276,7 @@ def test_other_methods_are_refused(bases: dict[str, Path], tmp_path: Path, name:
 
 def test_wrong_tokens_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     def with_tokens(*tokens: str) -> RunConfig:
-        model = {"name_or_path": str(bases["tied"]), "add_tokens": list(tokens)}
+        model = {"dtype": "float32", "name_or_path": str(bases["tied"]), "add_tokens": list(tokens)}
         return make_config(bases["tied"], tmp_path, LORA, model=model)
 
     assert "more than once" in str(check(with_tokens("<a>", "<b>", "<a>")))

@@ -22,7 +22,7 @@ def config_of(folder: Path, rows: list[dict[str, Any]], **task: Any) -> RunConfi
         {
             "run_name": "r",
             "output_dir": "runs/r",
-            "model": {"name_or_path": "m"},
+            "model": {"dtype": "float32", "name_or_path": "m"},
             "task": {"name": "sequence_classification", **task},
             "data": {"train": str(path)},
             "method": {"name": "full"},

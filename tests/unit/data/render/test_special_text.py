@@ -147,7 +147,7 @@ def test_the_installed_tokenizer_and_the_key(tmp_path: Path, tiny_llama: Path) -
     content = {
         "run_name": "t",
         "output_dir": str(tmp_path / "run"),
-        "model": {"name_or_path": str(tiny_llama)},
+        "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
         "task": {"name": "instruction", "max_length": 256},
         "data": {"train": str(rows), "cache_dir": str(tmp_path / "cache")},
         "method": {"name": "full"},

@@ -52,7 +52,7 @@ def make(tmp_path: Path, tiny_llama: Path) -> Any:
         content: dict[str, Any] = {
             "run_name": "t",
             "output_dir": str(tmp_path / "run"),
-            "model": {"name_or_path": str(tiny_llama)},
+            "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
             "task": {"name": "instruction", "max_length": 96},
             "data": {**settle(data, "rows"), "cache_dir": str(tmp_path / "cache")},
             "method": {"name": "full"},

@@ -39,7 +39,7 @@ def make(tmp_path: Path, tiny_llama: Path) -> Any:
             {
                 "run_name": "t",
                 "output_dir": str(tmp_path / "run"),
-                "model": {"name_or_path": str(tiny_llama)},
+                "model": {"dtype": "float32", "name_or_path": str(tiny_llama)},
                 "task": {"name": "instruction", "max_length": 64, **(task or {})},
                 "data": {"train": str(path), "cache_dir": str(tmp_path / "cache"), **data},
                 "method": {"name": "full"},

@@ -49,7 +49,7 @@ def prepared(folder: Path, model: str, task: dict[str, Any], **splits: Any) -> P
             {
                 "run_name": "r",
                 "output_dir": str(folder / "run"),
-                "model": {"name_or_path": model},
+                "model": {"dtype": "float32", "name_or_path": model},
                 "task": {"max_length": 16, **task},
                 "data": {"cache_dir": str(folder / "cache"), **splits},
                 "method": {"name": "full"},

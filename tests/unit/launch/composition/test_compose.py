@@ -48,7 +48,7 @@ def test_every_problem_is_reported_at_once():
         "enigne (command line)": "unknown key → did you mean engine?",
         "train.max_step (command line)": "unknown key → did you mean train.max_steps?",
         "method.r (command line)": "belongs to method=lora or method=qlora and is not supported with method=full",
-        "model.dtype (command line)": "'float16' is invalid: it must be one of float32, bfloat16",
+        "model.dtype (command line)": "'float16' is invalid: it must be one of auto, float32, bfloat16",
         "train.seed (command line)": "'abc' is invalid: it must be a valid integer",
         "launch.port (command line)": "99999 is invalid: it must be less than or equal to 65535",
         "+x=1": "keys cannot be added to the schema → write x=1",

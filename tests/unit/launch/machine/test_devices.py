@@ -36,7 +36,7 @@ def hip(monkeypatch, tmp_path):
     return tmp_path
 
 
-def nvml(monkeypatch, uuids=UUIDS, forbidden=()):
+def nvml(monkeypatch, uuids=UUIDS, forbidden=(), capabilities=((9, 0),)):
     """Let NVML list GPUs, with the errors that it has for those that a job may not use."""
 
     def handle(index):
@@ -56,6 +56,7 @@ def nvml(monkeypatch, uuids=UUIDS, forbidden=()):
         "nvmlDeviceGetCount": lambda: len(uuids),
         "nvmlDeviceGetHandleByIndex": handle,
         "nvmlDeviceGetUUID": uuid,
+        "nvmlDeviceGetCudaComputeCapability": lambda device: list(capabilities[device[1] % len(capabilities)]),
     }.items():
         monkeypatch.setattr(pynvml, name, function)
 
@@ -161,3 +162,16 @@ def test_the_build_of_torch_is_read_without_importing_it(monkeypatch, tmp_path):
         spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
         monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name, spec=spec: spec)
         assert devices.torch_build() == build
+
+
+def test_a_gpu_without_bfloat16_is_found(cuda, monkeypatch):
+    nvml(monkeypatch)
+    assert not devices.has_old_gpus()
+    nvml(monkeypatch, capabilities=((9, 0), (7, 0)))  # V100
+    assert devices.has_old_gpus()
+    nvml(monkeypatch, capabilities=((7, 5),), forbidden=(1, 3))  # T4
+    assert devices.has_old_gpus()
+
+
+def test_amd_gpus_compute_in_bfloat16(hip):
+    assert not devices.has_old_gpus()
