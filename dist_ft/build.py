@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from .assess.reference import refer_to_start
-from .checkpoint.resume import restore, resume, save_checkpoint, settle_start
+from .checkpoint.resume import choose_start, restore, resume, save_checkpoint, settle_start
 from .config.plan import EXPORT, Plan
 from .config.run import RunConfig
 from .data.order.interleave import MixedOrder
@@ -60,6 +60,7 @@ from .track.trackers import build_tracker
 def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     """Build everything of a run and, if there is a checkpoint to resume from, load it. Collective."""
     config = plan.config
+    start = choose_start(plan, prepared, worker)
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, worker.device, architecture)
     task = build_task(config, prepared.facts, attention)
@@ -73,7 +74,7 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     engine = build_engine(plan, worker, privacy)
     engine.setup(built, optim_factory(config, worker.device))
     prepared = refer_to_start(plan, prepared, task, engine, worker)  # before a checkpoint is loaded
-    progress = resume(plan, engine, worker)
+    progress = resume(start, engine, worker)
     training = build_training(plan, prepared, task, engine, order, steps, cost, routing, worker)
     validation = build_validation(plan, prepared, task, worker)
     for line in (

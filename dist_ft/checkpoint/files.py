@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -18,9 +17,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ..state import Beat, Progress
+from ..storage.files import digest_file
 
 STATE = "state.json"
-READ_BYTES = 4 * 2**20
 SYNCED_BYTES = 256 * 2**20  # written between two syncs: the last one would otherwise wait for all of a large file
 
 
@@ -46,12 +45,7 @@ class TickingLoad(DefaultLoadPlanner):
 
 def digest(path: Path, tick: Beat) -> dict[str, Any]:
     """Return the size and SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            found.update(chunk)
-            tick(f"hashing {path}")
-        return {"bytes": file.tell(), "sha256": found.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": digest_file(path, tick)}
 
 
 def read_progress(path: Path) -> Progress:
@@ -59,7 +53,8 @@ def read_progress(path: Path) -> Progress:
     values = json.loads((path / STATE).read_text())
     values.pop("updates")
     lineage = tuple((str(start), int(step)) for start, step in values.pop("lineage", ()))
-    return Progress(**values, lineage=lineage)
+    accepted = tuple(values.pop("accepted", ()))
+    return Progress(**values, lineage=lineage, accepted=accepted)
 
 
 def sync_folder(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.method import LoraKeys
@@ -10,46 +11,67 @@ from ..config.plan import CHECKPOINTS, REFERENCE_FILE, START_FILE, Plan
 from ..config.run import settings_of
 from ..errors import RequestError, TrainingError
 from ..method.start import read_start
+from ..prepare import Prepared
 from ..process import comm
 from ..process.place import Place, Worker
 from ..protocols import Engine
 from ..state import Progress
 from . import store as checkpoint
 from .files import read_progress
+from .fingerprints import accept_changes, take_fingerprints
 from .lineage import begin, set_strangers_aside
 
 
-def resume(plan: Plan, engine: Engine, worker: Worker) -> Progress:
-    """Load the checkpoint selected by `train.resume` into the engine and return its progress.
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: a verified checkpoint and its progress, or step 0 without one."""
 
-    With `train.resume=auto`, this is the newest valid checkpoint of the run; invalid ones are reported.
-    Without a checkpoint, the engine is left unchanged and the progress is at step 0. Checkpoints in the run's folder
-    that the resumed one does not descend from are moved aside.
+    path: Path | None
+    progress: Progress
+
+
+def choose_start(plan: Plan, prepared: Prepared, worker: Worker) -> Start:
+    """Choose the checkpoint that `train.resume` selects, before anything is loaded. Collective.
+
+    With `train.resume=auto`, this is the newest valid checkpoint of the run; invalid ones are reported. Checkpoints in
+    the run's folder that the chosen one does not descend from are moved aside.
 
     Raises:
-        RequestError: If the checkpoint at the path in `train.resume` is not valid.
+        RequestError: The checkpoint at the path in `train.resume` is not valid, or what the run learns from has changed
+            since the checkpoint and `train.accept_changes` does not accept it.
     """
-    place, wish, folder = worker.place, plan.config.train.resume, plan.run_dir / CHECKPOINTS
+    start: Start = comm.on_main(lambda: _choose(plan, prepared, worker))
+    return start
+
+
+def _choose(plan: Plan, prepared: Prepared, worker: Worker) -> Start:
+    wish, folder = plan.config.train.resume, plan.run_dir / CHECKPOINTS
     settings = settings_of(plan.config)
     path: Path | None = None
-    if place.is_main and wish == "auto":
-        path, told = checkpoint.newest_sound(folder, worker.tick, settings)
-        for problem in told:
+    if wish == "auto":
+        path, problems = checkpoint.newest_sound(folder, worker.tick, settings)
+        for problem in problems:
             worker.say(str(problem))
-    elif wish not in ("auto", "never"):
+    elif wish != "never":
         path = Path(wish)
-        if reason := _verify_once(path, worker):
+        if reason := checkpoint.verify(path, worker.tick):
             raise RequestError.of("train.resume", f"{path}: {reason}", "set it to a valid checkpoint or to auto")
-    path = comm.from_main(path)
+    now = take_fingerprints(plan, prepared, worker.tick)
     if path is None:
-        progress = Progress(0, place.world_size, plan.config.engine.name, None, None, None, 0)
-    else:
-        _bring(engine, path, worker)
-        progress = read_progress(path)
-        if place.is_main:
-            _clear_way(folder, progress, worker)
-    begun: Progress = comm.from_main(begin(progress, settings))
-    return begun
+        new = Progress(0, worker.place.world_size, plan.config.engine.name, None, None, None, 0, fingerprints=now)
+        return Start(None, begin(new, settings))
+    progress, told = accept_changes(read_progress(path), now, plan.config.train.accept_changes)
+    for line in told:
+        worker.say(line)
+    _clear_way(folder, progress, worker)
+    return Start(path, begin(progress, settings))
+
+
+def resume(start: Start, engine: Engine, worker: Worker) -> Progress:
+    """Load the chosen checkpoint, if there is one, into the engine, and return the progress. Collective."""
+    if start.path is not None:
+        _bring(engine, start.path, worker)
+    return start.progress
 
 
 def _clear_way(folder: Path, progress: Progress, worker: Worker) -> None:

@@ -43,6 +43,7 @@ MAY_CHANGE = {
         "save_total_limit",
         "early_stopping_patience",
         "resume",
+        "accept_changes",
         "stop_before_s",
         "timeout_s",
     },

@@ -56,6 +56,11 @@ class TrainConfig(Strict):
     )
     load_best_model_at_end: bool = Field(False, description="Export the best evaluated step instead of the last.")
     resume: Text = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
+    accept_changes: list[Literal["data", "base", "tokenizer", "template"]] = Field(
+        [],
+        description="What may differ from the checkpoint that the run resumes from: the training data, the weights of "
+        "the base model, the tokenizer, or the chat template. The model card names what was accepted.",
+    )
     stop_before_s: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="Save and stop this many seconds before the time limit of a SLURM job. `auto`: 120, or a tenth of "

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store
 
-from ..errors import MachineError
+from ..errors import DistFtError, MachineError
 from .place import Place, check_devices, environ, name_device, publish_place
 
 # How long ranks wait for another rank that prepares data, loads or exports. It is not meant to detect a rank that
@@ -133,6 +134,20 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_main(find: Callable[[], Any]) -> Any:
+    """Call `find` on rank 0; return what it returns on every rank, or raise the error that it raises on every rank."""
+    found: Any = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = find()
+        except DistFtError as error:
+            found = error
+    found = from_main(found)
+    if isinstance(found, DistFtError):
+        raise found
+    return found
 
 
 def from_main(value: Any) -> Any:

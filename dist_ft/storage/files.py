@@ -6,15 +6,19 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from ..state import Beat, unwatched
+
 PACKAGE = "package:"
+READ_BYTES = 4 << 20
 
 
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
+def digest_file(path: Path, tick: Beat = unwatched) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits; `tick` is called for each piece that was read."""
     whole = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(READ_BYTES):
             whole.update(block)
+            tick(f"hashing {path}")
     return whole.hexdigest()
 
 

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from dist_ft.checkpoint import files
 from dist_ft.checkpoint.reader import SafeReader
+from dist_ft.storage import files as storage_files
 
 TENSORS = {f"layer.{i}": torch.arange(4000.0) + i for i in range(6)}
 
@@ -52,7 +53,7 @@ def test_a_large_file_is_synced_piece_by_piece(tmp_path: Path, monkeypatch: pyte
 
 
 def test_each_piece_that_is_hashed_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "READ_BYTES", 1000)
+    monkeypatch.setattr(storage_files, "READ_BYTES", 1000)
     path, ticks = tmp_path / "file", []
     path.write_bytes(bytes(range(256)) * 20)
     assert files.digest(path, ticks.append) == {
