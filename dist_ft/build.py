@@ -12,7 +12,8 @@ from torch import nn
 
 from .assess.reference import refer_to_start
 from .checkpoint.resume import choose_start, restore, resume, save_checkpoint, settle_start
-from .config.plan import EXPORT, Plan
+from .checkpoint.saver import Saver
+from .config.plan import CHECKPOINTS, EXPORT, Plan
 from .config.run import RunConfig
 from .data.order.interleave import MixedOrder
 from .data.order.loader import Loader, split_batches
@@ -231,11 +232,14 @@ def build_records(
     """Open the trackers and bind checkpoints and export to the run; stores the W&B run ID in the progress."""
     place = worker.place
     tracker, tracker_id = build_tracker(plan, progress, steps, worker)
+    saver = Saver(plan.run_dir / CHECKPOINTS, asynchronous=plan.config.train.async_save, tick=worker.tick)
     records = Records(
         tracker=tracker,
-        save=partial(save_checkpoint, plan, engine, worker),
+        save=partial(save_checkpoint, plan, engine, saver, worker),
         restore=partial(restore, plan, engine, worker),
         export=partial(export, plan, prepared, task, engine, recipe, worker),
+        settle=saver.settle,
+        failure=lambda: saver.failure,
     )
     engine_name = plan.config.engine.name
     return records, replace(progress, tracker_id=tracker_id, world_size=place.world_size, engine=engine_name)

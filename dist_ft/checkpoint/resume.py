@@ -15,11 +15,12 @@ from ..prepare import Prepared
 from ..process import comm
 from ..process.place import Place, Worker
 from ..protocols import Engine
-from ..state import Progress
+from ..state import Progress, unwatched
 from . import store as checkpoint
 from .files import read_progress
 from .fingerprints import accept_changes, take_fingerprints
 from .lineage import begin, set_strangers_aside
+from .saver import Saver
 
 
 @dataclass(frozen=True)
@@ -40,30 +41,29 @@ def choose_start(plan: Plan, prepared: Prepared, worker: Worker) -> Start:
         RequestError: The checkpoint at the path in `train.resume` is not valid, or what the run learns from has changed
             since the checkpoint and `train.accept_changes` does not accept it.
     """
-    start: Start = comm.on_main(lambda: _choose(plan, prepared, worker))
-    return start
-
-
-def _choose(plan: Plan, prepared: Prepared, worker: Worker) -> Start:
     wish, folder = plan.config.train.resume, plan.run_dir / CHECKPOINTS
-    settings = settings_of(plan.config)
     path: Path | None = None
     if wish == "auto":
-        path, problems = checkpoint.newest_sound(folder, worker.tick, settings)
+        path, problems = checkpoint.newest_sound(folder, worker.tick, settings_of(plan.config))
         for problem in problems:
             worker.say(str(problem))
     elif wish != "never":
         path = Path(wish)
         if reason := checkpoint.verify(path, worker.tick):
             raise RequestError.of("train.resume", f"{path}: {reason}", "set it to a valid checkpoint or to auto")
-    now = take_fingerprints(plan, prepared, worker.tick)
+    start: Start = comm.on_main(lambda: _begin(plan, prepared, path, worker))
+    return start
+
+
+def _begin(plan: Plan, prepared: Prepared, path: Path | None, worker: Worker) -> Start:
+    settings, now = settings_of(plan.config), take_fingerprints(plan, prepared, worker.tick)
     if path is None:
         new = Progress(0, worker.place.world_size, plan.config.engine.name, None, None, None, 0, fingerprints=now)
         return Start(None, begin(new, settings))
     progress, told = accept_changes(read_progress(path), now, plan.config.train.accept_changes)
     for line in told:
         worker.say(line)
-    _clear_way(folder, progress, worker)
+    _clear_way(plan.run_dir / CHECKPOINTS, progress, worker)
     return Start(path, begin(progress, settings))
 
 
@@ -99,19 +99,13 @@ def restore(plan: Plan, engine: Engine, worker: Worker, name: str) -> None:
         TrainingError: If the checkpoint is not valid.
     """
     path = plan.run_dir / CHECKPOINTS / name
-    if reason := _verify_once(path, worker):
+    if reason := checkpoint.verify(path, worker.tick):
         raise TrainingError.of(
             str(path),
             f"the checkpoint of the best step is not valid: {reason}",
             "export another checkpoint with `dist-ft export`",
         )
     _bring(engine, path, worker)
-
-
-def _verify_once(path: Path, worker: Worker) -> str | None:
-    """Return, on every rank, why a checkpoint is not valid; only rank 0 reads all of its files."""
-    reason: str | None = comm.from_main(checkpoint.verify(path, worker.tick) if worker.place.is_main else None)
-    return reason
 
 
 def _bring(engine: Engine, path: Path, worker: Worker) -> None:
@@ -152,11 +146,14 @@ def _settle(plan: Plan, name: str) -> Path | None:
     return None
 
 
-def save_checkpoint(plan: Plan, engine: Engine, worker: Worker, progress: Progress) -> None:
-    """Save a checkpoint, point `best` to it if it is the best, and delete those that are not to be kept."""
+def save_checkpoint(plan: Plan, engine: Engine, saver: Saver, worker: Worker, progress: Progress) -> None:
+    """Save a checkpoint, point `best` to it if it is the best, and delete those that are not to be kept. Collective."""
     folder = plan.run_dir / CHECKPOINTS
-    path = checkpoint.save(folder, engine.state(), progress, worker.tick)
-    if worker.place.is_main:
+    tick = unwatched if plan.config.train.async_save else worker.tick  # the thread's progress is not that of the run
+
+    def finish(path: Path) -> None:
         if progress.best_step == progress.step:
             checkpoint.point(folder / "best", path)
-        checkpoint.prune(folder, plan.config.train.checkpoints_kept, progress.best_step, worker.tick)
+        checkpoint.prune(folder, plan.config.train.checkpoints_kept, progress.best_step, tick)
+
+    saver.save(engine.state(), progress, finish)

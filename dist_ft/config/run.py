@@ -41,6 +41,7 @@ MAY_CHANGE = {
         "save_steps",
         "save_minutes",
         "save_total_limit",
+        "async_save",
         "early_stopping_patience",
         "resume",
         "accept_changes",

@@ -48,6 +48,11 @@ class TrainConfig(Strict):
         description="Number of newest checkpoints to keep, plus the best one; null keeps all. `auto`: 2, and all if "
         "save_steps is set.",
     )
+    async_save: bool = Field(
+        True,
+        description="Write checkpoints in the background, from a copy in host memory of what each rank saves. With "
+        "false, training waits for the disk.",
+    )
     metric_for_best_model: str = Field(
         "loss", description="The eval/ metric that defines the best step: loss, accuracy, f1 …"
     )

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ft.checkpoint import store as checkpoint
 from dist_ft.checkpoint.fingerprints import accept_changes
 from dist_ft.checkpoint.resume import Start, choose_start
+from dist_ft.checkpoint.saver import save as save_checkpoint
 from dist_ft.config.plan import Plan, make_plan
 from dist_ft.config.run import RunConfig
 from dist_ft.errors import RequestError
@@ -75,7 +75,7 @@ def plan_of(config: RunConfig) -> Plan:
 def save(config: RunConfig, progress: Progress) -> None:
     folder = Path(config.output_dir) / "checkpoints"
     step = progress.step + 3
-    checkpoint.save(folder, NamedState({"model/a": torch.ones(2)}, updates=step), replace(progress, step=step))
+    save_checkpoint(folder, NamedState({"model/a": torch.ones(2)}, updates=step), replace(progress, step=step))
 
 
 def flip(path: Path, at: int) -> None:
