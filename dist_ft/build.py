@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from .assess.reference import refer_to_start
-from .checkpoint.resume import choose_start, restore, resume, save_checkpoint, settle_start
+from .checkpoint.resume import choose_start, describe_room, restore, resume, save_checkpoint, settle_start
 from .checkpoint.saver import Saver
 from .config.plan import CHECKPOINTS, EXPORT, Plan
 from .config.run import RunConfig
@@ -71,15 +71,17 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     method = build_method(config, plan.run_dir)
     recipe = ModelRecipe(config, prepared.model_dir, attention, architecture, method)
     built = build_model(plan, recipe, worker, privacy)
+    room = describe_room(plan, built.model) if start.progress.step < steps else None
     cost, routing = count_step_cost(built), build_routing(config.moe, config.method, built.anatomy)
     engine = build_engine(plan, worker, privacy)
     engine.setup(built, optim_factory(config, worker.device))
     prepared = refer_to_start(plan, prepared, task, engine, worker)  # before a checkpoint is loaded
-    progress = resume(start, engine, worker)
+    progress = resume(start, engine, worker, steps)
     training = build_training(plan, prepared, task, engine, order, steps, cost, routing, worker)
     validation = build_validation(plan, prepared, task, worker)
     for line in (
         *describe(plan, attention, worker.device, progress, steps),
+        *filter(None, [room]),
         *describe_parts(plan, prepared, built.anatomy, routing, privacy, steps),
     ):
         worker.say(line)

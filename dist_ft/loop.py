@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from .config.train import TrainConfig
+from .config.train import EPOCH_SAVE_MINUTES, TrainConfig
 from .errors import DistFtError, TrainingError
 from .process import comm
 from .process.stop import BEFORE, Stop
@@ -70,7 +70,7 @@ class Run:
     stop: Stop = field(default_factory=Stop)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
-    save_asked: bool = False  # whether rank 0 found in this step that `train.save_minutes` have passed
+    since_save_s: float = 0.0  # seconds from the last save to this step, by rank 0's clock
 
 
 class StopAgreed(Exception):
@@ -116,13 +116,13 @@ def conclude(run: Run) -> None:
         assess(run, step, may_stop=True)
     is_best = run.progress.best_step == step
     ends_epoch = math.floor(run.training.epoch_at(step)) > math.floor(run.training.epoch_at(step - 1))
+    run.progress = replace(run.progress, complete=last or out_of_patience(run))
     if (
-        last
+        run.progress.complete
         or due(step, config.save_steps)
-        or run.save_asked
-        or (ends_epoch and config.saves_each_epoch)
+        or has_passed(run, config.minutes_between_saves)
+        or (ends_epoch and config.saves_each_epoch and has_passed(run, EPOCH_SAVE_MINUTES))
         or (is_best and keeps_best(config))
-        or out_of_patience(run)
     ):
         save(run)
 
@@ -156,8 +156,8 @@ def halt(run: Run) -> NoReturn:
 def train_step(run: Run, step: int) -> Metrics:
     """Take one optimizer step over the global batch: the sum of its losses divided by their weight.
 
-    The reduction of the counts also carries whether a rank was asked to stop, whether it is time to save (only rank 0
-    looks at the clock), and whether a rank failed to write its part of a checkpoint.
+    The reduction of the counts also carries whether a rank was asked to stop, the time since the last save (only rank
+    0 looks at the clock), and whether a rank failed to write its part of a checkpoint.
 
     Raises:
         StopAgreed: A rank was asked to stop before this step.
@@ -170,13 +170,14 @@ def train_step(run: Run, step: int) -> Metrics:
     own = [(m.loss_weight, m.supervised, m.tokens, m.squared_lengths) for m in micros]
     counts = torch.tensor(own, dtype=torch.float64).sum(dim=0)
     failed = run.records.failure() is not None
-    asked = torch.tensor([run.stop.cause is not None, is_time_to_save(run), failed], dtype=torch.float64)
-    weight, supervised, tokens, squared_lengths, stop, save_asked, failures = comm.total(torch.cat([counts, asked]))
+    waited_s = time.monotonic() - run.saved_at if run.rank == 0 else 0.0
+    asked = torch.tensor([run.stop.cause is not None, waited_s, failed], dtype=torch.float64)
+    weight, supervised, tokens, squared_lengths, stop, since_save_s, failures = comm.total(torch.cat([counts, asked]))
     if failures:
         settle(run)  # raises the error on every rank
     if stop:
         raise StopAgreed
-    run.save_asked = bool(save_asked)
+    run.since_save_s = float(since_save_s)
     if supervised == 0 and not training.may_be_empty:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
     torch.manual_seed(step_seed(run.config.seed, step, run.rank))
@@ -206,10 +207,9 @@ def train_step(run: Run, step: int) -> Metrics:
     return metrics
 
 
-def is_time_to_save(run: Run) -> bool:
-    """Return whether `train.save_minutes` have passed since the last checkpoint; always False on ranks other than 0."""
-    minutes = run.config.minutes_between_saves
-    return run.rank == 0 and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
+def has_passed(run: Run, minutes: float | None) -> bool:
+    """Return whether the last checkpoint was saved `minutes` before this step began; never if they are None."""
+    return minutes is not None and run.since_save_s >= 60 * minutes
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from ..config.method import LoraKeys
 from ..config.plan import CHECKPOINTS, REFERENCE_FILE, START_FILE, Plan
 from ..config.run import settings_of
@@ -20,7 +22,10 @@ from . import store as checkpoint
 from .files import read_progress
 from .fingerprints import accept_changes, take_fingerprints
 from .lineage import begin, set_strangers_aside
+from .reader import SafeReader
 from .saver import Saver
+
+STATE_BYTES = 12  # of a trained parameter: its float32 value and both moments
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,36 @@ def _begin(plan: Plan, prepared: Prepared, path: Path | None, worker: Worker) ->
     return Start(path, begin(progress, settings))
 
 
-def resume(start: Start, engine: Engine, worker: Worker) -> Progress:
-    """Load the chosen checkpoint, if there is one, into the engine, and return the progress. Collective."""
-    if start.path is not None:
-        _bring(engine, start.path, worker)
+def resume(start: Start, engine: Engine, worker: Worker, steps: int) -> Progress:
+    """Load the chosen checkpoint, if there is one, into the engine, and return the progress. Collective.
+
+    Raises:
+        RequestError: There are `steps` to train, and the checkpoint holds no optimizer state.
+    """
+    if start.path is None:
+        return start.progress
+    names = SafeReader(start.path).read_metadata().state_dict_metadata
+    if start.progress.step < steps and not checkpoint.holds_moments(names):
+        rule = f"holds no optimizer state (train.save_final_state=false), so it cannot go on to step {steps}"
+        way_out = "set train.resume to an earlier checkpoint of this run, or restore the number of steps"
+        raise RequestError.of(str(start.path), rule, way_out)
+    _bring(engine, start.path, worker)
     return start.progress
+
+
+def describe_room(plan: Plan, model: nn.Module) -> str:
+    """Return what the checkpoints of a run need and what is free; before an engine shards the model. Collective.
+
+    Raises:
+        MachineError: The disk has no room for the checkpoints that the run keeps.
+    """
+    config = plan.config
+    keeps_best = config.data.has("validation") and config.train.eval_steps is not None
+    size = STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    told: str = comm.on_main(
+        lambda: checkpoint.check_rooms(plan.run_dir / CHECKPOINTS, size, config.train, keeps_best=keeps_best)
+    )
+    return told
 
 
 def _clear_way(folder: Path, progress: Progress, worker: Worker) -> None:
@@ -156,4 +186,7 @@ def save_checkpoint(plan: Plan, engine: Engine, saver: Saver, worker: Worker, pr
             checkpoint.point(folder / "best", path)
         checkpoint.prune(folder, plan.config.train.checkpoints_kept, progress.best_step, tick)
 
-    saver.save(engine.state(), progress, finish)
+    state = engine.state()
+    if progress.complete and not plan.config.train.save_final_state:
+        state = checkpoint.weights_of(state)
+    saver.save(state, progress, finish)

@@ -12,7 +12,6 @@ A save waits for the one before it. An error of a thread is kept in `failure` un
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import threading
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 from ..errors import DistFtError, MachineError, TrainingError
 from ..process import comm
 from ..state import Beat, NamedState, Progress, unwatched
+from ..storage.files import is_disk_full
 from . import store
 from .files import STATE, Writer, read_progress, sync_folder, write_json
 from .host import HostCopies
@@ -230,6 +230,6 @@ def _publish(part: _Save, reports: list[dict[str, Any]]) -> None:
 
 def _describe(error: Exception, part: _Save) -> DistFtError:
     cause = next((e for e in (error, *part.writer.errors) if isinstance(e, OSError)), error)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(cause):
         return MachineError.of(str(part.staging), f"no space is left for a checkpoint: {cause}", AGAIN)
     return TrainingError.of(str(part.staging), f"cannot be written: {cause}", AGAIN)

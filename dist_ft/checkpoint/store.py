@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config.plan import saved_steps as steps
+from ..config.train import TrainConfig
 from ..errors import MachineError, Problem, RequestError
 from ..process import comm
 from ..state import Beat, NamedState, unwatched
@@ -27,6 +29,7 @@ from .lineage import set_aside
 from .reader import SafeReader
 
 MANIFEST = "manifest.json"
+WEIGHTS = "model/"  # beginning of the names of weights
 VERSION = 1
 THREADS = 4  # that verify files on one rank
 OTHER_SETTINGS = "was saved by a run with other settings"
@@ -41,12 +44,15 @@ def load(path: Path, state: NamedState, tick: Beat = unwatched) -> None:
     """
     reader = SafeReader(path)
     held = set(reader.read_metadata().state_dict_metadata)
-    if held != set(state.tensors):
-        missing, extra = sorted(set(state.tensors) - held), sorted(held - set(state.tensors))
+    wanted = dict(state.tensors)
+    if not holds_moments(held):
+        wanted = weights_of(state).tensors
+    if held != set(wanted):
+        missing, extra = sorted(set(wanted) - held), sorted(held - set(wanted))
         rule = f"its tensors do not match those that this run trains (missing: {missing[:3]}, unexpected: {extra[:3]})"
         raise RequestError.of(str(path), rule, "resume with the same model, task and method as the run that saved it")
     try:
-        dcp.load(state.tensors, storage_reader=SafeReader(path), planner=TickingLoad(tick))
+        dcp.load(wanted, storage_reader=SafeReader(path), planner=TickingLoad(tick))
     except CheckpointException as error:
         raise RequestError.of(
             str(path),
@@ -54,6 +60,16 @@ def load(path: Path, state: NamedState, tick: Beat = unwatched) -> None:
             "resume with the same model, task and method as the run that saved it",
         ) from error
     state.updates = int(json.loads((path / STATE).read_text())["updates"])
+
+
+def weights_of(state: NamedState) -> NamedState:
+    """Return a state without the moments of the optimizer."""
+    return NamedState({n: t for n, t in state.tensors.items() if n.startswith(WEIGHTS)}, state.updates)
+
+
+def holds_moments(names: Iterable[str]) -> bool:
+    """Return whether a checkpoint with these tensors holds the moments of the optimizer."""
+    return any(not name.startswith(WEIGHTS) for name in names)
 
 
 def verify(path: Path, tick: Beat = unwatched) -> str | None:
@@ -181,6 +197,42 @@ def check_room(folder: Path, state: NamedState) -> None:
             f"a checkpoint needs {needed / 2**30:.2f} GiB of disk space, but only {free / 2**30:.2f} GiB are free",
             "free disk space or set train.save_total_limit, then run the same command again to resume",
         )
+
+
+def check_rooms(folder: Path, size: int, train: TrainConfig, *, keeps_best: bool) -> str:
+    """Check that the disk has room for all checkpoints that a run keeps, and for the one being written.
+
+    Args:
+        folder: Folder with the checkpoints of the run.
+        size: Size of a checkpoint in bytes.
+        train: The `train` group.
+        keeps_best: Whether the best checkpoint is kept besides the newest ones.
+
+    Returns:
+        A line that tells the room needed and free.
+
+    Raises:
+        MachineError: It has not.
+    """
+    kept = train.checkpoints_kept if train.saves_on_the_way else 0
+    count = 1 + (kept or 0) + (keeps_best and kept is not None)
+    held = sum(file.stat().st_size for path in steps(folder) for file in path.iterdir())
+    needed = ROOM_FACTOR * size * count
+    free = disk_usage_of(folder).free
+    room = f"{count} checkpoint{'s' * (count > 1)} of {size / 2**30:.2f} GiB (one of them being written)"
+    rule = f"{room} need {needed / 2**30:.2f} GiB of disk space"
+    if needed > free + held:
+        way_out = "free disk space, lower train.save_total_limit, or set output_dir to a larger disk"
+        raise MachineError.of(str(folder), f"{rule}, but only {(free + held) / 2**30:.2f} GiB are free", way_out)
+    more = "; the others are kept too (train.save_total_limit)" if kept is None else ""
+    return f"{rule}, and {(free + held) / 2**30:.2f} GiB are free{more}"
+
+
+def disk_usage_of(folder: Path) -> Any:
+    """Return the disk usage where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder)
 
 
 def _local(tensor: Any) -> torch.Tensor:

@@ -42,6 +42,7 @@ MAY_CHANGE = {
         "save_minutes",
         "save_total_limit",
         "async_save",
+        "save_final_state",
         "early_stopping_patience",
         "resume",
         "accept_changes",

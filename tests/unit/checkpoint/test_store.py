@@ -11,6 +11,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from dist_ft.checkpoint import store as checkpoint
 from dist_ft.checkpoint.files import read_progress
 from dist_ft.checkpoint.reader import _MetadataUnpickler
 from dist_ft.checkpoint.saver import save as save_checkpoint
+from dist_ft.config.train import TrainConfig
 from dist_ft.errors import MachineError, RequestError
 from dist_ft.process import comm
 from dist_ft.process.place import Place
@@ -116,6 +118,31 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch:
     with pytest.raises(MachineError, match="are free"):
         save_checkpoint(tmp_path, state(1), progress(1))
     assert checkpoint.steps(tmp_path) == [] and not list(tmp_path.glob(".step*"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "keeps_best", "count"),
+    [
+        ({}, False, 3),
+        ({}, True, 4),
+        ({"save_minutes": None}, False, 1),
+        ({"save_steps": 2, "save_total_limit": 5}, False, 6),
+    ],
+)
+def test_room_for_all_that_is_kept_is_needed_at_the_start(
+    keys: dict[str, Any], keeps_best: bool, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, train, size = namedtuple("usage", "total used free"), TrainConfig(**keys), 2**30
+    held = save_checkpoint(tmp_path, state(1), progress(1))
+    own = sum(file.stat().st_size for file in held.iterdir())  # is deleted on the way
+    need = round(checkpoint.ROOM_FACTOR * size * count)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - own + 1))
+    told = checkpoint.check_rooms(tmp_path, size, train, keeps_best=keeps_best)
+    assert told.startswith(f"{count} checkpoint") and f"need {need / 2**30:.2f} GiB" in told
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - own - 1))
+    with pytest.raises(MachineError, match=f"need {need / 2**30:.2f} GiB of disk space, but only") as refused:
+        checkpoint.check_rooms(tmp_path, size, train, keeps_best=keeps_best)
+    assert refused.value.exit_code == 3
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
