@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from .assess.reference import refer_to_start
-from .checkpoint.resume import restore, resume, save_checkpoint, settle_start
-from .config.plan import EXPORT, Plan
+from .checkpoint.resume import choose_start, describe_room, restore, resume, save_checkpoint, settle_start
+from .checkpoint.saver import Saver
+from .config.plan import CHECKPOINTS, EXPORT, Plan
 from .config.run import RunConfig
 from .data.order.interleave import MixedOrder
 from .data.order.loader import Loader, split_batches
@@ -60,6 +61,7 @@ from .track.trackers import build_tracker
 def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     """Build everything of a run and, if there is a checkpoint to resume from, load it. Collective."""
     config = plan.config
+    start = choose_start(plan, prepared, worker)
     architecture = architecture_of(config, prepared.facts)
     attention = choose_attention(config, prepared.model_dir, worker.device, architecture)
     task = build_task(config, prepared.facts, attention)
@@ -69,15 +71,17 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     method = build_method(config, plan.run_dir)
     recipe = ModelRecipe(config, prepared.model_dir, attention, architecture, method)
     built = build_model(plan, recipe, worker, privacy)
+    room = describe_room(plan, built.model) if start.progress.step < steps else None
     cost, routing = count_step_cost(built), build_routing(config.moe, config.method, built.anatomy)
     engine = build_engine(plan, worker, privacy)
     engine.setup(built, optim_factory(config, worker.device))
     prepared = refer_to_start(plan, prepared, task, engine, worker)  # before a checkpoint is loaded
-    progress = resume(plan, engine, worker)
+    progress = resume(start, engine, worker, steps)
     training = build_training(plan, prepared, task, engine, order, steps, cost, routing, worker)
     validation = build_validation(plan, prepared, task, worker)
     for line in (
         *describe(plan, attention, worker.device, progress, steps),
+        *filter(None, [room]),
         *describe_parts(plan, prepared, built.anatomy, routing, privacy, steps),
     ):
         worker.say(line)
@@ -230,11 +234,14 @@ def build_records(
     """Open the trackers and bind checkpoints and export to the run; stores the W&B run ID in the progress."""
     place = worker.place
     tracker, tracker_id = build_tracker(plan, progress, steps, worker)
+    saver = Saver(plan.run_dir / CHECKPOINTS, asynchronous=plan.config.train.async_save, tick=worker.tick)
     records = Records(
         tracker=tracker,
-        save=partial(save_checkpoint, plan, engine, worker),
+        save=partial(save_checkpoint, plan, engine, saver, worker),
         restore=partial(restore, plan, engine, worker),
         export=partial(export, plan, prepared, task, engine, recipe, worker),
+        settle=saver.settle,
+        failure=lambda: saver.failure,
     )
     engine_name = plan.config.engine.name
     return records, replace(progress, tracker_id=tracker_id, world_size=place.world_size, engine=engine_name)

@@ -11,8 +11,8 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from .config.train import TrainConfig
-from .errors import TrainingError
+from .config.train import EPOCH_SAVE_MINUTES, TrainConfig
+from .errors import DistFtError, TrainingError
 from .process import comm
 from .process.stop import BEFORE, Stop
 from .process.sums import Sums, losses_of_parts
@@ -48,9 +48,11 @@ class Records:
     """The parts of a run that write metrics, checkpoints and the exported model."""
 
     tracker: Tracker
-    save: Callable[[Progress], None]
+    save: Callable[[Progress], None]  # may go on in the background
     restore: Callable[[str], None]  # loads the weights of a checkpoint, by its name
     export: Callable[[], None]
+    settle: Callable[[], None] = lambda: None  # waits until the last save is complete
+    failure: Callable[[], DistFtError | None] = lambda: None  # error of this rank's save in the background
 
 
 @dataclass(slots=True)
@@ -68,7 +70,7 @@ class Run:
     stop: Stop = field(default_factory=Stop)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
-    save_asked: bool = False  # whether rank 0 found in this step that `train.save_minutes` have passed
+    since_save_s: float = 0.0  # seconds from the last save to this step, by rank 0's clock
 
 
 class StopAgreed(Exception):
@@ -97,6 +99,7 @@ def fit(run: Run) -> Progress:
             conclude(run)
     except StopAgreed:
         halt(run)
+    settle(run)
     run.stop.rest(f"training is complete and step {run.progress.step} is saved, but the model was not exported")
     run.stop.leave()
     if run.config.load_best_model_at_end and run.progress.best_step != run.progress.step:
@@ -113,13 +116,13 @@ def conclude(run: Run) -> None:
         assess(run, step, may_stop=True)
     is_best = run.progress.best_step == step
     ends_epoch = math.floor(run.training.epoch_at(step)) > math.floor(run.training.epoch_at(step - 1))
+    run.progress = replace(run.progress, complete=last or out_of_patience(run))
     if (
-        last
+        run.progress.complete
         or due(step, config.save_steps)
-        or run.save_asked
-        or (ends_epoch and config.saves_each_epoch)
+        or has_passed(run, config.minutes_between_saves)
+        or (ends_epoch and config.saves_each_epoch and has_passed(run, EPOCH_SAVE_MINUTES))
         or (is_best and keeps_best(config))
-        or out_of_patience(run)
     ):
         save(run)
 
@@ -131,12 +134,19 @@ def save(run: Run) -> None:
     run.saved_step, run.saved_at = run.progress.step, time.monotonic()
 
 
+def settle(run: Run) -> None:
+    """Wait until the last checkpoint is complete."""
+    run.beat(f"checkpoint of step {run.saved_step}")
+    run.records.settle()
+
+
 def halt(run: Run) -> NoReturn:
     """Save where the run stands, unless that is saved, and end the run."""
     step, rule = run.progress.step, BEFORE
     cause = next(filter(None, comm.gather(run.stop.cause)))
     if step and run.saved_step != step:
         save(run)
+    settle(run)
     if step:
         rule = f"step {step} of {run.training.total_steps} is saved in a checkpoint"
     run.stop.rest(rule)
@@ -146,11 +156,12 @@ def halt(run: Run) -> NoReturn:
 def train_step(run: Run, step: int) -> Metrics:
     """Take one optimizer step over the global batch: the sum of its losses divided by their weight.
 
-    The reduction of the counts also carries whether a rank was asked to stop, and whether it is time to save: only rank
-    0 looks at the clock.
+    The reduction of the counts also carries whether a rank was asked to stop, the time since the last save (only rank
+    0 looks at the clock), and whether a rank failed to write its part of a checkpoint.
 
     Raises:
         StopAgreed: A rank was asked to stop before this step.
+        DistFtError: A rank failed to write a checkpoint.
     """
     training, started = run.training, time.perf_counter()
     micros = training.batches(step)
@@ -158,11 +169,15 @@ def train_step(run: Run, step: int) -> Metrics:
         hook.before_step(micros)
     own = [(m.loss_weight, m.supervised, m.tokens, m.squared_lengths) for m in micros]
     counts = torch.tensor(own, dtype=torch.float64).sum(dim=0)
-    asked = torch.tensor([run.stop.cause is not None, is_time_to_save(run)], dtype=torch.float64)
-    weight, supervised, tokens, squared_lengths, stop, save_asked = comm.total(torch.cat([counts, asked]))
+    failed = run.records.failure() is not None
+    waited_s = time.monotonic() - run.saved_at if run.rank == 0 else 0.0
+    asked = torch.tensor([run.stop.cause is not None, waited_s, failed], dtype=torch.float64)
+    weight, supervised, tokens, squared_lengths, stop, since_save_s, failures = comm.total(torch.cat([counts, asked]))
+    if failures:
+        settle(run)  # raises the error on every rank
     if stop:
         raise StopAgreed
-    run.save_asked = bool(save_asked)
+    run.since_save_s = float(since_save_s)
     if supervised == 0 and not training.may_be_empty:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
     torch.manual_seed(step_seed(run.config.seed, step, run.rank))
@@ -192,10 +207,9 @@ def train_step(run: Run, step: int) -> Metrics:
     return metrics
 
 
-def is_time_to_save(run: Run) -> bool:
-    """Return whether `train.save_minutes` have passed since the last checkpoint; always False on ranks other than 0."""
-    minutes = run.config.minutes_between_saves
-    return run.rank == 0 and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
+def has_passed(run: Run, minutes: float | None) -> bool:
+    """Return whether the last checkpoint was saved `minutes` before this step began; never if they are None."""
+    return minutes is not None and run.since_save_s >= 60 * minutes
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

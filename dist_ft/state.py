@@ -284,3 +284,10 @@ class Progress:
     evaluation_pending: bool = False  # a stop interrupted the evaluation of `step`, which a resumed run makes first
     lineage: tuple[tuple[str, int], ...] = ()  # id of each start of the run that led here, and the step it began at
     settings: str | None = None  # hash of what may not change within a run, see config/run.py
+    fingerprints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # see checkpoint/fingerprints.py
+    complete: bool = False  # training has ended at this step
+    accepted: tuple[str, ...] = ()  # changes of data, model, tokenizer or template that the user accepted on the way
+
+    def with_fingerprints(self, found: Mapping[str, Mapping[str, str]], accepted: tuple[str, ...] = ()) -> Progress:
+        """Return this progress with other fingerprints, and with further accepted changes."""
+        return replace(self, fingerprints=found, accepted=(*self.accepted, *accepted))

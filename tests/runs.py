@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_ft.checkpoint import store as checkpoint
+from dist_ft.checkpoint.saver import save as save_checkpoint
 from dist_ft.config.plan import Plan, read_plan, write_plan
 from dist_ft.config.run import RunConfig
 from dist_ft.data.render.template import find_end_token
@@ -161,7 +161,7 @@ def finish_run(folder: Path, model: Path, method: dict[str, Any], cache: Path) -
     comm.join(Place(), comm.open_store(Place(), 10), torch.device("cpu"), 10)
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
     moments = {f"exp_avg/{name}": torch.zeros_like(tensor) for name, tensor in weights.items()}
-    checkpoint.save(folder / "checkpoints", NamedState(tensors | moments, 7), Progress(7, 1, "ddp", None, 1.75, 7, 0))
+    save_checkpoint(folder / "checkpoints", NamedState(tensors | moments, 7), Progress(7, 1, "ddp", None, 1.75, 7, 0))
     comm.leave()
     return folder
 

@@ -1,4 +1,4 @@
 """Checkpoints: saved atomically, verified before loading, and resumable with any engine and world size.
 
-May import `config`, `process`, `state` and `method.start`.
+May import `config`, `data`, `prepare`, `pretrained`, `process`, `state`, `storage` and `method.start`.
 """

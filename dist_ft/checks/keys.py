@@ -174,6 +174,12 @@ READ_WHEN = [
         "set train.save_steps, or remove it",
     ),
     ReadWhen(
+        "train.accept_changes",
+        lambda c: c.train.resume != "never",
+        "train.resume=never resumes from no checkpoint",
+        "remove it",
+    ),
+    ReadWhen(
         "train.neftune_noise_alpha",
         lambda c: c.task.name != "seq2seq",
         "NEFTune is not supported with encoder-decoder models",

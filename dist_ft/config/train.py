@@ -10,6 +10,7 @@ from .strict import Count, Strict, Text
 
 DEFAULT_SAVE_MINUTES = 15.0
 DEFAULT_SAVE_LIMIT = 2
+EPOCH_SAVE_MINUTES = 1.0  # least time between the last checkpoint and that of an epoch
 DEFAULT_STOP_BEFORE_S = 120.0
 
 
@@ -40,13 +41,23 @@ class TrainConfig(Strict):
     save_steps: Count | None = Field(None, description="Steps between checkpoints; also saves after the last step.")
     save_minutes: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         "auto",
-        description="Minutes between checkpoints. `auto`: 15, and after each epoch, unless save_steps is set. With "
-        "null and without save_steps, only the last step is saved.",
+        description="Minutes between checkpoints. `auto`: 15, and after each epoch, at most once a minute, unless "
+        "save_steps is set. With null and without save_steps, only the last step is saved.",
     )
     save_total_limit: Count | Literal["auto"] | None = Field(
         "auto",
         description="Number of newest checkpoints to keep, plus the best one; null keeps all. `auto`: 2, and all if "
         "save_steps is set.",
+    )
+    async_save: bool = Field(
+        True,
+        description="Write checkpoints in the background, from a copy in host memory of what each rank saves. With "
+        "false, training waits for the disk.",
+    )
+    save_final_state: bool = Field(
+        True,
+        description="Whether the checkpoint of the last step holds the optimizer state, with which training can go on "
+        "for more steps. With false, it is a third of the size.",
     )
     metric_for_best_model: str = Field(
         "loss", description="The eval/ metric that defines the best step: loss, accuracy, f1 …"
@@ -56,6 +67,11 @@ class TrainConfig(Strict):
     )
     load_best_model_at_end: bool = Field(False, description="Export the best evaluated step instead of the last.")
     resume: Text = Field("auto", description="`auto` (newest valid checkpoint), `never`, or the path of a checkpoint.")
+    accept_changes: list[Literal["data", "base", "tokenizer", "template"]] = Field(
+        [],
+        description="What may differ from the checkpoint that the run resumes from: the training data, the weights of "
+        "the base model, the tokenizer, or the chat template. The model card names what was accepted.",
+    )
     stop_before_s: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="Save and stop this many seconds before the time limit of a SLURM job. `auto`: 120, or a tenth of "

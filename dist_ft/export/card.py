@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..checkpoint.files import read_progress
+from ..checkpoint.fingerprints import versions
 from ..config.model import ModelConfig
 from ..config.plan import CHECKPOINTS, METRICS_FILE, Plan
 from ..data.order.order import PoissonOrder, total_steps
@@ -27,7 +28,6 @@ from ..state import CAUSAL_LM, Architecture
 from ..track.jsonl import read_evaluations, read_metrics
 from .opened import name_base
 
-LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets")
 PIPELINES = {  # task → `pipeline_tag` of the Hugging Face Hub
     "causal_lm": "text-generation",
     "instruction": "text-generation",
@@ -65,7 +65,12 @@ def card_of_run(
     if checkpoint:
         after = {}  # the last evaluation belongs to the weights at the end of training
         steps = int((run_dir / CHECKPOINTS / checkpoint).resolve().name.removeprefix("step-"))
-    return render_card(plan, prepared, before, after, merged=merged, checkpoint=checkpoint, taken=steps)
+    changes: tuple[str, ...] = ()
+    with contextlib.suppress(OSError):
+        changes = read_progress(run_dir / CHECKPOINTS / (checkpoint or "latest")).accepted
+    return render_card(
+        plan, prepared, before, after, merged=merged, checkpoint=checkpoint, taken=steps, changes=changes
+    )
 
 
 def render_card(
@@ -77,6 +82,7 @@ def render_card(
     merged: bool = False,
     checkpoint: str | None = None,
     taken: int | None = None,
+    changes: Sequence[str] = (),
 ) -> str:
     """Render the model card as Markdown with the YAML front matter of the Hugging Face Hub.
 
@@ -88,6 +94,7 @@ def render_card(
         merged: whether the adapter was merged into its base model.
         checkpoint: checkpoint that the weights come from; None means the end of training.
         taken: number of optimizer steps behind the weights; defaults to the planned number.
+        changes: what changed while the run was stopped and was accepted.
     """
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
@@ -113,7 +120,7 @@ def render_card(
         + (_stored_note(Path(prepared.model_dir)) if is_adapter else ""),
         "## Data\n\n"
         + _table(DATA_COLUMNS, _data_rows(plan, prepared))
-        + "".join(f"\n\n{line}." for line in describe_mixture(config, prepared.train)),
+        + "".join(f"\n\n{line}." for line in (*describe_mixture(config, prepared.train), *changes)),
     ]
     if rows := list(_metric_rows(before, after)):
         steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
@@ -302,12 +309,7 @@ def _setting_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def _version_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
-    yield "python", platform.python_version()
-    for name in LIBRARIES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    yield from versions().items()
     yield "git", plan.git_sha or "not a git checkout"
     yield "planned", plan.created
 

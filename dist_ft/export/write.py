@@ -23,6 +23,7 @@ from ..model.anatomy import unwrap
 from ..model.ticking import ticking
 from ..protocols import Method
 from ..state import CAUSAL_LM, Architecture, Beat, Weights, unwatched
+from ..storage.files import is_disk_full
 from .account import Account
 from .opened import is_adapter, name_base, open_export, set_adapter_base
 from .probe import TOLERANCE, Deviation, Probe, compare, probe_model
@@ -124,7 +125,7 @@ def publish(
     """Fill and check a staging folder next to `out`, then move it to `out`.
 
     Raises:
-        MachineError: If there is not enough disk space.
+        MachineError: If there is not enough disk space, also if it is used up meanwhile.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -145,6 +146,11 @@ def publish(
         if out.exists():
             out.rename(old)
         staging.rename(out)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        rule = f"no space is left for the export, which needs {needed_bytes / 2**30:.2f} GiB: {error}"
+        raise MachineError.of(str(out.parent), rule, "free disk space and run again to export") from error
     finally:
         for rest in (staging, old):
             shutil.rmtree(rest, ignore_errors=True)

@@ -36,13 +36,22 @@ class Part:
     why: str = ""
 
 
-def estimate_memory(engine: EngineConfig, world_size: int, sizes: Sizes) -> list[Part]:
-    """Estimate the parts of one rank's memory."""
+def estimate_memory(engine: EngineConfig, world_size: int, sizes: Sizes, *, async_save: bool = False) -> list[Part]:
+    """Estimate the parts of one rank's memory; with `async_save`, also the copy that checkpoints are written from."""
     if engine.name == "ddp":
-        return _ddp(sizes)
-    if engine.name == "fsdp":
-        return _fsdp(engine, world_size, sizes)
-    return _zero(int(engine.name[-1]), engine.offload, world_size, sizes)
+        parts = _ddp(sizes)
+    elif engine.name == "fsdp":
+        parts = _fsdp(engine, world_size, sizes)
+    else:
+        parts = _zero(int(engine.name[-1]), engine.offload, world_size, sizes)
+    return [*parts, _copy(world_size, sizes)] if async_save else parts
+
+
+def _copy(world_size: int, sizes: Sizes) -> Part:
+    """Return the memory of the copy that a checkpoint is written from: ranks also share what is replicated."""
+    count = math.ceil((MASTER_BYTES + MOMENTS_BYTES) * sizes.trained / world_size)
+    share = f", 1/{world_size} per rank" if world_size > 1 else ""
+    return Part("copy for checkpoints", 0, count, f"trainable weights and AdamW moments{share}; train.async_save")
 
 
 def estimate_rows(engine: EngineConfig, rows: int, trained: int, largest: int) -> Part:

@@ -143,7 +143,8 @@ def trainable_table(model: nn.Module, total: int) -> Table:
 def memory_table(plan: Plan, built: BuiltModel) -> Table:
     """Build the table of the estimated memory of one rank."""
     engine = plan.config.engine
-    parts = estimate_memory(engine, plan.world_size, measure_sizes(built, getattr(torch, plan.config.model.dtype)))
+    sizes = measure_sizes(built, getattr(torch, plan.config.model.dtype))
+    parts = estimate_memory(engine, plan.world_size, sizes, async_save=plan.config.train.async_save)
     if plan.config.privacy.is_on:
         learn = [p.numel() for p in built.model.parameters() if p.requires_grad]
         rows = plan.config.train.per_device_train_batch_size if takes_rows_together(plan.config) else 0

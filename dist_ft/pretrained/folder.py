@@ -37,6 +37,16 @@ def weight_bytes(name_or_path: str) -> int | None:
     return growth * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers loads from a model's folder, which may hold others too."""
+    whole, index = folder / "model.safetensors", read_json(folder / "model.safetensors.index.json")[0]
+    if whole.exists():
+        return [whole]
+    if index:
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
 def stored_quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return how config.json says that the weights are quantized; None if they are not."""
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store
 
-from ..errors import MachineError
+from ..errors import DistFtError, MachineError
 from .place import Place, check_devices, environ, name_device, publish_place
 
 # How long ranks wait for another rank that prepares data, loads or exports. It is not meant to detect a rank that
 # hangs: the watchdog does, because it knows whether any rank makes progress.
 WAITING_LIMIT = datetime.timedelta(days=7)
+MAIL_LIMIT_S = 600  # of a call on the connection of a mailbox, none of which waits
 
 
 def open_store(place: Place, timeout_s: float) -> Store:
@@ -133,6 +135,32 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def share_of(items: Sequence[Any]) -> Sequence[Any]:
+    """Return this rank's share of items that every rank lists alike."""
+    if not dist.is_initialized():
+        return items
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def open_mailbox() -> Store:
+    """Open another connection to the store of the process group, for a thread that must not wait for a collective."""
+    return connect_again(dist.distributed_c10d._get_default_store(), MAIL_LIMIT_S)
+
+
+def on_main(find: Callable[[], Any]) -> Any:
+    """Call `find` on rank 0; return what it returns on every rank, or raise the error that it raises on every rank."""
+    found: Any = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            found = find()
+        except DistFtError as error:
+            found = error
+    found = from_main(found)
+    if isinstance(found, DistFtError):
+        raise found
+    return found
 
 
 def from_main(value: Any) -> Any:

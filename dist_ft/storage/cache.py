@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.run import RunConfig
+from ..state import Beat, unwatched
 from .files import digest_file
 
 CODE_VERSION = 4  # of prepared content: increase it with every change of tokens, labels, packing or conversion
@@ -23,19 +24,23 @@ def cache_root(config: RunConfig) -> Path:
     return Path(config.data.cache_dir or "~/.cache/dist_ft").expanduser()
 
 
-def remembering_digest(root: Path) -> Callable[[Path], str]:
-    """Return a variant of `digest_file` that caches the digests of large files by path, inode, size and mtime."""
+def remembering_digest(root: Path, tick: Beat = unwatched) -> Callable[[Path], str]:
+    """Return a variant of `digest_file` that caches the digests of large files.
+
+    They are cached by path, inode, size, and the times of the last changes of content and inode: a file that was
+    written in place and given its old modification time is hashed again.
+    """
 
     def digest(path: Path) -> str:
         state = path.stat()
         if state.st_size < _REMEMBERED_BYTES:
-            return digest_file(path)
-        seen = hash_of([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
+            return digest_file(path, tick)
+        seen = hash_of([str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino])
         memory = root / "digests" / seen
         with contextlib.suppress(OSError):
             if len(known := memory.read_text(encoding="ascii")) == 64:
                 return known
-        value = digest_file(path)
+        value = digest_file(path, tick)
         with contextlib.suppress(OSError):  # without the cached digest the file is only hashed again
             memory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="ascii") as file:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import MachineError
+from .files import is_disk_full
 
 _MANIFEST = "manifest.json"
 
@@ -81,7 +82,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             way_out = "free disk space, or set data.cache_dir to a folder on another disk"
             raise MachineError.of(str(folder.parent), "no space is left on the disk", way_out) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):

@@ -57,7 +57,7 @@ def describe_saves(train: TrainConfig, *, evaluates: bool) -> str:
     times = [
         f"every {train.save_steps} steps" if train.save_steps else "",
         f"every {minutes:g} minutes" if minutes else "",
-        "after each epoch" if train.saves_each_epoch else "",
+        "after each epoch (at most once a minute)" if train.saves_each_epoch else "",
         "at each best evaluation" if evaluates and train.eval_steps else "",
         "after the last step",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config.plan import METRICS_FILE, Plan
 from ..process.place import Worker
 from ..protocols import Tracker
@@ -31,10 +33,17 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
         config.track,
         run_dir=plan.run_dir,
         run_name=config.run_name,
-        # setup and sbatch lines may contain secrets, and the noise seed of differential privacy is one
-        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}),
+        settings=_settings(plan, progress),
         run_id=progress.tracker_id,
         warn=worker.say,
     )
     lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
     return Trackers([lines, open_progress(steps, after_step=progress.step, file=worker.terminal), wandb]), identity
+
+
+def _settings(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Return the configuration to log, with the changes that were accepted when the run was resumed."""
+    # setup and sbatch lines may contain secrets, and the noise seed of differential privacy is one
+    hidden = {"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}
+    changes = {"accepted_changes": list(progress.accepted)} if progress.accepted else {}
+    return plan.config.model_dump(mode="json", exclude=hidden) | changes

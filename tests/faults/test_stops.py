@@ -99,7 +99,7 @@ def test_a_signal_in_any_phase_loses_no_step(
 
 
 def test_a_second_signal_ends_a_run_at_once(start: Callable) -> None:
-    job = start("", "ddp", slow="torch.distributed.checkpoint.filesystem:_write_item:30")
+    job = start("", "ddp", "train.save_steps=4", slow="torch.distributed.checkpoint.filesystem:_write_item:30")
     job.wait_for_call("_write_item")
     job.process.send_signal(signal.SIGINT)
     time.sleep(1)

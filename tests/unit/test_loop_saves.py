@@ -9,7 +9,7 @@ import torch
 
 from dist_ft import loop
 from dist_ft.config.train import TrainConfig
-from dist_ft.errors import Stopped
+from dist_ft.errors import Stopped, TrainingError
 from dist_ft.loop import Records, Run, Training, fit
 from dist_ft.process import comm
 from dist_ft.process.stop import AGAIN, WITH_AUTO
@@ -80,6 +80,42 @@ def test_when_checkpoints_are_saved(keys: dict[str, Any], saves: list[int], monk
     assert saved == saves
 
 
+def test_epochs_of_seconds_do_not_save_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    run = make(saved)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 12.0 * run.progress.step)  # an epoch takes 48 s
+    run.saved_at = 0.0
+    fit(run)
+    assert saved == [8, 10]
+
+
+def test_the_last_save_is_waited_for_and_knows_that_training_has_ended() -> None:
+    done: list[Any] = []
+    run = make([])
+    tracker, restore, export = run.records.tracker, run.records.restore, run.records.export
+    save = lambda progress: done.append((progress.step, progress.complete))  # noqa: E731
+    run.records = Records(tracker, save, restore, export, settle=lambda: done.append("settled"))
+    fit(run)
+    assert done == [(STEPS, True), "settled"]
+
+
+def test_an_error_of_a_save_in_the_background_ends_the_next_step() -> None:
+    saved: list[int] = []
+    run = make(saved, save_steps=3)
+    error = TrainingError.of("disk", "refused", "mend it")
+
+    def settle() -> None:
+        raise error
+
+    records = run.records
+    run.records = Records(
+        records.tracker, records.save, records.restore, records.export, settle, lambda: error if saved else None
+    )
+    with pytest.raises(TrainingError, match="refused"):
+        fit(run)
+    assert saved == [3] and run.progress.step == 3
+
+
 def test_only_rank_0_looks_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
     run = make(saved, rank=1, save_minutes=1)
@@ -132,9 +168,9 @@ def test_a_stop_after_a_save_does_not_save_again() -> None:
 
 
 def test_a_step_has_two_reductions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for the counts, with the requests to stop and to save, and one for the losses."""
+    """One for the counts, with the requests to stop and to save and failed saves, and one for the losses."""
     calls: list[int] = []
     total = comm.total
     monkeypatch.setattr(comm, "total", lambda value: calls.append(value.numel()) or total(value))
     fit(make([]))
-    assert calls == [6, 2] * STEPS
+    assert calls == [7, 2] * STEPS

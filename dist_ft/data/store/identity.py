@@ -28,7 +28,7 @@ _LATER_KEYS = {
     "train_on_eos": "turn",
     "one_row_per_turn": False,
 }
-_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template.json")
+TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template.json")
 
 
 def split_folder(config: RunConfig, split: SplitName, part: str = ALONE) -> Path:
@@ -102,7 +102,7 @@ def _tokenizer_identity(config: RunConfig) -> Any:
     if source.kind == "gguf":
         return ["gguf", remembering_digest(cache_root(config))(source.path)]
     folder = source.path
-    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
     return ["files", {file.name: digest_file(file) for file in files}]
 
 

@@ -12,12 +12,13 @@ import torch.distributed.checkpoint as dcp
 
 from dist_ft.checkpoint import files
 from dist_ft.checkpoint.reader import SafeReader
+from dist_ft.storage import files as storage_files
 
 TENSORS = {f"layer.{i}": torch.arange(4000.0) + i for i in range(6)}
 
 
 def save(folder: Path, tick: list[str]) -> None:
-    dcp.save(dict(TENSORS), storage_writer=files.open_writer(folder, tick.append), no_dist=True)
+    dcp.save(dict(TENSORS), storage_writer=files.Writer(folder, tick.append), no_dist=True)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -44,6 +45,8 @@ def test_a_large_file_is_synced_piece_by_piece(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(files, "SYNCED_BYTES", 20_000)
+    monkeypatch.setattr(files, "PIECE_BYTES", 8_000)
+    monkeypatch.setattr(files, "HASHED_APART_BYTES", 4_000)
     save(tmp_path, [])
     (file,) = tmp_path.glob("*.distcp")
     pieces = [size for size in sizes if size <= file.stat().st_size]
@@ -52,7 +55,7 @@ def test_a_large_file_is_synced_piece_by_piece(tmp_path: Path, monkeypatch: pyte
 
 
 def test_each_piece_that_is_hashed_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "READ_BYTES", 1000)
+    monkeypatch.setattr(storage_files, "READ_BYTES", 1000)
     path, ticks = tmp_path / "file", []
     path.write_bytes(bytes(range(256)) * 20)
     assert files.digest(path, ticks.append) == {

@@ -1,31 +1,40 @@
-"""A checkpoint is verified once, on rank 0, and every rank learns the result."""
+"""The files of a checkpoint are verified once: each rank reads its share, and all learn the result."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dist_ft.checkpoint import resume
+from dist_ft.checkpoint import store
+from dist_ft.checkpoint.files import write_json
 from dist_ft.process import comm
-from dist_ft.process.place import Place, Worker
+
+WORLD = 3
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_only_rank_0_reads_the_files_that_it_verifies(rank: int, tmp_path: Path, monkeypatch: Any) -> None:
-    ticks: list[str] = []
-    worker = Worker(Place(rank, 2, rank), torch.device("cpu"), sys.stderr, lambda phase: None, ticks.append)
-    verified: list[Path] = []
+@pytest.mark.parametrize("torn", [None, 0, 4])
+def test_ranks_share_the_files_of_a_checkpoint(torn: int | None, tmp_path: Path, monkeypatch: Any) -> None:
+    files = {f"__{i}_0.distcp": write_json(tmp_path / f"__{i}_0.distcp", {"rank": i}) for i in range(7)}
+    write_json(tmp_path / "manifest.json", {"version": store.VERSION, "files": files})
+    if torn is not None:
+        (tmp_path / f"__{torn}_0.distcp").write_text("torn")
+    read: list[str] = []
+    shares: list[Any] = []
 
-    def verify(path: Path, tick: Any) -> str:
-        verified.append(path)
-        tick("hashing")
-        return "is torn"
+    def gather(value: Any) -> list[Any]:
+        shares.append(value)
+        return shares
 
-    monkeypatch.setattr(resume.checkpoint, "verify", verify)
-    monkeypatch.setattr(comm, "from_main", lambda value: value if rank == 0 else "is torn")
-    assert resume._verify_once(tmp_path, worker) == "is torn"
-    assert (verified, ticks) == (([tmp_path], ["hashing"]) if rank == 0 else ([], []))
+    monkeypatch.setattr(comm.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(comm.dist, "get_world_size", lambda: WORLD)
+    monkeypatch.setattr(comm, "on_main", lambda find: find())
+    monkeypatch.setattr(comm, "gather", gather)
+    for rank in range(WORLD):
+        monkeypatch.setattr(comm.dist, "get_rank", lambda rank=rank: rank)
+        reason = store.verify(tmp_path, lambda what: read.append(what.rpartition("/")[2]))
+    assert sorted(read) == sorted(files), "each file is read by one rank"
+    assert reason == (
+        f"__{torn}_0.distcp does not match the size and SHA-256 in manifest.json" if torn is not None else None
+    )

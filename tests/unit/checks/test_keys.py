@@ -98,6 +98,10 @@ UNREAD = {
         ["train.save_total_limit=3", "train.save_minutes=null"],
         ["train.save_total_limit=3", "train.save_steps=2"],
     ),
+    "train.accept_changes": (
+        ["train.accept_changes=[data]", "train.resume=never"],
+        ["train.accept_changes=[data]"],
+    ),
     "train.neftune_noise_alpha": (
         ["task=seq2seq", "train.neftune_noise_alpha=5"],
         ["train.neftune_noise_alpha=5"],

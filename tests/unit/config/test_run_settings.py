@@ -12,7 +12,7 @@ from tests.runs import token_run
 
 SAME: list[dict[str, Any]] = [
     {"train": {"max_steps": 7, "save_steps": 2, "resume": "never", "stop_before_s": 9}},
-    {"train": {"per_device_train_batch_size": 1, "timeout_s": 5}},
+    {"train": {"per_device_train_batch_size": 1, "timeout_s": 5, "accept_changes": ["data"]}},
     {"engine": {"name": "zero3"}},
     {"launch": {"workers_per_node": 1}},
     {"model": {"gradient_checkpointing": True}},

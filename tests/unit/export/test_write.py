@@ -261,3 +261,19 @@ def test_each_tensor_ticks_on_each_of_its_ways(build: Any, tiny_llama: Path, out
     assert sum(tick.endswith("of the exported files") for tick in ticks) == len(names)
     assert sum(tick.startswith("syncing") for tick in ticks) == len(list(out.iterdir()))
     assert sum(tick == "probing the model" for tick in ticks) > 10, "each module of the model"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_disk_that_fills_up_is_told_with_the_room_needed(error: Exception, out: Path) -> None:
+    def fill(folder: Path) -> None:
+        raise error  # the second is safetensors' own on a full tmpfs
+
+    with pytest.raises(MachineError, match=r"the export, which needs 2\.50 GiB") as refused:
+        publish(out, fill, lambda folder: Deviation(0.0, 0.0), needed_bytes=5 * 2**29)
+    assert refused.value.exit_code == 3 and list(out.parent.iterdir()) == []

@@ -96,6 +96,15 @@ def test_zero_shards_as_the_paper_says(name: str, per_parameter: float) -> None:
     assert sum(part.host for part in parts) == 0
 
 
+def test_checkpoints_are_written_from_one_copy_of_the_state_that_the_ranks_share() -> None:
+    sizes = Sizes(100, 1000, 2, 10, 80, 20)
+    for config in (DdpConfig(name="ddp"), FsdpConfig(name="fsdp"), Zero12Config(name="zero1")):
+        with_copy = {part.name: part for part in estimate_memory(config, 8, sizes, async_save=True)}
+        copy = with_copy.pop("copy for checkpoints")
+        assert (copy.device, copy.host) == (0, 12 * 1000 // 8)
+        assert list(with_copy.values()) == estimate_memory(config, 8, sizes)
+
+
 def test_offloading_moves_to_the_host() -> None:
     sizes = Sizes(100, 1000, 2, 10, 80, 20)
     kept = total(estimate_memory(FsdpConfig(name="fsdp"), 2, sizes))

@@ -13,11 +13,15 @@ from dist_ft.track.messages import describe_saves
 @pytest.mark.parametrize(
     ("keys", "evaluates", "words"),
     [
-        ({}, False, "every 15 minutes, after each epoch, after the last step, and keeps the newest 2 ("),
+        (
+            {},
+            False,
+            "every 15 minutes, after each epoch (at most once a minute), after the last step, and keeps the newest 2 (",
+        ),
         (
             {"eval_steps": 5},
             True,
-            "epoch, at each best evaluation, after the last step, and keeps the newest 2 and",
+            "minute), at each best evaluation, after the last step, and keeps the newest 2 and",
         ),
         ({"save_steps": 7}, False, "checkpoint every 7 steps, after the last step, and keeps all ("),
         (
