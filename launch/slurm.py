@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, Problem, RequestError
 from .composition.paths import SLURM_DIR
-from .launcher import FAILURE_FILE, LOG_DIR, WORKER_MODULE, Job, Rendered, write_rendered
+from .launcher import LOG_DIR, WORKER_MODULE, Job, Rendered, write_rendered
 from .machine.environ import Site, child_environment
 
 SCRIPT = "job.sbatch"
@@ -41,7 +42,14 @@ OURS = {
     "wrap": "launch.setup",
     "array": "run_name",
     "chdir": "output_dir",
+    "requeue": "launch.requeue",
+    "no-requeue": "launch.requeue",
+    "signal": "train.stop_before_s",
 }
+# Ports below those that Linux gives to outgoing connections (32768 and up).
+PORT_OF_JOB = "$((20000 + SLURM_JOB_ID % 10000))"
+SIGNAL_FROM_S = 60  # SLURM sends the signal up to 60 s early, which would take most of the time of a short job
+TIME_LIMIT = re.compile(r"^(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})$")
 
 
 class Template(string.Template):
@@ -78,6 +86,9 @@ class SlurmLauncher:
             for key in ("mem", "time", "partition", "account", "qos", "constraint")
             if not (getattr(launch, key) or "").isprintable()
         ]
+        if launch.requeue is True and config.train.resume != "auto":
+            rule = f"a requeued job would not go on where it stopped, because train.resume={config.train.resume}"
+            problems.append(Problem("launch.requeue", rule, "remove train.resume, or set launch.requeue=false"))
         if problems:
             raise RequestError(*problems)
         return launch.nodes, launch.workers_per_node
@@ -96,9 +107,11 @@ class SlurmLauncher:
             directives="\n".join(directives(plan)),
             cwd=shlex.quote(self.site.cwd),
             setup="".join(f"{line}\n" for line in launch.setup),
-            port=launch.master_port,
+            run_dir=shlex.quote(str(plan.run_dir)),
+            requeue=int(requeues(plan.config)),
+            port=PORT_OF_JOB if launch.master_port == "auto" else launch.master_port,
+            port_may_change=int(launch.master_port == "auto"),
             threads=f"$(($(nproc) >= {workers} ? $(nproc) / {workers} : 1))",
-            failure_file=shlex.quote(str(plan.run_dir / FAILURE_FILE)),
             launch=start,
         )
         return Rendered({SCRIPT: text}, ("sbatch", "--parsable", str(plan.run_dir / SCRIPT)), start=f"srun {start}")
@@ -139,6 +152,8 @@ def directives(plan: Plan) -> list[str]:
         "account": launch.account,
         "qos": launch.qos,
         "constraint": launch.constraint,
+        "requeue" if requeues(plan.config) else "no-requeue": "",
+        "signal": early_signal(plan.config),
         **launch.sbatch,
     }
     lines = []
@@ -146,6 +161,36 @@ def directives(plan: Plan) -> list[str]:
         if value is not None:
             lines.append(f"#SBATCH --{name}={shlex.quote(str(value))}" if value != "" else f"#SBATCH --{name}")
     return lines
+
+
+def requeues(config: RunConfig) -> bool:
+    """Return whether a job that was interrupted by SLURM starts again."""
+    requeue = _launch(config).requeue
+    return config.train.resume == "auto" if requeue == "auto" else requeue
+
+
+def early_signal(config: RunConfig) -> str | None:
+    """Return the value of `--signal` of a job that starts again; None if it would take most of the job's time.
+
+    Workers stop before the time limit that is set when they start. The signal tells them of a limit that was changed
+    since, and of preemptions where the site's PreemptParameters have `send_user_signal`.
+    """
+    limit_s = time_limit_s(_launch(config).time)
+    before_s = config.train.seconds_before(math.inf if limit_s is None else limit_s)
+    return f"USR1@{before_s:.0f}" if requeues(config) and before_s >= SIGNAL_FROM_S else None
+
+
+def time_limit_s(text: str | None) -> float | None:
+    """Return the seconds of a time limit in SLURM's format; None for no limit, or a format that is left to SLURM."""
+    match = TIME_LIMIT.match(text or "")
+    if match is None:
+        return None
+    parts = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is not None:  # D-H, D-H:M, D-H:M:S
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:  # M, M:S, H:M:S
+        hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts, 0)[:3]
+    return float(((int(match["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _sbatch(command: list[str]) -> str:

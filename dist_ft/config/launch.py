@@ -44,7 +44,15 @@ class SlurmConfig(Strict):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
+    master_port: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] = Field(
+        "auto",
+        description="Rendezvous port. `auto`: derived from the job's id, or the next free port of the first node.",
+    )
+    requeue: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether a job that was preempted, ran out of time or lost a node starts again and goes on. "
+        "`auto`: yes, unless train.resume is set.",
+    )
     setup: list[str] = Field(
         default_factory=list, description="Shell lines to run before the workers (`module load …`)."
     )
