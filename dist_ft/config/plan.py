@@ -26,7 +26,6 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "model"
 FAILURE_FILE = "failure.json"
 STOP_FILE = "stop_requested"  # written by a launcher whose signals do not reach the workers
-RESTARTS_FILE = "restarts"  # written by a SLURM job: its newest checkpoint, and how many restarts found no newer one
 LOCK_FILE = ".lock"
 START_FILE = "start.safetensors"  # initial LoRA factors of PiSSA and OLoRA
 REFERENCE_FILE = "reference.safetensors"  # log-probabilities under the initial model, one tensor per split

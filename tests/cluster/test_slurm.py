@@ -9,8 +9,9 @@ from tests.cluster.jobs import Submitted, environment, identity_of, run_cli
 
 STUB = """
 import sys
-from dist_ft.launch import cli, slurm
-slurm.WORKER_MODULE = "tests.unit.launch.stub_worker"
+from dist_ft.launch import cli
+from dist_ft.launch.slurm import script
+script.WORKER_MODULE = "tests.unit.launch.stub_worker"
 cli._prepare = lambda plan: 0
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -29,8 +30,10 @@ def stub_words(tmp_path, *more):
     return [*TWO_NODES, "track=off", f"output_dir={tmp_path}/run", "data=jsonl", f"data.train={rows}", *more]
 
 
-def test_tasks_are_workers_on_both_nodes(slurm, env, tmp_path):
-    run = run_cli(STUB, stub_words(tmp_path, "launch.workers_per_node=2", "launch.cpus_per_task=2"), env)
+@pytest.mark.parametrize("own", ["launch.cpus_per_task=2", "launch.tasks_per_node=1"])
+def test_workers_run_on_both_nodes(slurm, env, tmp_path, own):
+    """As tasks, and below a torchrun on each node."""
+    run = run_cli(STUB, stub_words(tmp_path, "launch.workers_per_node=2", own), env)
     job = Submitted(identity_of(run), tmp_path / "run", slurm)
     assert f"tail -F {tmp_path}/run/logs/job-{job.identity}.log" in run.stdout
     assert job.finish(60) == ("COMPLETED", 0), job.log
@@ -41,6 +44,7 @@ def test_tasks_are_workers_on_both_nodes(slurm, env, tmp_path):
         *((0, 4, "n1"), (1, 4, "n1"), (2, 4, "n2"), (3, 4, "n2")),
     ]
     assert {worker["env"]["MASTER_ADDR"] for worker in said} == {"n1"}
+    assert {worker["env"]["MASTER_PORT"] for worker in said} == {str(20000 + int(job.identity))}
     assert {worker["env"]["STUB_WORD"] for worker in said} == {"heard"}
 
 
