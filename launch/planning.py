@@ -69,6 +69,6 @@ def find_launcher(config: RunConfig, site: Site) -> Launcher:
         from .deepspeed import HostfileLauncher
 
         return HostfileLauncher(site)
-    from .slurm import SlurmLauncher
+    from .slurm.launcher import SlurmLauncher
 
     return SlurmLauncher(site)

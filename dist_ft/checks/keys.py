@@ -200,6 +200,15 @@ READ_WHEN = [
     ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.group", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
     ReadWhen("track.tags", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    *(
+        ReadWhen(
+            f"launch.container_{key}",
+            lambda c: getattr(c.launch, "container", None) is not None,
+            "the workers run in no container",
+            "set launch.container, or remove it",
+        )
+        for key in ("runtime", "mounts", "python")
+    ),
     ReadWhen(
         "launch.port",
         lambda c: not (isinstance(c.launch, LocalConfig) and c.launch.workers_per_node == 1),

@@ -31,7 +31,7 @@ class HostfileConfig(Strict):
 
 
 class SlurmConfig(Strict):
-    """A SLURM job with one task per worker."""
+    """A SLURM job with one task per worker, or one torchrun per node."""
 
     name: Literal["slurm"]
     nodes: Count = 1
@@ -44,7 +44,34 @@ class SlurmConfig(Strict):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
+    master_port: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] = Field(
+        "auto",
+        description="Rendezvous port. `auto`: derived from the job's id, or the next free port of the first node.",
+    )
+    requeue: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether a job that was preempted, ran out of time or lost a node starts again and goes on. "
+        "`auto`: yes, unless train.resume is set.",
+    )
+    tasks_per_node: Literal[1] | None = Field(
+        None, description="1: one task per node, in which torchrun starts the workers. By default, a task per worker."
+    )
+    container: Text | None = Field(None, description="Image in which the workers run: a file, or a name in a registry.")
+    container_runtime: Literal["pyxis", "apptainer"] = Field(
+        "pyxis", description="What starts the container: srun with the plugin pyxis (Enroot), or Apptainer."
+    )
+    container_mounts: list[Text] = Field(
+        default_factory=list,
+        description="Paths of data, models and caches, as PATH, HOST_PATH:PATH or HOST_PATH:PATH:ro. The current "
+        "folder and that of the run are always mounted.",
+    )
+    container_python: Text = Field("python3", description="Python of the workers inside the container.")
+    site: Text | None = Field(
+        None, description="Path of a YAML file with defaults of a site for keys of launch (partition, account, setup)."
+    )
+    template: Text | None = Field(
+        None, description="Path of your own batch script with the placeholders of slurm/train.sbatch."
+    )
     setup: list[str] = Field(
         default_factory=list, description="Shell lines to run before the workers (`module load …`)."
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..config.plan import FAILURE_FILE
-from ..errors import DistFtError, TrainingError
+from ..errors import DistFtError, Stopped, TrainingError
 from .place import Place
 
 
@@ -33,7 +33,7 @@ def report(error: BaseException, code: int | None = None, *, place: Place, run_d
     if code is None:
         code = error.exit_code if isinstance(error, DistFtError) else TrainingError.exit_code
     text = describe(error, place, run_dir)
-    if claim(run_dir, place, code, text):
+    if claim(run_dir, place, code, text, error.problems[0].where if isinstance(error, Stopped) else None):
         print(text, file=terminal, flush=True)
     return code
 
@@ -57,9 +57,18 @@ def describe(error: BaseException, place: Place, run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def claim(run_dir: Path, place: Place, exit_code: int, text: str) -> bool:
-    """Write failure.json if it does not exist yet; return whether this is the first failure of the run."""
+def claim(run_dir: Path, place: Place, exit_code: int, text: str, cause: str | None = None) -> bool:
+    """Write failure.json if it does not exist yet; return whether this is the first failure of the run.
+
+    Args:
+        run_dir: Folder of the run.
+        place: Place of this rank.
+        exit_code: Exit code of the run.
+        text: Report for the user.
+        cause: What stopped the run, by which a batch script decides whether to requeue it; None for a failure.
+    """
     record = {"rank": place.rank, "host": place.host, "exit_code": exit_code, "time": time.time(), "report": text}
+    record |= {"cause": cause} if cause else {}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(run_dir / FAILURE_FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)

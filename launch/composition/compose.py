@@ -26,6 +26,7 @@ from ...config.run import RunConfig
 from ...errors import Problem, RequestError
 from . import keys
 from .paths import CONF_DIR, settle_paths
+from .site import apply_site
 from .words import expand
 
 COMMAND_LINE = "command line"
@@ -92,6 +93,7 @@ def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Compo
     _put_values(tree, sorted_words.values, problems)
     origins.update({group: f"{COMMAND_LINE}: {group}={choice}" for group, choice in sorted_words.choices.items()})
     origins.update(dict.fromkeys(sorted_words.values, COMMAND_LINE))
+    problems += apply_site(tree, origins)
     _settle_length(tree, origins)
     _settle_splits(tree, origins, choices["data"])
     tree = _resolve(tree, origins, problems)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ...config.data import DataConfig, DataSet
-from ...config.launch import HostfileConfig
+from ...config.launch import HostfileConfig, SlurmConfig
 from ...config.run import RunConfig
 from ...config.task import InstructionConfig, PreferenceConfig, RewardConfig
 from ...errors import RequestError
@@ -46,6 +46,9 @@ def settle_paths(config: RunConfig) -> RunConfig:
     if isinstance(config.launch, HostfileConfig):
         path = _absolute(config.launch.hostfile)
         changes["launch"] = config.launch.model_copy(update={"hostfile": path})
+    if isinstance(config.launch, SlurmConfig):
+        own = {key: _settle(getattr(config.launch, key)) for key in ("template", "container")}
+        changes["launch"] = config.launch.model_copy(update=own)
     return config.model_copy(update=changes)
 
 

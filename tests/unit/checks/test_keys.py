@@ -111,6 +111,13 @@ UNREAD = {
     "track.group": (["track=off", "track.group=x"], ["track.group=x"]),
     "track.tags": (["track=off", "track.tags=[x]"], ["track.tags=[x]"]),
     "launch.port": (["launch.port=29511", "launch.workers_per_node=1"], ["launch.port=29511"]),
+    **{
+        f"launch.container_{word.partition('=')[0]}": (
+            ["launch=slurm", "launch.workers_per_node=1", f"launch.container_{word}"],
+            ["launch=slurm", "launch.workers_per_node=1", "launch.container=a", f"launch.container_{word}"],
+        )
+        for word in ("runtime=apptainer", "mounts=[/data]", "python=python3.12")
+    },
 }
 
 

@@ -211,7 +211,7 @@ def test_composing_writes_nothing(tmp_path, monkeypatch):
 
 def test_no_torch_is_imported():
     code = "import sys, dist_ft.launch.composition.compose, dist_ft.checks, dist_ft.launch.local\n"
-    code += "import dist_ft.launch.deepspeed, dist_ft.launch.slurm\n"
+    code += "import dist_ft.launch.deepspeed, dist_ft.launch.slurm.launcher\n"
     code += "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF_DIR.parents[1]

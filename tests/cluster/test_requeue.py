@@ -1,0 +1,51 @@
+"""Jobs that SLURM interrupts go on where they stopped, with the same log and tracker; others end."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from tests.cluster.jobs import Submitted, environment, identity_of, run_cli
+
+REAL = "import sys; from dist_ft.launch.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def submit(slurm: dict[str, str], tmp_path: Path, tiny_words: list[str], *more: str) -> Submitted:
+    given = [word for word in tiny_words if not word.startswith(("train.max_steps", "track="))]
+    words = ["submit", "launch=slurm", "launch.nodes=2", "launch.workers_per_node=1", "launch.partition=spot"]
+    words += ["engine=fsdp", f"output_dir={tmp_path}/run", "track.wandb=offline", *given, *more]
+    words += ["train.num_train_epochs=null", "train.max_steps=100000", "train.logging_steps=1"]
+    return Submitted(identity_of(run_cli(REAL, words, environment(slurm))), tmp_path / "run", slurm)
+
+
+def assert_goes_on_after(job: Submitted, cause: str, steps_before: int) -> int:
+    """Wait until the job was stopped by `cause`, and has trained after that; return the step where it stopped."""
+    said = re.compile(rf"{cause}: step (\d+) of 100000 is saved in a checkpoint")
+    job.until(lambda: said.search(job.log), 100)
+    found = said.findall(job.log)
+    stopped = int(found[-1])
+    assert stopped > steps_before
+    job.until(lambda: f"resuming from the checkpoint of step {stopped}" in job.log, 90)
+    job.until(lambda: job.last_step > stopped + 2, 60)
+    return stopped
+
+
+def test_a_job_goes_on_after_a_preemption_and_a_signal_but_not_after_scancel(slurm, tmp_path, tiny_words):
+    job = submit(slurm, tmp_path, tiny_words, "train.save_minutes=60", "launch.time=00:20:00")
+    job.until(lambda: job.last_step > 2, 120)
+    job.preempt()
+    stopped = assert_goes_on_after(job, "SIGTERM", 2)
+    job.call("scancel", "--batch", "--signal=USR1", job.identity)  # as `--signal=B:USR1@…` sends it
+    stopped = assert_goes_on_after(job, "SIGUSR1", stopped)
+    job.call("scancel", job.identity)
+    assert job.finish(30)[0] == "CANCELLED"
+    time.sleep(7)  # a requeued job would have started again
+    assert job.state()[0] == "CANCELLED"
+    assert [line for line in job.log.splitlines() if line.startswith("dist-ft: restart ")] == [
+        f"dist-ft: restart {n} of job {job.identity} on n[1-2], from step {step}"
+        for n, step in enumerate(re.findall(r"step (\d+) of 100000 is saved", job.log)[:2], start=1)
+    ]
+    assert job.steps == list(range(1, job.last_step + 1))
+    runs = {folder.name.rpartition("-")[2] for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    assert len(runs) == 1, runs
