@@ -42,6 +42,12 @@ class RowsOptions(Strict):
     width: Count | None = Field(None, description="characters in a line; defaults to the width of the terminal")
 
 
+class PlanOptions(Strict):
+    """Options of `dist-ft plan`."""
+
+    show: Literal["plan", "config"] = Field("plan", description="config prints the whole configuration as a YAML file")
+
+
 class GenerateOptions(Strict):
     """Options of `dist-ft generate`."""
 
@@ -63,6 +69,12 @@ class ExportOptions(Strict):
     checkpoint: str | None = Field(None, description="step-N, latest or best; defaults to the export of the run")
     out: str | None = Field(None, description="output folder; it must not exist yet")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of a merged or full model")
+
+
+def split_words(kind: type[Strict], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into those that set an option of a command, and the others."""
+    own = [word for word in words if word.partition("=")[0] in kind.model_fields]
+    return own, [word for word in words if word not in own]
 
 
 def read_words(kind: type[Options], words: Sequence[str]) -> Options:
