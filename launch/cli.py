@@ -200,11 +200,20 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def schema(_options: argparse.Namespace) -> int:
-    """Print the JSON Schema of the configuration."""
-    from ..config.run import json_schema
+    """Print the JSON Schema of a configuration file."""
+    from .composition.compose import list_groups
+    from .composition.schema import file_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(file_schema(list_groups()), indent=2))
     return 0
+
+
+def init(options: argparse.Namespace) -> int:
+    """Write a first configuration file."""
+    from .guide.init import init
+    from .planning import plan_data
+
+    return init(options.words, lambda words: plan_data(words, None))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,7 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     _command(
         commands, "doctor", doctor, "check versions, devices, kernels, disk and network of this machine", None
     ).add_argument("words", nargs="*", metavar="KEY=VALUE")
-    _command(commands, "schema", schema, "print the JSON Schema of the configuration, for editors", None)
+    _command(
+        commands, "init", init, "write a first configuration file (asks, or model=… data=… out=FILE)", None
+    ).add_argument("words", nargs="*", metavar="KEY=VALUE")
+    _command(commands, "schema", schema, "print the JSON Schema of a configuration file, for editors", None)
     return parser
 
 

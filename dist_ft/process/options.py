@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from ..config.strict import Count, Strict
+from ..config.strict import Count, Strict, Text
 from ..errors import Problem, RequestError
 
 Options = TypeVar("Options", bound=Strict)
@@ -40,6 +40,17 @@ class RowsOptions(Strict):
     rows: Count = Field(3, description="number of rows")
     split: Literal["train", "validation", "test"] = Field("train", description="split to show")
     width: Count | None = Field(None, description="characters in a line; defaults to the width of the terminal")
+
+
+class InitOptions(Strict):
+    """Options of `dist-ft init`."""
+
+    model: Text = Field("smollm2", description="choice of model, folder, or OWNER/NAME of the Hugging Face Hub")
+    data: Text = Field("support_desk", description="training rows: a file, folder, OWNER/NAME, or choice of data")
+    task: Text = Field("instruction", description="what is learned; `dist-ft list task` shows the choices")
+    method: Text = Field("lora", description="which weights are trained; `dist-ft list method` shows the choices")
+    gpus: Count | Literal["auto"] = Field("auto", description="number of GPUs, or auto for all")
+    out: Annotated[str, Field(pattern=r"^.+\.ya?ml$")] = Field("first.yaml", description="file to write")
 
 
 class PlanOptions(Strict):
