@@ -34,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     User errors are printed without a traceback; an unexpected exception is a bug and is not caught.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, after = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in after) or (after and "words" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(after)}")
+    if after:  # argparse takes words only up to the first option after them
+        options.words = [*options.words, *after]
     from ..errors import DistFtError
 
     try:
@@ -136,7 +140,16 @@ def submit(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Show the plan of a run without writing into its folder or starting a worker."""
+    from ..process.options import PlanOptions, read_words, split_words
+
+    own, options.words = split_words(PlanOptions, options.words)
+    show = read_words(PlanOptions, own).show
     made, launcher = _plan(options)
+    if show == "config":
+        from .show import config_text
+
+        print(config_text(made, options.words, options.config_dir), end="")
+        return 0
     from .show import show_plan
 
     show_plan(made, launcher.render(made))
@@ -145,12 +158,12 @@ def plan(options: argparse.Namespace) -> int:
 
 def data(options: argparse.Namespace) -> int:
     """Show rows as the model sees them, after rendering and tokenization."""
-    from ..process.options import RowsOptions, read_words
+    from ..process.options import RowsOptions, read_words, split_words
     from .planning import plan_data
 
-    own = [word for word in options.words if word.partition("=")[0] in RowsOptions.model_fields]
+    own, rest = split_words(RowsOptions, options.words)
     read_words(RowsOptions, own)  # before the slow imports of the module, which reads them again
-    made = plan_data([word for word in options.words if word not in own], options.config_dir)
+    made = plan_data(rest, options.config_dir)
     return _module("dist_ft.inspect.rows", made, own)
 
 
@@ -187,11 +200,20 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def schema(_options: argparse.Namespace) -> int:
-    """Print the JSON Schema of the configuration."""
-    from ..config.run import json_schema
+    """Print the JSON Schema of a configuration file."""
+    from .composition.compose import list_groups
+    from .composition.schema import file_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(file_schema(list_groups()), indent=2))
     return 0
+
+
+def init(options: argparse.Namespace) -> int:
+    """Write a first configuration file."""
+    from .guide.init import init
+    from .planning import plan_data
+
+    return init(options.words, lambda words: plan_data(words, None))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -226,7 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     _command(
         commands, "doctor", doctor, "check versions, devices, kernels, disk and network of this machine", None
     ).add_argument("words", nargs="*", metavar="KEY=VALUE")
-    _command(commands, "schema", schema, "print the JSON Schema of the configuration, for editors", None)
+    _command(
+        commands, "init", init, "write a first configuration file (asks, or model=… data=… out=FILE)", None
+    ).add_argument("words", nargs="*", metavar="KEY=VALUE")
+    _command(commands, "schema", schema, "print the JSON Schema of a configuration file, for editors", None)
     return parser
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..checks.batch import AUTO, GLOBAL, MICRO
 from ..checks.keys import value_of
 from ..checks.precision import DTYPE
 from ..config.plan import CHECKPOINTS, Plan, saved_steps
-from .composition.compose import LEFT_OUT
+from .composition.compose import compose
+from .composition.file import LEFT_OUT
+from .composition.written import write_config
 from .launcher import Rendered
 
 
@@ -27,6 +30,21 @@ def show_plan(plan: Plan, rendered: Rendered) -> None:
         print(title)
         for line in list(lines) or ["nothing"]:
             print(f"  {line}")
+
+
+def config_text(plan: Plan, words: Sequence[str], config_dir: str | Path | None) -> str:
+    """Return the configuration of a plan as a YAML file that plans the same run.
+
+    Args:
+        plan: The plan, whose batch sizes are written where they were set: they may have been adapted.
+        words: Arguments of the command line from which it was planned.
+        config_dir: Folder with the user's own groups.
+    """
+    composed = compose(words, config_dir)
+    train = composed.typed.train.model_copy(
+        update={key.partition(".")[2]: value_of(plan.config, key) for key in (GLOBAL, MICRO) if key in composed.origins}
+    )
+    return write_config(composed.typed.model_copy(update={"train": train}), composed.origins)
 
 
 def run_lines(plan: Plan) -> Iterator[str]:

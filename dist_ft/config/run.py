@@ -80,11 +80,6 @@ class RunConfig(Strict):
         return {**values, "model": {**model, "quantization": "nf4" if method.get("name") == "qlora" else "none"}}
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a composed configuration, for use in editors."""
-    return RunConfig.model_json_schema()
-
-
 def settings_of(config: RunConfig) -> str:
     """Return a hash of the settings that may not change within a run, of those that differ from their defaults.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from ..config.strict import Count, Strict
+from ..config.strict import Count, Strict, Text
 from ..errors import Problem, RequestError
 
 Options = TypeVar("Options", bound=Strict)
@@ -42,6 +42,23 @@ class RowsOptions(Strict):
     width: Count | None = Field(None, description="characters in a line; defaults to the width of the terminal")
 
 
+class InitOptions(Strict):
+    """Options of `dist-ft init`."""
+
+    model: Text = Field("smollm2", description="choice of model, folder, or OWNER/NAME of the Hugging Face Hub")
+    data: Text = Field("support_desk", description="training rows: a file, folder, OWNER/NAME, or choice of data")
+    task: Text = Field("instruction", description="what is learned; `dist-ft list task` shows the choices")
+    method: Text = Field("lora", description="which weights are trained; `dist-ft list method` shows the choices")
+    gpus: Count | Literal["auto"] = Field("auto", description="number of GPUs, or auto for all")
+    out: Annotated[str, Field(pattern=r"^.+\.ya?ml$")] = Field("first.yaml", description="file to write")
+
+
+class PlanOptions(Strict):
+    """Options of `dist-ft plan`."""
+
+    show: Literal["plan", "config"] = Field("plan", description="config prints the whole configuration as a YAML file")
+
+
 class GenerateOptions(Strict):
     """Options of `dist-ft generate`."""
 
@@ -63,6 +80,12 @@ class ExportOptions(Strict):
     checkpoint: str | None = Field(None, description="step-N, latest or best; defaults to the export of the run")
     out: str | None = Field(None, description="output folder; it must not exist yet")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of a merged or full model")
+
+
+def split_words(kind: type[Strict], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into those that set an option of a command, and the others."""
+    own = [word for word in words if word.partition("=")[0] in kind.model_fields]
+    return own, [word for word in words if word not in own]
 
 
 def read_words(kind: type[Options], words: Sequence[str]) -> Options:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -25,57 +23,37 @@ from pydantic import ValidationError
 from ...config.run import RunConfig
 from ...errors import Problem, RequestError
 from . import keys
+from .file import LEFT_OUT, ConfigFile, is_file, read_file
+from .parse import Words, sort_words
 from .paths import CONF_DIR, settle_paths
 from .site import apply_site
-from .words import expand
 
 COMMAND_LINE = "command line"
 ROOT = "train"
 MISSING = "???"
-LEFT_OUT = "left out"  # first words of the origin of a value that was dropped because of what the user set
+PLACE = re.compile(r":[0-9]+$")  # end of the origin of a value in the user's file
 GLOBAL_GROUPS = {"experiment": "experiment@_global_"}  # files of this group set keys of every section
 RESOLVER = re.compile(r"\$\{[^}]*:")  # resolvers such as ${oc.env:X} read values from outside the configuration
-
-
-@dataclass
-class Words:
-    """The arguments of the user: choices by group, values by dotted key, and the problems of parsing them."""
-
-    choices: dict[str, str] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def choose(self, group: str, choice: str) -> None:
-        """Record the choice of a group, or a problem if there is one already."""
-        if group in self.choices:
-            words = f"{group}={self.choices[group]} and {group}={choice}"
-            self.problems.append(Problem(group, f"is chosen twice: {words}", "keep one of them"))
-        self.choices[group] = choice
-
-    def put(self, key: str, value: Any) -> None:
-        """Record the value of a key, or a problem if there is one already."""
-        if key in self.values:
-            words = f"{self.values[key]!r} and {value!r}"
-            self.problems.append(Problem(key, f"is set twice, to {words}", "keep one of them"))
-        self.values[key] = value
 
 
 @dataclass(frozen=True)
 class Composed:
     """A valid configuration, and the origin of every key that the user set (key → command line or file).
 
-    Keys whose value was dropped for that reason have an origin too; it begins with `LEFT_OUT`.
+    Keys whose value was dropped for that reason have an origin too; it begins with `LEFT_OUT`. `typed` is the
+    configuration with paths as the user gave them.
     """
 
     config: RunConfig
     origins: dict[str, str]
+    typed: RunConfig
 
 
 def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Composed:
     """Compose and validate the configuration.
 
     Args:
-        words: Arguments of the command line, `group=choice` or `key=value`.
+        words: Arguments of the command line: `group=choice`, `key=value`, and the name of at most one YAML file.
         config_dir: Folder with the user's own groups (`model/mine.yaml`); its files take precedence over `conf/`.
 
     Raises:
@@ -83,28 +61,40 @@ def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Compo
     """
     user_dir = _user_dir(config_dir)
     groups = list_groups(user_dir)
-    sorted_words = sort_words(words, groups)
-    problems = sorted_words.problems
-    composed = _compose_files(sorted_words.choices, user_dir, problems)
+    file = read_file(words, groups)
+    typed = sort_words([word for word in words if not is_file(word)], groups)
+    problems = [*file.problems, *typed.problems]
+    left_out = file.without(typed.choices)
+    choices = {**file.choices, **typed.choices}
+    composed = _compose_files(choices, user_dir, problems)
     if composed is None:
         raise RequestError(*problems)
-    tree, choices = composed
-    origins = _file_origins(sorted_words.choices, user_dir)
-    _put_values(tree, sorted_words.values, problems)
-    origins.update({group: f"{COMMAND_LINE}: {group}={choice}" for group, choice in sorted_words.choices.items()})
-    origins.update(dict.fromkeys(sorted_words.values, COMMAND_LINE))
+    tree, all_choices = composed
+    origins = {**_file_origins(choices, user_dir), **left_out, **file.origins()}
+    origins.update({group: f"{COMMAND_LINE}: {group}={choice}" for group, choice in typed.choices.items()})
+    origins.update(dict.fromkeys(typed.values, COMMAND_LINE))
+    _put_values(tree, {**file.values, **_renamed(file, typed), **typed.values}, origins, problems)
     problems += apply_site(tree, origins)
     _settle_length(tree, origins)
-    _settle_splits(tree, origins, choices["data"])
+    _settle_splits(tree, origins, all_choices["data"])
     tree = _resolve(tree, origins, problems)
     missing = [key for key, value in keys.leaves(tree).items() if value == MISSING]
     for key in missing:
         problems.append(keys.missing_key(key))
         _remove(tree, key)
-    config = _validate(tree, origins, set(missing), problems)
+    config = _validate(tree, {**file.lines, **origins}, set(missing), problems)
     if problems or config is None:
         raise RequestError(*problems)
-    return Composed(settle_paths(config), origins)
+    return Composed(settle_paths(config), origins, config)
+
+
+def default_values(choices: dict[str, str]) -> dict[str, Any]:
+    """Return the values that the files of `conf/` have for choices, by dotted key, with unresolved interpolations."""
+    problems: list[Problem] = []
+    composed = _compose_files(choices, None, problems)
+    if composed is None:
+        raise RequestError(*problems)
+    return keys.leaves(composed[0])
 
 
 def list_groups(user_dir: Path | None = None) -> dict[str, list[str]]:
@@ -117,78 +107,12 @@ def list_groups(user_dir: Path | None = None) -> dict[str, list[str]]:
     return {group: sorted(choices) for group, choices in sorted(groups.items())}
 
 
-def sort_words(words: Sequence[str], groups: dict[str, list[str]]) -> Words:
-    """Sort arguments into group choices and values; record a problem for any other argument."""
-    found = Words()
-    parser = OverridesParser.create()
-    for word in (part for given in words for part in expand(given, groups)):
-        name, sign, after = word.partition("=")
-        if sign and not after.strip():
-            way_out = f"write {name}=VALUE, {name}=null for no value, or '{name}=\"\"' for an empty text"
-            if name in groups:
-                way_out = f"write {name}=CHOICE, with one of {', '.join(groups[name])}"
-            found.problems.append(Problem(word, "has no value", way_out))
-            continue
-        try:
-            override = parser.parse_override(word)
-        except (OverrideParseException, HydraException):
-            found.problems.append(Problem(word, "cannot be parsed", "write key=value, quoted: 'key=\"some text\"'"))
-            continue
-        if problem := _refuse(word, override, groups):
-            found.problems.append(problem)
-        elif override.key_or_group in groups:
-            found.choose(override.key_or_group, str(override.value()))
-        else:
-            value = override.value()
-            section = override.key_or_group
-            if isinstance(value, dict) and section in RunConfig.model_fields:
-                for key, below in value.items():
-                    found.put(f"{section}.{key}", below)
-            else:
-                found.put(section, value)
-    return found
-
-
-def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Problem | None:
-    """Return the problem of an argument that Hydra accepts but this project does not; None if it is valid."""
-    key = override.key_or_group
-    if override.is_delete():
-        return Problem(word, "keys cannot be deleted", f"set {key}=null or {key}=VALUE")
-    if override.is_add():
-        return Problem(word, "keys cannot be added to the schema", f"write {word.lstrip('+')}")
-    if override.package is not None:
-        return Problem(word, "packages (`group@package`) are not supported", f"write {key}={override.value()}")
-    if override.is_sweep_override():
-        return Problem(word, "is a sweep over several values", f'use `dist-ft sweep`; for a list write {key}="[a, b]"')
-    return _refuse_choice(word, key, override.value(), groups)
-
-
-def _refuse_choice(word: str, key: str, value: Any, groups: dict[str, list[str]]) -> Problem | None:
-    """Return the problem of an unknown choice or group, or of a choice made by `group.name`; None if there is none."""
-    if key in groups:
-        if isinstance(value, dict | list):
-            return Problem(word, f"{key} is a group", f"select a choice by name, and set its keys with {key}.KEY=VALUE")
-        if str(value) not in groups[key]:
-            close = keys.nearest(str(value), groups[key], cutoff=0.6)
-            hint = f"did you mean {key}={close}? " if close else ""
-            more = {"model": ", or a folder or OWNER/NAME of the Hub", "data": ", or a file, folder or OWNER/NAME"}
-            known = f"known: {', '.join(groups[key])}{more.get(key, '')}"
-            return Problem(word, f"{key} has no choice {value!r}", f"{hint}{known}")
-    section, _, rest = key.partition(".")
-    if rest == "name" and section in groups and section in RunConfig.model_fields:
-        return Problem(word, "the choice of a group cannot be set by its name key", f"write {section}={value}")
-    if "/" in key:
-        close = keys.nearest(key, groups)
-        return Problem(word, "unknown group", f"did you mean {close}=?" if close else f"known: {', '.join(groups)}")
-    return None
-
-
 def _settle_length(tree: keys.Tree, origins: dict[str, str]) -> None:
-    """Keep one of max_steps and num_train_epochs: the command line wins over a file, and a file over the default."""
+    """Keep one of max_steps and num_train_epochs, that of the stronger origin: see `_strength`."""
     ranks = {}
     for key in ("train.max_steps", "train.num_train_epochs"):
         if keys.get_value(tree, key) is not None:
-            ranks[key] = 0 if key not in origins else 2 if origins[key] == COMMAND_LINE else 1
+            ranks[key] = _strength(origins.get(key))
     if len(set(ranks.values())) == 2:
         weaker = min(ranks, key=lambda key: ranks[key])
         keys.set_value(tree, weaker, None)
@@ -208,14 +132,30 @@ def _settle_splits(tree: keys.Tree, origins: dict[str, str], choice: str) -> Non
     """
 
     def strength(key: str) -> int:
-        origin = origins.get(key, "")
-        return 2 if origin == COMMAND_LINE else int(Path(origin).parent.name == "experiment")
+        origin = origins.get(key)
+        # a file of --config-dir is a choice of data like those of conf/
+        of_choice = origin is not None and not PLACE.search(origin) and Path(origin).parent.name == "data"
+        return 0 if of_choice else _strength(origin)
 
     for key in ("data.validation", "data.test"):
         if keys.get_value(tree, key) is not None and strength(key) < strength("data.train"):
             keys.set_value(tree, key, None)
             file = origins.get(key, f"conf/data/{choice}.yaml")
             origins[key] = f"{LEFT_OUT}: that of {file} belongs to its own data.train"
+
+
+def _strength(origin: str | None) -> int:
+    """Return which of several values counts: command line > the user's file > experiment or own group > default."""
+    if origin is None or origin.startswith(LEFT_OUT):
+        return 0
+    return 3 if origin == COMMAND_LINE else 2 if PLACE.search(origin) else 1
+
+
+def _renamed(file: ConfigFile, typed: Words) -> dict[str, str]:
+    """Return the folder of a repeated run that gets another name: next to that of the first."""
+    if not file.repeats or "run_name" not in typed.values or "output_dir" not in file.values:
+        return {}
+    return {"output_dir": str(Path(file.values["output_dir"]).parent / str(typed.values["run_name"]))}
 
 
 def _user_dir(config_dir: str | Path | None) -> Path | None:
@@ -254,10 +194,11 @@ def _compose_files(
     return {str(key): value for key, value in tree.items()}, {str(group): chosen[group] for group in chosen}
 
 
-def _put_values(tree: keys.Tree, values: dict[str, Any], problems: list[Problem]) -> None:
+def _put_values(tree: keys.Tree, values: dict[str, Any], origins: dict[str, str], problems: list[Problem]) -> None:
     for key, value in values.items():
         if blocked := keys.set_value(tree, key, value):
-            problems.append(keys.unknown_key(key, tree, f"{key} ({COMMAND_LINE}; {blocked} has no keys of its own)"))
+            where = f"{key} ({origins.get(key, COMMAND_LINE)}; {blocked} has no keys of its own)"
+            problems.append(keys.unknown_key(key, tree, where))
 
 
 def _file_origins(choices: dict[str, str], user_dir: Path | None) -> dict[str, str]:

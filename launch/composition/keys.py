@@ -35,6 +35,11 @@ def names(record: type[BaseModel]) -> tuple[str, ...]:
     return typing.get_args(field.annotation)
 
 
+def sections() -> list[str]:
+    """Return the names of the sections: the top-level keys with keys of their own."""
+    return [section for section, field in RunConfig.model_fields.items() if members(field.annotation)]
+
+
 def chosen(config: Mapping[str, Any]) -> dict[str, type[BaseModel] | None]:
     """Return the pydantic model of each section: None for a top-level value, the first one if the choice is unknown."""
     found: dict[str, type[BaseModel] | None] = {}

@@ -58,6 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for text in YAML_BLOCK.findall(DOCUMENTS[0].read_text(encoding="utf-8")):
         if "stages:" in text:
             (tmp_path / "stages.yaml").write_text(text)
+        elif text.startswith("run_name: first\n"):
+            (tmp_path / "first.yaml").write_text(text)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "one.txt").write_text("Once upon a time.\n" * 50)
@@ -77,7 +79,8 @@ def try_command(line: str) -> None:
     options = cli._parser().parse_args(shlex.split(line)[1:])
     if options.command in ("train", "submit", "plan", "data"):
         assert options.config_dir is None
-        words = [w for w in options.words if options.command != "data" or w.partition("=")[0] not in VIEW_WORDS]
+        own = {"data": VIEW_WORDS, "plan": {"show"}}.get(options.command, ())
+        words = [word for word in options.words if word.partition("=")[0] not in own]
         plan = plan_of(words)
         assert (options.command == "submit") == (plan.config.launch.name == "slurm") or options.command == "plan"
     elif options.command == "sweep":
