@@ -65,6 +65,12 @@ class ExportOptions(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of a merged or full model")
 
 
+class ReportOptions(Strict):
+    """Options of `dist-ft report`, besides the runs."""
+
+    out: str | None = Field(None, description="file to write; defaults to report.html in the folder of a single run")
+
+
 def read_words(kind: type[Options], words: Sequence[str]) -> Options:
     """Parse the options of a command.
 

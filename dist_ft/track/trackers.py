@@ -9,6 +9,8 @@ from ..state import Progress
 from .compose import NullTracker, Trackers
 from .jsonl import JsonLines
 from .progress import open_progress
+from .report import open_report
+from .secrets import shown_settings
 from .wandb import open_wandb
 
 
@@ -31,10 +33,10 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
         config.track,
         run_dir=plan.run_dir,
         run_name=config.run_name,
-        # setup and sbatch lines may contain secrets, and the noise seed of differential privacy is one
-        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}),
+        settings=shown_settings(config),
         run_id=progress.tracker_id,
         warn=worker.say,
     )
     lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
-    return Trackers([lines, open_progress(steps, after_step=progress.step, file=worker.terminal), wandb]), identity
+    shown = open_progress(steps, after_step=progress.step, file=worker.terminal)
+    return Trackers([lines, shown, wandb, open_report(config.track, plan.run_dir)]), identity
