@@ -35,6 +35,7 @@ from .families import (
     choose_attention,
     optim_factory,
 )
+from .inspect.record import record_start
 from .loop import Records, Run, Training, Validation
 from .model.anatomy import share_buffers
 from .model.flops import StepCost, count_step_cost
@@ -72,6 +73,7 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     recipe = ModelRecipe(config, prepared.model_dir, attention, architecture, method)
     built = build_model(plan, recipe, worker, privacy)
     room = describe_room(plan, built.model) if start.progress.step < steps else None
+    record_start(plan, prepared, built, worker)
     cost, routing = count_step_cost(built), build_routing(config.moe, config.method, built.anatomy)
     engine = build_engine(plan, worker, privacy)
     engine.setup(built, optim_factory(config, worker.device))

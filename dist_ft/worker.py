@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from .config.plan import STOP_FILE, Plan, read_plan
+from .config.plan import REPORT_FILE, STOP_FILE, Plan, read_plan
 from .errors import DistFtError, MachineError, RequestError, Stopped
 from .process.failure import forget, report
 from .process.owner import own
@@ -53,8 +53,18 @@ def main(arguments: list[str]) -> int:
     try:
         train(plan, place, terminal)
     except BaseException as error:  # a rank that ends must end the run with an exit code
-        return report(error, place=place, run_dir=plan.run_dir, terminal=terminal)
+        code = report(error, place=place, run_dir=plan.run_dir, terminal=terminal)
+        finish_report(plan, place, terminal)
+        return code
     return 0
+
+
+def finish_report(plan: Plan, place: Place, terminal: TextIO) -> None:
+    """Write report.html for the last time; an error is shown and changes nothing."""
+    from .track.report import write_last
+
+    if place.is_main and plan.config.track.report and (reason := write_last(plan.run_dir)):
+        print(f"dist-ft: {REPORT_FILE} was not written: {reason}", file=terminal, flush=True)
 
 
 def time_to_stop(plan: Plan, started: float) -> float:
@@ -126,6 +136,8 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
         except Stopped as error:
             stopped = error
         comm.barrier()
+    if stopped is None:
+        finish_report(plan, place, terminal)
     comm.barrier()  # launchers and schedulers end a run soon after its first worker has ended
     comm.leave()
     if stopped is not None:

@@ -76,6 +76,10 @@ def train(options: argparse.Namespace) -> int:
             if code := _prepare(plan):
                 return code
             result = launcher.submit(plan)
+            if result and plan.config.track.report:
+                from ..track.report import write_last
+
+                write_last(plan.run_dir)  # rank 0 may have been killed
     assert isinstance(result, int), "a launcher in the foreground returns an exit code"
     return result
 
@@ -192,6 +196,22 @@ def outcome(options: argparse.Namespace) -> int:
     return run_module([module, _run_file(runs[0]), *rest])
 
 
+def report(options: argparse.Namespace) -> int:
+    """Write the report of a run, or of several runs side by side."""
+    from pathlib import Path
+
+    from ..errors import RequestError
+    from ..process.options import ReportOptions, read_words
+    from ..report.write import write_report
+
+    runs = [Path(word.partition("=")[2]) for word in options.words if word.startswith("run=")]
+    if not runs:
+        raise RequestError.of("run", "is missing", "use `dist-ft report run=runs/A`, or several runs to compare them")
+    own = read_words(ReportOptions, [word for word in options.words if not word.startswith("run=")])
+    print(_short(write_report(runs, Path(own.out) if own.out else None)))
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Diagnose this machine."""
     from .process import run_module
@@ -245,6 +265,9 @@ def _parser() -> argparse.ArgumentParser:
         ("export", "write the model of a run as a Hugging Face folder"),
     ):
         _command(commands, name, outcome, text, RUN_EPILOG).add_argument("words", nargs="*", metavar="KEY=VALUE")
+    _command(
+        commands, "report", report, "write a page with the curves of a run, or of several runs side by side", RUN_EPILOG
+    ).add_argument("words", nargs="*", metavar="KEY=VALUE")
     _command(
         commands, "doctor", doctor, "check versions, devices, kernels, disk and network of this machine", None
     ).add_argument("words", nargs="*", metavar="KEY=VALUE")

@@ -67,7 +67,7 @@ def token_run(
             "per_device_train_batch_size": BATCH // world // accumulation,
             "save_minutes": None,  # epochs have two steps
         },
-        "track": {"wandb": "off"},
+        "track": {"wandb": "off", "report": False},
         "launch": {"name": "local", "workers_per_node": world},
     }
 
@@ -94,7 +94,7 @@ def labelled_run(folder: Path, model: str, data: Path, engine: str, world: int, 
             "per_device_train_batch_size": 8 // world // 2,
             "save_minutes": None,
         },
-        "track": {"wandb": "off"},
+        "track": {"wandb": "off", "report": False},
         "launch": {"name": "local", "workers_per_node": world},
     }
     return {**groups, **changes}
@@ -116,7 +116,7 @@ def chat_config(folder: Path, model: Path, method: dict[str, Any], cache: Path) 
             "engine": {"name": "ddp"},
             "optim": {},
             "train": {"global_batch_size": 2, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2},
-            "track": {"wandb": "off"},
+            "track": {"wandb": "off", "report": False},
             "launch": {"name": "local"},
         }
     )

@@ -23,7 +23,7 @@ tops = {name.split("/")[0] for name in names}
 assert all(top == "dist_ft" or top.endswith(".dist-info") for top in tops), f"top-level names in the wheel: {tops}"
 wanted = [path for folder in ("conf", "launch", "slurm") for path in (checkout / folder).rglob("*")]
 wanted = {f"dist_ft/{path.relative_to(checkout)}" for path in wanted if path.suffix in {".yaml", ".py", ".sbatch"}}
-wanted |= {str(path.relative_to(checkout)) for path in (checkout / "dist_ft").rglob("*") if path.suffix in {".py", ".jsonl", ".jinja"}}
+wanted |= {str(path.relative_to(checkout)) for path in (checkout / "dist_ft").rglob("*") if path.suffix in {".py", ".jsonl", ".jinja", ".css", ".js"}}
 missing = sorted(wanted - names)
 assert not missing, f"not in the wheel: {missing}"
 PY

@@ -28,7 +28,7 @@ from ..privacy.rules import takes_rows_together
 from ..process.command import run_command, split_run
 from ..state import BuiltModel, Facts
 from .ledger import ledger_tables
-from .memory import Sizes, estimate_memory, estimate_rows
+from .memory import Part, Sizes, estimate_memory, estimate_rows
 
 COMPONENTS = ("embeddings", "attention", "mlp", "experts", "router", "norms", "head", "other", "adapters")
 _COPIES = re.compile(r"\.modules_to_save\.|\.ln_tuning_layers\.")  # trained copies of base modules
@@ -140,8 +140,8 @@ def trainable_table(model: nn.Module, total: int) -> Table:
     return table
 
 
-def memory_table(plan: Plan, built: BuiltModel) -> Table:
-    """Build the table of the estimated memory of one rank."""
+def estimate_parts(plan: Plan, built: BuiltModel) -> list[Part]:
+    """Estimate the parts of the memory of one rank."""
     engine = plan.config.engine
     sizes = measure_sizes(built, getattr(torch, plan.config.model.dtype))
     parts = estimate_memory(engine, plan.world_size, sizes, async_save=plan.config.train.async_save)
@@ -149,7 +149,14 @@ def memory_table(plan: Plan, built: BuiltModel) -> Table:
         learn = [p.numel() for p in built.model.parameters() if p.requires_grad]
         rows = plan.config.train.per_device_train_batch_size if takes_rows_together(plan.config) else 0
         parts.append(estimate_rows(engine, rows, sum(learn), max(learn)))
-    table = _table(f"estimated memory per rank ({engine.name}, {plan.world_size} workers)", "device", "host", "")
+    return parts
+
+
+def memory_table(plan: Plan, built: BuiltModel) -> Table:
+    """Build the table of the estimated memory of one rank."""
+    parts = estimate_parts(plan, built)
+    title = f"estimated memory per rank ({plan.config.engine.name}, {plan.world_size} workers)"
+    table = _table(title, "device", "host", "")
     for part in parts:
         table.add_row(
             part.name, _mib(part.device) if part.device else "", _mib(part.host) if part.host else "", part.why

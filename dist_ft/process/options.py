@@ -82,6 +82,12 @@ class ExportOptions(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of a merged or full model")
 
 
+class ReportOptions(Strict):
+    """Options of `dist-ft report`, besides the runs."""
+
+    out: str | None = Field(None, description="file to write; defaults to report.html in the folder of a single run")
+
+
 def split_words(kind: type[Strict], words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split words into those that set an option of a command, and the others."""
     own = [word for word in words if word.partition("=")[0] in kind.model_fields]

@@ -58,6 +58,23 @@ def own(run_dir: Path) -> None:
     _sign(handle)
 
 
+def is_owned(run_dir: Path) -> bool:
+    """Return whether rank 0 of a start owns the folder; False where the file system cannot tell."""
+    try:
+        handle = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # shared and for an instant only: a start that wants the byte tries again
+        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, WORKERS)
+        fcntl.lockf(handle, fcntl.LOCK_UN, 1, WORKERS)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(handle)
+    return False
+
+
 def _open(run_dir: Path) -> int:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ from ..state import Progress
 from .compose import NullTracker, Trackers
 from .jsonl import JsonLines
 from .progress import open_progress
+from .report import open_report
+from .secrets import shown_settings
 from .wandb import open_wandb
 
 
@@ -33,17 +35,15 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
         config.track,
         run_dir=plan.run_dir,
         run_name=config.run_name,
-        settings=_settings(plan, progress),
+        settings=shown_settings(config) | _changes(progress),
         run_id=progress.tracker_id,
         warn=worker.say,
     )
     lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
-    return Trackers([lines, open_progress(steps, after_step=progress.step, file=worker.terminal), wandb]), identity
+    shown = open_progress(steps, after_step=progress.step, file=worker.terminal)
+    return Trackers([lines, shown, wandb, open_report(config.track, plan.run_dir)]), identity
 
 
-def _settings(plan: Plan, progress: Progress) -> dict[str, Any]:
-    """Return the configuration to log, with the changes that were accepted when the run was resumed."""
-    # setup and sbatch lines may contain secrets, and the noise seed of differential privacy is one
-    hidden = {"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}
-    changes = {"accepted_changes": list(progress.accepted)} if progress.accepted else {}
-    return plan.config.model_dump(mode="json", exclude=hidden) | changes
+def _changes(progress: Progress) -> dict[str, Any]:
+    """Return the changes that were accepted when the run was resumed, to log with the configuration."""
+    return {"accepted_changes": list(progress.accepted)} if progress.accepted else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import netrc
-import re
 import sys
 import urllib.parse
 import uuid
@@ -21,11 +20,11 @@ from ..process.place import environ
 from ..protocols import Tracker
 from ..state import Metrics
 from .compose import NullTracker
+from .secrets import hide_secrets
 
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120
 SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-HIDDEN = "[hidden]"
 
 
 class WandbTracker:
@@ -102,7 +101,7 @@ def open_wandb(
         "name": config.run_name or run_name,
         "group": config.group,
         "tags": list(config.tags) or None,
-        "config": hide_secrets(settings),
+        "config": hide_secrets(settings, secrets_here()),
         "id": identity,
     }
     modes = [mode] if mode == "offline" else ["online", "offline"]
@@ -150,22 +149,9 @@ def has_key() -> bool:
     return host in entries.hosts
 
 
-def hide_secrets(value: Any) -> Any:
-    """Replace secrets in nested data: values whose key names a secret, and parts of strings that look like one."""
-    if isinstance(value, Mapping):
-        return {k: HIDDEN if _names_secret(str(k)) and v else hide_secrets(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [hide_secrets(item) for item in value]
-    if isinstance(value, str):
-        for secret in filter(None, map(environ, SECRET_VARIABLES)):
-            value = value.replace(secret, HIDDEN)
-        value = re.sub(r"(?i)\b(\w*(?:token|key|secret|passw(?:or)?d|signature)\w*=)[^\s&;'\"]+", rf"\1{HIDDEN}", value)
-        return re.sub(r"://[^/\s@]+@", f"://{HIDDEN}@", value)
-    return value
-
-
-def _names_secret(key: str) -> bool:
-    return re.search(r"(?i)(^|[_-])(api_?key|token|secret|passw(or)?d|credentials?)$", key) is not None
+def secrets_here() -> list[str]:
+    """Return the secrets in the environment, which no file may hold."""
+    return [value for value in map(environ, SECRET_VARIABLES) if value]
 
 
 def _begin(mode: str, run_dir: Path, arguments: Mapping[str, Any]) -> Any:

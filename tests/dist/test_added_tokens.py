@@ -61,7 +61,7 @@ def runs(bases: dict[bool, str], tmp_path_factory: pytest.TempPathFactory) -> di
                     "engine": {"name": engine},
                     "optim": {"learning_rate": 1e-2, "lr_scheduler_type": "linear"},
                     "train": {"max_steps": 5, "global_batch_size": 8, "per_device_train_batch_size": 4 // world},
-                    "track": {"wandb": "off"},
+                    "track": {"wandb": "off", "report": False},
                     "launch": {"name": "local", "workers_per_node": world},
                 }
                 cases.append({"config": config, "export": True})

@@ -25,8 +25,8 @@ def start(tmp_path: Path, tiny_llama: Path) -> Iterator:
             f"output_dir={tmp_path / 'run'}", f"model.name_or_path={tiny_llama}",
             f"data.train={rows}", "data.validation=null", "data.test=null",
             "data.format=tokens", f"data.cache_dir={tmp_path / 'cache'}", f"engine={engine}", "method=full",
-            "track.wandb=off", "train.num_train_epochs=null", "train.max_steps=500", "train.global_batch_size=4",
-            "train.per_device_train_batch_size=2", "launch.workers_per_node=2",
+            "track.wandb=off", "track.report=false", "train.num_train_epochs=null", "train.max_steps=500",
+            "train.global_batch_size=4", "train.per_device_train_batch_size=2", "launch.workers_per_node=2",
         ]  # fmt: skip
         jobs.append(Job(tmp_path, fault, override_words(common, words, list_groups()), slow))
         return jobs[-1]

@@ -11,12 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.reports import status_in_report
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1"])
 def test_a_rank_that_raises_stops_all(start, engine: str) -> None:
-    job = start("raise:1:3", engine)
+    job = start("raise:1:3", engine, "track.report=true")
     since = job.wait_for_fault()
     output, _ = job.process.communicate(timeout=60)
     assert job.process.returncode == 4, output
@@ -26,6 +28,8 @@ def test_a_rank_that_raises_stops_all(start, engine: str) -> None:
     record = json.loads((job.run_dir / "failure.json").read_text())
     assert (record["rank"], record["exit_code"]) == (1, 4)
     assert "ValueError: injected fault" in (job.run_dir / "logs" / "rank-1.log").read_text()
+    assert status_in_report(job.run_dir) == "failed"
+    assert "ValueError: injected fault" in (job.run_dir / "report.html").read_text()
 
 
 def test_out_of_memory_names_the_ways_out(start) -> None:

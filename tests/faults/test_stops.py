@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.reports import status_in_report
+
 pytestmark = [pytest.mark.faults, pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(280)]
 
 STEPS = 6
@@ -81,7 +83,7 @@ def whole(start: Callable, tmp_path: Path) -> Callable[[str], tuple[bytes, list[
 def test_a_signal_in_any_phase_loses_no_step(
     phase: str, engine: str, who: str, name: str, start: Callable, whole: Callable, tmp_path: Path
 ) -> None:
-    words = [*WORDS, f"data.validation={tmp_path / 'rows.jsonl'}"]
+    words = [*WORDS, f"data.validation={tmp_path / 'rows.jsonl'}", f"track.report={str(phase == 'step').lower()}"]
     function, seconds = SLOW[phase]
     job = start("", engine, *words, slow=f"{function}:{seconds}")
     job.wait_for_call(function.split(":")[1], calls={"step": 5, "evaluation": 3}.get(phase, 1))
@@ -91,7 +93,9 @@ def test_a_signal_in_any_phase_loses_no_step(
     assert f"{name}: " in output and SAID[phase] in output and "run the same command again" in output, output
     job.assert_gone(time.time())
     assert "exit_code" not in output and "Traceback" not in output
+    assert phase != "step" or status_in_report(job.run_dir) == "stopped"
     finish(start("", engine, *words))
+    assert phase != "step" or status_in_report(job.run_dir) == "complete"
     weights, lines = outcome(job.run_dir)
     wanted, wanted_lines = whole(engine)
     assert lines == wanted_lines

@@ -90,7 +90,7 @@ def try_command(line: str) -> None:
         stages = read_stages(Path(options.file), options.words)
         run_stages(stages, lambda words: plan_of(list(words)).config, lambda words: trained.append(words) or 4, print)
         assert trained
-    elif options.command in ("eval", "generate", "export"):
+    elif options.command in ("eval", "generate", "export", "report"):
         assert any(word.startswith("run=") for word in options.words), line
         assert all("=" in word for word in options.words), line
 
