@@ -8,9 +8,12 @@ between the marked texts around them. The number of renderings of a row is bound
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..read.faults import RowFault
 from .parts import MOST, TOOLS, Marker, Part, forms_of, free_base, free_number, tags_of, texts_of
@@ -39,8 +42,21 @@ class Places:
 
     def within(self, owner: int) -> list[Span]:
         """Return the spans of a message's parts, in the order of the text."""
-        found = (self.spans.get(i, ()) for i, part in enumerate(self.parts) if part.owner == owner)
-        return sorted(span for spans in found for span in spans)
+        return sorted(span for index in self._owned.get(owner, ()) for span in self.spans.get(index, ()))
+
+    @cached_property
+    def _owned(self) -> Mapping[int, Sequence[int]]:
+        """Indices of the parts by owner."""
+        owned: dict[int, list[int]] = {}
+        for index, part in enumerate(self.parts):
+            owned.setdefault(part.owner, []).append(index)
+        return owned
+
+    @cached_property
+    def _foreign(self) -> Sequence[tuple[int, int, int]]:
+        """Start, end and index of each part that must not stand inside the turn of another message, sorted."""
+        kept = (i for i, part in enumerate(self.parts) if part.kind != "call")
+        return sorted((start, stop, i) for i in kept for start, stop in self.spans.get(i, ()))
 
     def require(self, reasoned: Collection[int]) -> None:
         """Check that every part is rendered; of reasoning, only that of the messages `reasoned`.
@@ -67,14 +83,21 @@ class Places:
         Raises:
             RowFault: A part stands elsewhere.
         """
-        for index, part in enumerate(self.parts):
+        for index in self._owned.get(owner, ()):
+            part = self.parts[index]
             inside = [place for place in self.spans.get(index, ()) if _is_inside(place, spans)]
             single = len(inside) == 1 or (part.kind == "call" and inside)  # a name may be written twice in a call
-            if part.owner == owner and not single and (part.kind != "reasoning" or owner in reasoned):
+            if not single and (part.kind != "reasoning" or owner in reasoned):
                 where = "outside the part of the text that the model generates" if not inside else "more than once"
                 raise RowFault(f"the chat template renders {self._name(part)} {where}", OWN_TEMPLATE)
-            if part.owner != owner and part.kind != "call" and inside:
-                raise RowFault(f"the chat template renders {self._name(part)} inside an answer", OWN_TEMPLATE)
+        for first, last in spans:
+            at = bisect.bisect_left(self._foreign, (first, first, -1))
+            for start, stop, index in itertools.islice(self._foreign, at, None):
+                if start > last:
+                    break
+                part = self.parts[index]
+                if part.owner != owner and stop <= last:
+                    raise RowFault(f"the chat template renders {self._name(part)} inside an answer", OWN_TEMPLATE)
 
     def _is_joined(self, index: int, part: Part) -> bool:
         """Return whether what is between this part and the previous one of the same text is rendered too."""
@@ -188,8 +211,7 @@ def _with_bare(found: dict[int, list[Span]], text: str, marker: Marker) -> dict[
         spans = {
             (at.start(), at.end())
             for form in marker.parts[index].forms
-            for at in re.finditer(re.escape(form), text[:above])
-            if at.start() >= below
+            for at in re.compile(re.escape(form)).finditer(text, below, above)
         }
         if len(spans) == 1:
             places[index] = list(spans)

@@ -9,18 +9,18 @@ raises an error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..read.faults import RowFault
-from .places import Places, find_places
-from .renderer import OWN_TEMPLATE, Message, Renderer, Span
+from .around import Around, behind_all, behind_near, common_prefix
+from .places import Places
+from .renderer import OWN_TEMPLATE, Renderer, Span
 
+_VISIBLE = re.compile(r"\S")
 ONE_ROW = f"set task.one_row_per_turn=true or task.train_on=last, or {OWN_TEMPLATE}"
-
-
-class PromptFault(RowFault):
-    """The generation prompt ends with text that the rendered answer does not start with."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Closers:
     tokens: tuple[str, ...]
     eos: str | None
 
-    @property
+    @cached_property
     def ends(self) -> tuple[str, ...]:
         """The tokens without closing tags: `</tool_call>` ends a call, not the turn."""
         tags = {token for token in self.tokens if token[1:2] == "/" and token[0] + token[2:] in self.tokens}
@@ -46,31 +46,35 @@ class Closers:
             text = text.rstrip()[: -len(token)]
         return text
 
-    def first_end(self, text: str) -> int:
-        """Return the length of the white space and end token at the start of the text, or 0 if there is none."""
-        blank = len(text) - len(text.lstrip())
-        token = max((token for token in self.ends if text.startswith(token, blank)), key=len, default="")
-        return blank + len(token) if token else 0
+    def first_end(self, text: str, position: int) -> int:
+        """Return the length of the white space and end token at this position of the text, or 0 without one."""
+        behind = _behind_blanks(text, position)
+        token = max((token for token in self.ends if text.startswith(token, behind)), key=len, default="")
+        return behind - position + len(token) if token else 0
 
 
-def find_spans(
-    render: Renderer, places: Places, turns: Sequence[int], closers: Closers, *, lenient: bool = False
-) -> list[Span]:
-    """Return the half-open character spans in the rendered text of the assistant turns with the indices `turns`.
+def find_span(
+    render: Renderer, places: Places, turn: int, closers: Closers, *, near: bool = False, lenient: bool = False
+) -> Span:
+    """Return the half-open character span in the rendered text of an assistant turn.
 
     A span ends with the end token of the turn. Whitespace after it belongs to the template.
 
     Args:
         render: Renderer of the conversation.
         places: The rendered conversation.
-        turns: Indices of assistant messages, in ascending order.
+        turn: Index of the assistant message.
         closers: Tokens that can end a turn.
+        near: Whether the turn may be rendered behind the messages close to it alone (around.py).
         lenient: Whether a turn may lack texts that are rendered when it is the last one.
 
     Raises:
         RowFault: The template does not render a turn in the way that the model would generate it.
     """
-    return [_find_span(render, places, turn, closers, lenient=lenient) for turn in turns]
+    if near and (around := behind_near(render, places, turn)) is not None:
+        with contextlib.suppress(RowFault):
+            return _find_span(around, places, turn, closers, lenient=lenient)
+    return _find_span(behind_all(render, places.messages, turn), places, turn, closers, lenient=lenient)
 
 
 def find_content(places: Places, turn: int, closers: Closers) -> Span | None:
@@ -79,55 +83,26 @@ def find_content(places: Places, turn: int, closers: Closers) -> Span | None:
     if not found:
         return None
     stop = found[-1][1]
-    return found[0][0], stop + closers.first_end(places.text[stop:])
+    return found[0][0], stop + closers.first_end(places.text, stop)
 
 
-def render_around(render: Renderer, messages: Sequence[Message], turn: int) -> tuple[str, str]:
-    """Return the prompt of a turn, and the conversation up to and including the turn, which starts with it.
-
-    Raises:
-        RowFault: The turn has no prompt, or the rendered turn does not start with it.
-    """
-    if turn == 0:
-        raise RowFault("the conversation starts with an assistant turn", "start with a user turn, or drop these rows")
-    before, after = render(messages[:turn], generation=True), render(messages[: turn + 1])
-    if not after.startswith(before):
-        tail = before[len(common_prefix(before, after)) :][-40:]
-        cause = f"the chat template's generation prompt ends with {tail!r}, which the rendered answer does not contain"
-        raise PromptFault(
-            cause,
-            "set task.chat_template_kwargs, or this column of the rows, to render the prompt without it (such as"
-            " {enable_thinking: false} for answers without reasoning); if it opens a <think> block, task.reasoning=drop"
-            " trains an empty one;"
-            f" or {OWN_TEMPLATE}",
-        )
-    return before, after
-
-
-def common_prefix(one: str, other: str) -> str:
-    """Return the longest common prefix."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
-
-
-def _find_span(render: Renderer, places: Places, turn: int, closers: Closers, *, lenient: bool) -> Span:
+def _find_span(around: Around, places: Places, turn: int, closers: Closers, *, lenient: bool) -> Span:
     text = places.text
-    before, after = render_around(render, places.messages, turn)
-    if text.startswith(after):
-        start, stop = len(before), len(after)
+    if text.startswith(around.after, around.base):
+        start, stop = around.base + len(around.before), around.base + len(around.after)
     else:
-        start, stop = _locate(render, places, turn, before, after, closers, lenient=lenient)
+        start, stop = _locate(around, places, turn, closers, lenient=lenient)
     words = max((place[1] for place in places.within(turn)), default=start)
     if closers.eos and closers.eos in text[words:stop]:
         stop = text.index(closers.eos, words) + len(closers.eos)  # what follows EOS opens the next turn
-    behind = text[stop:].lstrip()
     kept = text[start:stop].rstrip()
-    if closers.eos and not kept.endswith(closers.ends) and behind.startswith(closers.eos):
-        stop = len(text) - len(behind) + len(closers.eos)  # some templates render the end token with the next turn
+    behind = _behind_blanks(text, stop)
+    if closers.eos and not kept.endswith(closers.ends) and text.startswith(closers.eos, behind):
+        stop = behind + len(closers.eos)  # some templates render the end token with the next turn
         kept = text[start:stop].rstrip()
     if kept.endswith(closers.tokens):
         return start, start + len(kept)
-    if _opens_next(text[words:stop], before, closers):
+    if _opens_next(text[words:stop], around.before, closers):
         raise RowFault("the chat template opens another turn behind an answer, without an EOS between", OWN_TEMPLATE)
     return start, stop
 
@@ -139,23 +114,20 @@ def _opens_next(behind: str, before: str, closers: Closers) -> bool:
     return bool(rest) and before.rstrip().endswith(rest)
 
 
-def _locate(
-    render: Renderer, places: Places, turn: int, before: str, after: str, closers: Closers, *, lenient: bool
-) -> Span:
+def _locate(around: Around, places: Places, turn: int, closers: Closers, *, lenient: bool) -> Span:
     """Locate a turn that is rendered differently when it is not the last; its texts and end token must be equal."""
-    text, messages = places.text, places.messages
-    alone = find_places(render, messages[: turn + 1], after)
-    here, there = places.within(turn), alone.within(turn)
-    if bool(here) != bool(there) or not (here or text.startswith(before)):
+    text, base, before, after = places.text, around.base, around.before, around.after
+    here, there = places.within(turn), around.within()
+    if bool(here) != bool(there) or not (here or text.startswith(before, base)):
         raise RowFault("the chat template does not render earlier assistant turns", ONE_ROW)
-    first, last = (here[0][0], here[-1][1]) if here else (len(before), len(before))
+    start = base + len(before)
+    first, last = (here[0][0], here[-1][1]) if here else (start, start)
     after_first, after_last = (there[0][0], there[-1][1]) if there else (len(before), len(before))
-    closer = closers.trim(common_prefix(text[last:], after[after_last:]))
-    start = len(before)
-    if not text.startswith(before):  # the prompt has more than earlier turns, such as an empty thinking block
-        lead = "" if before.startswith(text[:first]) else after[len(before) : after_first]
+    closer = closers.trim(common_prefix(text[last : last + len(after) - after_last], after[after_last:]))
+    if not text.startswith(before, base):  # the prompt has more than earlier turns, such as an empty thinking block
+        lead = "" if before.startswith(text[base:first]) else after[len(before) : after_first]
         start = first - len(lead)
-        if text[start:first] != lead or not before.startswith(text[:start]):
+        if text[start:first] != lead or not before.startswith(text[base:start]):
             raise RowFault("the chat template renders earlier assistant turns unlike the last one", ONE_ROW)
     if not lenient and text[first:last].strip() != after[after_first:after_last].strip():
         cause = "the chat template changes the content of earlier assistant turns (for example, removes their thinking)"
@@ -163,3 +135,9 @@ def _locate(
     if not closer:
         raise RowFault("the chat template ends earlier assistant turns with other tokens than the last one", ONE_ROW)
     return start, last + len(closer)
+
+
+def _behind_blanks(text: str, position: int) -> int:
+    """Return the position of the next character that is no white space."""
+    found = _VISIBLE.search(text, position)
+    return found.start() if found else len(text)

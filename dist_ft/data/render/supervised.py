@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Collection, Sequence
 
 from ..read.faults import RowFault
+from .around import behind_all, behind_near, common_prefix, turns_of_whole
 from .places import Places, find_places
 from .renderer import Message, Renderer, Span
-from .spans import Closers, common_prefix, find_content, find_spans, render_around
+from .spans import Closers, find_content, find_span
 from .turns import Supervision
 
 PLAIN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -67,14 +69,15 @@ def _answers(
     render: Renderer, places: Places, turns: Sequence[int], closers: Closers, *, lenient: bool
 ) -> dict[int, list[Span]]:
     """Return the spans of each assistant turn: the template's `{% generation %}` blocks, or the prefix difference."""
-    blocks = render.generated(places.messages)
+    blocks, whole = render.generated(places.messages), turns_of_whole(turns)
     if not blocks:
-        found = find_spans(render, places, turns, closers, lenient=lenient)
-        return {turn: [span] for turn, span in zip(turns, found, strict=True)}
+        return {
+            turn: [find_span(render, places, turn, closers, near=turn not in whole, lenient=lenient)] for turn in turns
+        }
     spans: dict[int, list[Span]] = {turn: [] for turn in turns}
-    borders = [(found[-1][1], i) for i in range(len(places.messages)) if (found := places.within(i))]
+    borders = sorted((found[-1][1], i) for i in range(len(places.messages)) if (found := places.within(i)))
     for start, stop in blocks:
-        behind = next((at for at, (border, _) in enumerate(borders) if border > start), len(borders))
+        behind = bisect.bisect_right(borders, (start, len(places.messages)))
         here = [i for _, i in borders[max(0, behind - 1) : behind + 1] if places.messages[i]["role"] == "assistant"]
         owner = here[-1] if here else None  # behind the texts of a turn only what ends it, such as an end token
         if owner in spans:
@@ -82,32 +85,32 @@ def _answers(
             spans[owner].append((start, start + len(kept) if kept.endswith(closers.ends) else stop))
     for turn, found in spans.items():
         if found:
-            found[0] = _behind_prompt(render, places, turn, found[0])
-            found[-1] = _to_end(render, places, turn, found[-1], closers)
+            found[0] = _behind_prompt(render, places, turn, found[0], near=turn not in whole)
+            found[-1] = _to_end(render, places, turn, found[-1], closers, near=turn not in whole)
     return spans
 
 
-def _behind_prompt(render: Renderer, places: Places, turn: int, block: Span) -> Span:
+def _behind_prompt(render: Renderer, places: Places, turn: int, block: Span, *, near: bool) -> Span:
     """Return a turn's first block without what the generation prompt contains of it, such as the header of the turn."""
-    before, after = render_around(render, places.messages, turn)
-    blocks = render.generated(places.messages[: turn + 1]) or []
-    begin = next((start for start, stop in blocks if stop > len(before)), len(before))
-    header = common_prefix(after[begin : len(before)], places.text[block[0] : block[1]])
+    around = behind_near(render, places, turn) if near else None
+    around = around or behind_all(render, places.messages, turn)
+    blocks = render.generated(around.messages) or []
+    begin = next((start for start, stop in blocks if stop > len(around.prompt)), len(around.prompt))
+    header = common_prefix(around.rendered[begin : len(around.prompt)], places.text[block[0] : block[1]])
     return block[0] + len(header), block[1]
 
 
-def _to_end(render: Renderer, places: Places, turn: int, block: Span, closers: Closers) -> Span:
+def _to_end(render: Renderer, places: Places, turn: int, block: Span, closers: Closers, *, near: bool) -> Span:
     """Return a turn's last block up to its end token, which some templates leave out, without white space behind it."""
     start, stop = block
     kept = places.text[start:stop].rstrip()
     if kept.endswith(closers.ends):
         return start, start + len(kept)
-    behind = places.text[stop:]
-    end = max((token for token in closers.ends if behind.startswith(token)), key=len, default="")
+    end = max((token for token in closers.ends if places.text.startswith(token, stop)), key=len, default="")
     if not end:
         return block
     try:
-        whole = find_spans(render, places, [turn], closers)[0][1]
+        whole = find_span(render, places, turn, closers, near=near)[1]
     except RowFault:
         whole = stop + len(end) if end == closers.eos else stop
     return start, min(max(whole, stop), stop + len(end))

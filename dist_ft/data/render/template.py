@@ -14,10 +14,11 @@ from typing import Any, Protocol, TypeVar
 from ...config.task import TaskConfig
 from ..read.faults import EMPTY_TEXT, RowFault
 from ..read.formats import IGNORED_LABEL
+from .around import PromptFault
 from .parts import PROTECTED
 from .places import LostReasoning
 from .renderer import OWN_TEMPLATE, Message, Renderer, RenderFault, Span
-from .spans import Closers, PromptFault
+from .spans import Closers
 from .supervised import PLAIN, ends_plain_turns, supervised_spans
 from .turns import (
     Supervision,

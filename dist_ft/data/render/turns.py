@@ -54,7 +54,8 @@ class Supervision:
             if i >= context and (message["role"] in roles if flag is None else flag)
         ]
         if self.train_on == "last":
-            chosen = [i for i in chosen if messages[i]["role"] != "assistant" or i == _last_answer(messages)]
+            last = _last_answer(messages)
+            chosen = [i for i in chosen if messages[i]["role"] != "assistant" or i == last]
         if not chosen:
             turns = [message for message in messages[context:] if message["role"] in roles]
             cause = f"there is no {' or '.join(roles)} turn" if not turns else "no turn is marked for training"
