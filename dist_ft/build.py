@@ -40,7 +40,7 @@ from .loop import Records, Run, Training, Validation
 from .model.anatomy import share_buffers
 from .model.flops import StepCost, count_step_cost
 from .model.meter import Meter
-from .model.moe.policy import check_keys
+from .model.moe.policy import check_keys, describe_unmeasured
 from .model.moe.routing import Routing, RoutingHook, build_routing
 from .model.reach import name_idle
 from .model.ticking import ticking
@@ -265,6 +265,7 @@ def describe_parts(
         yield f"frozen, because no text reaches it: {name_idle(anatomy)}"
     if routing is not None:
         yield routing.describe()
+    yield from describe_unmeasured(anatomy)
     yield from describe_mixture(plan.config, prepared.train)
     yield from describe_data(plan.config, prepared)
     if privacy is not None:

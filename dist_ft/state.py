@@ -73,29 +73,32 @@ ORIGIN = "origin"  # row column filled by data/store/split.py: index of the kept
 
 @dataclass(frozen=True)
 class RouterForm:
-    """Positions of the raw logits and the chosen experts in a router's output."""
+    """Where the raw logits and the chosen experts are in the outputs of a router."""
 
-    logits_at: int | None  # index of the raw logits in the outputs; None if they are the only output
-    indices_at: int | None  # index of the chosen experts; None if they are the top k of the logits
-    top_k: int
+    logits_of: str  # module that returns the raw logits: the router, or a linear layer in it
+    logits_at: int | None  # index of the raw logits in its outputs; None if they are the only output
+    indices_at: int | None  # index of the chosen experts in the router's outputs; None if the largest logits are chosen
     sigmoid: bool  # scores are sigmoids and not a softmax (DeepSeek-V3)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts: a router with an `[experts, hidden]` weight, and the experts that it chooses from.
+    """A mixture of experts: a router, and the experts that it chooses from.
 
-    The experts are one module with parameters of `[experts, ..., ...]` (fused), or a list of modules of equal shapes.
-    Shared experts are not part of a mixture. All names are those of `named_modules()` of the model.
+    The experts are modules with parameters for all experts (fused), usually `[experts, ..., ...]`, or one module per
+    expert in a list or dictionary. Shared experts are not part of a mixture. All names are those of `named_modules()`
+    of the model.
     """
 
-    name: str
+    name: str  # module that contains both
     layer: int  # index of its block in `Anatomy.blocks`
     router: str
-    experts: str
+    experts: tuple[str, ...]
     num_experts: int
+    top_k: int  # experts per token; all experts if unknown
     fused: bool
-    form: RouterForm
+    form: RouterForm | None  # None if the routing cannot be measured
+    why_unmeasured: str | None = None  # why `form` is None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Anatomy:
     persistent_buffers: tuple[str, ...]  # buffers that checkpoint files hold, such as a router's correction bias
     task_head: tuple[str, ...] = ()  # randomly initialized modules of the task, trained under every method
     new_token_ids: tuple[int, ...] = ()  # ids of added tokens, whose embeddings are trained under every method
+    lost_experts: str | None = None  # a count of experts in the configuration, if no router could be found
     idle: tuple[str, ...] = ()  # modules and parameters that no text reaches, in none of the above; never trained
 
     def part(self, name: str) -> nn.Module:

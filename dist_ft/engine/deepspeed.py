@@ -76,7 +76,8 @@ class Zero:
         # Ranks use different experts, so ZeRO-3 must gather a mixture as a whole; otherwise a rank would wait forever
         # for a gather that another rank never starts.
         for mixture in anatomy.mixtures if self.stage == 3 else ():
-            set_z3_leaf_module(anatomy.part(mixture.name), True)
+            if not mixture.fused:
+                set_z3_leaf_module(anatomy.part(mixture.name), True)
         # Built before parameters are partitioned, because weight decay depends on their number of dimensions.
         optimizer = build_optim((name, p) for name, p in model.named_parameters() if p.requires_grad)
         settings = self.derive_json(sum(p.numel() for p in model.parameters() if p.requires_grad))

@@ -189,7 +189,7 @@ def _component_of_modules(built: BuiltModel) -> dict[str, str]:
     model, anatomy = built
     inner: Any = model
     embeddings, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    routers = {id(anatomy.part(mixture.router)) for mixture in anatomy.mixtures}
+    routers = {id(part) for mixture in anatomy.mixtures for part in anatomy.part(mixture.router).modules()}
     inside = {id(module) for block in anatomy.parts(anatomy.blocks) for module in block.modules()}
     kinds: dict[str, str] = {"": "other"}
     for name, module in model.named_modules():

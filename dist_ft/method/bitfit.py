@@ -6,6 +6,7 @@ from torch import nn
 
 from ..config.method import BitfitConfig
 from ..errors import RequestError
+from ..model.reach import lies_in
 from ..state import Anatomy
 from .full import Full, freeze_idle, train_head
 
@@ -26,7 +27,9 @@ class Bitfit(Full):
         """
         self.keep_buffers(anatomy)
         model = anatomy.model.requires_grad_(False)
-        biases = [p for name, p in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"]
+        routers = [mixture.router for mixture in anatomy.mixtures]
+        named = [(name, p) for name, p in model.named_parameters() if not lies_in(name, routers)]
+        biases = [p for name, p in named if name.rsplit(".", 1)[-1] == "bias"]
         if not biases:
             rule = f"{type(model).__name__} has no biases, so that bitfit would train nothing"
             raise RequestError.of("method", rule, "set method=ln_tuning or method=ia3, which train as few parameters")

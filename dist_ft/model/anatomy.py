@@ -6,29 +6,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from ..process import comm
-from ..state import Anatomy, Mixture
-from .quantization.packed import shapes_of
+from ..state import Anatomy
+from .moe.find import find_mixtures
 from .reach import find_idle, lies_in
-from .router_form import find_form
 
 
 def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_ids: Iterable[int] = ()) -> Anatomy:
-    """Find the parts of a loaded model before a method is applied to it.
-
-    Raises:
-        RequestError: A router does not return the logits by which it chooses experts.
-    """
+    """Find the parts of a loaded model before a method is applied to it."""
     idle = find_idle(model)
     blocks = [name for name in _find_blocks(model) if not lies_in(name, idle)]
-    mixtures = [mixture for mixture in _find_mixtures(model, blocks) if not lies_in(mixture.experts, idle)]
+    mixtures, lost_experts = find_mixtures(model, blocks)
     names = {id(module): name for name, module in model.named_modules()}
     reached = [(name, module) for name, module in model.named_modules() if not lies_in(name, idle)]
     inside = {id(module) for block in blocks for module in model.get_submodule(block).modules()}
-    routers = {mixture.router for mixture in mixtures}
+    routers = [mixture.router for mixture in mixtures]
     embeddings, head = _embeddings_of(model)
     return Anatomy(
         model=model,
@@ -36,9 +30,9 @@ def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_i
         linears=tuple(
             name
             for name, module in reached
-            if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and name not in routers
+            if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and not lies_in(name, routers)
         ),
-        norms=tuple(name for name, module in reached if _is_norm(module)),
+        norms=tuple(name for name, module in reached if _is_norm(module) and not lies_in(name, routers)),
         mixtures=tuple(mixtures),
         embeddings=None if embeddings is None else names[id(embeddings)],
         head=None if head is None else names[id(head)],
@@ -46,6 +40,7 @@ def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_i
         persistent_buffers=tuple(find_buffers(model)),
         task_head=tuple(task_head),
         new_token_ids=tuple(new_token_ids),
+        lost_experts=lost_experts,
         idle=tuple(idle),
     )
 
@@ -96,52 +91,6 @@ def _find_blocks(model: nn.Module, prefix: str = "") -> list[str]:
         else:
             blocks.extend(_find_blocks(child, f"{prefix}{name}."))
     return blocks
-
-
-def _find_mixtures(model: nn.Module, blocks: list[str]) -> list[Mixture]:
-    """Return the mixtures of experts in order; empty for a dense model."""
-    found = []
-    layers = {id(module): i for i, name in enumerate(blocks) for module in model.get_submodule(name).modules()}
-    for name, module in model.named_modules():
-        if id(module) not in layers:
-            continue
-        prefix = f"{name}." if name else ""
-        for experts_name, experts in module.named_children():
-            shape = _experts_shape(experts)
-            if shape is None:
-                continue
-            siblings = ((other, child) for other, child in module.named_children() if child is not experts)
-            routers = [(other, child) for other, child in siblings if _routes(child, *shape)]
-            if len(routers) == 1:
-                (router_name, router), count = routers[0], shape[0]
-                form = find_form(router, prefix + router_name, getattr(model, "config", None))
-                fused = not isinstance(experts, nn.ModuleList)
-                parts = (prefix + router_name, prefix + experts_name)
-                found.append(Mixture(name, layers[id(module)], *parts, count, fused, form))
-    return found
-
-
-def _experts_shape(module: nn.Module) -> tuple[int, set[int]] | None:
-    """Return the number of experts in `module` and the sizes of their matrices; None if it has no experts."""
-    if isinstance(module, nn.ModuleList):
-        shapes = [shapes_of(expert) for expert in module]
-        alike = len(shapes) > 1 and bool(shapes[0]) and all(shape == shapes[0] for shape in shapes)
-        return (len(shapes), {size for shape in shapes[0] for size in shape}) if alike else None
-    if isinstance(module, _ConvNd):  # its weight has three dimensions too
-        return None
-    fused = [shape for shape in shapes_of(module, recurse=False) if len(shape) == 3]
-    counts = {shape[0] for shape in fused}
-    if len(counts) != 1 or counts == {1}:
-        return None
-    return counts.pop(), {size for shape in fused for size in shape[1:]}
-
-
-def _routes(module: nn.Module, num_experts: int, sizes: set[int]) -> bool:
-    """Return whether `module` is a router of experts of these sizes: its weight is `[experts, hidden]`."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        return False
-    return weight.shape[0] == num_experts and weight.shape[1] in sizes
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -46,9 +46,10 @@ def count_step_cost(built: BuiltModel) -> StepCost:
     """
     model, anatomy = built
     shares = {
-        id(module): mixture.form.top_k / mixture.num_experts
+        id(module): mixture.top_k / mixture.num_experts
         for mixture in anatomy.mixtures
-        for module in anatomy.part(mixture.experts).modules()
+        for experts in anatomy.parts(mixture.experts)
+        for module in experts.modules()
     }
     routers = {id(module) for mixture in anatomy.mixtures for module in anatomy.part(mixture.router).modules()}
     idle = _replaced(model) | {id(m) for name, m in anatomy.model.named_modules() if lies_in(name, anatomy.idle)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 VOCABULARY = 64
 WINDOW = 4  # tokens of every sliding window and attention chunk, and selected by sparse attention
@@ -32,6 +33,9 @@ def _exactly(size: int) -> Callable[[int], int]:
     return lambda value: size if value > 0 else value
 
 
+NUM_EXPERTS = r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num"
+TOP_K = r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts"
+
 # Names of integers in the configurations of transformers, by what they mean; the first pattern that matches counts.
 SIZES: list[tuple[str, Callable[[int], int]]] = [
     (r"max_window_layers|.*window_layers|.*_interval|.*_period|.*_offset|.*pattern.*", lambda value: value),
@@ -49,8 +53,8 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
     (r"(.*_)?head_dim|kv_channels|d_head|d_kv|dim_head|attention_head_size", _exactly(HEAD)),
     (r".*_rank", _exactly(RANK)),
     # mixtures of experts
-    (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts", _at_most(EXPERTS)),
-    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts", _at_most(2)),
+    (NUM_EXPERTS, _at_most(EXPERTS)),
+    (TOP_K, _at_most(2)),
     (r"n_group|num_expert_group", _at_most(2)),
     (r"topk_group|n_shared_experts|num_shared_experts|moe_num_shared_experts", _at_most(1)),
     # linear attention and state-space models
@@ -73,7 +77,12 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
 
 
 def build_miniature(
-    model_class: type[PreTrainedModel], settings: PreTrainedConfig, kernel: str, dtype: torch.dtype
+    model_class: type[PreTrainedModel],
+    settings: PreTrainedConfig,
+    kernel: str,
+    dtype: torch.dtype,
+    *,
+    keep_top_k: bool = False,
 ) -> PreTrainedModel:
     """Build a small model of this class on the CPU in evaluation mode; the same weights in every process.
 
@@ -82,13 +91,17 @@ def build_miniature(
         settings: Configuration of the real model; not changed.
         kernel: Name of the attention implementation in transformers.
         dtype: Of the weights; some classes do not compute in float64.
+        keep_top_k: Whether a token has as many experts as in the real model.
 
     Raises:
         Exception: Whatever the class raises on a configuration that it does not accept.
     """
     takes_text = getattr(model_class, "config_class", None) in type(settings).sub_configs.values()
     small = copy.deepcopy(settings.get_text_config() if takes_text else settings)
+    given = copy.deepcopy(small)
     shrink(small)
+    if keep_top_k:
+        _restore_top_k(small, given)
     small._attn_implementation = kernel
     small._experts_implementation = "eager"  # grouped matrix products do not know float64
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -122,6 +135,23 @@ def shrink(settings: PreTrainedConfig) -> None:
         }
 
 
+def _restore_top_k(settings: PreTrainedConfig, given: PreTrainedConfig) -> None:
+    """Give a small configuration its number of experts per token back, and at least twice as many experts."""
+    values = vars(given)
+    counts = [n for key, value in values.items() if re.fullmatch(TOP_K, key) for n in _integers(value)]
+    for key, value in values.items():
+        if isinstance(value, PreTrainedConfig):
+            _restore_top_k(getattr(settings, key), value)
+        elif re.fullmatch(TOP_K, key):
+            setattr(settings, key, value)
+        elif counts and re.fullmatch(NUM_EXPERTS, key) and isinstance(value, int):
+            setattr(settings, key, min(value, max(EXPERTS, 2 * max(counts))))
+
+
+def _integers(value: Any) -> list[int]:
+    return [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+
+
 def _fit(name: str, value: Any, given: Mapping[str, Any]) -> Any:
     """Return the small value of a key; `given` are the values of all keys."""
     latent = "qk_rope_head_dim" in given  # multi-head latent attention
@@ -152,4 +182,9 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, dict) for value in rope.values()):  # one for each kind of layer
         return {kind: _small_rope(value) if isinstance(value, dict) else value for kind, value in rope.items()}
     kept = {name: value for name, value in rope.items() if not isinstance(value, list)}
-    return kept | {"rope_type": "default"} | ({"mrope_section": [2, 3, 3]} if "mrope_section" in rope else {})
+    kind = rope.get("rope_type", "default")  # axial, in vision towers, is no extension
+    return (
+        kept
+        | {"rope_type": "default" if kind in ROPE_INIT_FUNCTIONS else kind}
+        | ({"mrope_section": [2, 3, 3]} if "mrope_section" in rope else {})
+    )

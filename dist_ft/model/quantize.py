@@ -16,6 +16,7 @@ from ..state import Anatomy
 from .anatomy import find_anatomy
 from .quantization.experts import quantize_experts
 from .quantization.linear import QuantizedLinear
+from .quantization.packed import shapes_of
 from .quantization.packing import import_bitsandbytes
 
 UNPACKED_SHARE = 0.1  # maximum share of the blocks' matrices of kinds that cannot be packed, such as convolutions
@@ -47,7 +48,8 @@ def quantize_parts(anatomy: Anatomy, scheme: str, dtype: torch.dtype, *, weights
         rule = f"{scheme} was requested, but the model's files are already quantized"
         raise RequestError.of("model.quantization", rule, "use the model that they were made from")
     linears = [name for name in anatomy.linears if isinstance(anatomy.part(name), nn.Linear)]
-    fused = [anatomy.part(mixture.experts) for mixture in anatomy.mixtures if mixture.fused]
+    fused = [part for mixture in anatomy.mixtures if mixture.fused for part in anatomy.parts(mixture.experts)]
+    fused = [part for part in fused if any(len(shape) == 3 for shape in shapes_of(part, recurse=False))]
     _refuse_the_rest(anatomy, scheme, [*anatomy.parts(linears), *fused])
     for experts in tqdm(fused, desc="Packing experts", disable=not (weights and fused)):
         quantize_experts(experts, scheme, dtype, weights=weights)
@@ -73,7 +75,8 @@ def _pack_linear(linear: nn.Module, scheme: str, dtype: torch.dtype, *, weights:
 def _refuse_the_rest(anatomy: Anatomy, scheme: str, packed: list[nn.Module]) -> None:
     """Refuse a model of which a large part would remain in 16 bits, such as GPT-2 with its Conv1D layers."""
     routers = anatomy.parts(mixture.router for mixture in anatomy.mixtures)
-    seen_to = {id(p) for module in (*packed, *routers) for p in module.parameters(recurse=False)}
+    seen_to = {id(p) for module in packed for p in module.parameters(recurse=False)}
+    seen_to |= {id(p) for router in routers for p in router.parameters()}
     matrices = {
         id(p): (p.numel() * p.element_size(), type(module).__name__)
         for block in anatomy.parts(anatomy.blocks)

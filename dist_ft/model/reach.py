@@ -75,14 +75,14 @@ def _reached_by_text(model: PreTrainedModel) -> set[str]:
     with torch.device("cpu"), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         weights = {n: torch.empty(p.shape, dtype=DTYPE).requires_grad_() for n, p in model.named_parameters()}
         buffers = {n: torch.empty(b.shape, dtype=b.dtype) for n, b in model.named_buffers()}
-        outputs = torch.func.functional_call(model, {**weights, **buffers}, kwargs=_row_of_text(model))
+        outputs = torch.func.functional_call(model, {**weights, **buffers}, kwargs=row_of_text(model, (1, TEXT)))
     leaves = leaves_of(outputs)
     return {name for name, weight in weights.items() if id(weight) in leaves}
 
 
-def _row_of_text(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the arguments of the forward: token ids, and other inputs only if they are required."""
-    ids = torch.zeros(1, TEXT, dtype=torch.long)
+def row_of_text(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, Any]:
+    """Return the arguments of the forward: token ids of this shape, and other inputs only if they are required."""
+    ids = torch.zeros(shape, dtype=torch.long)
     inputs: dict[str, Any] = {"input_ids": ids}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids

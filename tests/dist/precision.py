@@ -167,7 +167,7 @@ def watch_forward(module: nn.Module, anatomy: Anatomy) -> tuple[list[str], int]:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    watched = [*anatomy.parts(anatomy.blocks), *(anatomy.part(mixture.experts) for mixture in anatomy.mixtures)]
+    watched = [*anatomy.parts(anatomy.blocks), *(part for m in anatomy.mixtures for part in anatomy.parts(m.experts))]
     handles = [module.register_forward_hook(watch) for module in watched]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = loss(module, batch_of(0, 0, 0))

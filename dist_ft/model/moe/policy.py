@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -17,11 +17,17 @@ Policy = Literal["frozen", "train", "adapt"]
 
 
 def check_keys(config: MoeConfig, set_keys: Iterable[str], anatomy: Anatomy) -> None:
-    """Check that no `moe.*` key is set for a model without experts, on which it has no effect.
+    """Check that the `moe.*` keys that are set have an effect: the model has experts, and its routing can be measured.
 
     Raises:
-        RequestError: With a problem for each such key.
+        RequestError: With a problem for each other key.
     """
+    unmeasured = [mixture for mixture in anatomy.mixtures if mixture.form is None]
+    if unmeasured:
+        rule = f"the routing of {unmeasured[0].router} cannot be measured: {unmeasured[0].why_unmeasured}"
+        keys = [key for key in ("aux_loss_coef", "aux_loss_per_layer", "z_loss_coef") if getattr(config, key)]
+        if keys:
+            raise RequestError(*(Problem(f"moe.{key}", rule, "remove it") for key in keys))
     if anatomy.mixtures:
         return
     given = {f"moe.{key}": value for key, value in config if value is not None}
@@ -38,10 +44,10 @@ def resolve_policy(config: MoeConfig, method: MethodConfig) -> Policy:
 
 
 def resolve_aux_loss_coef(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> float:
-    """Return `moe.aux_loss_coef`, or by default the model's own coefficient if routers are trained, else 0."""
+    """Return `moe.aux_loss_coef`, or by default the model's own coefficient if all routers are trained and measured."""
     if config.aux_loss_coef is not None:
         return config.aux_loss_coef
-    if resolve_policy(config, method) == "frozen":
+    if resolve_policy(config, method) == "frozen" or any(mixture.form is None for mixture in anatomy.mixtures):
         return 0.0
     own = getattr(getattr(anatomy.model, "config", None), "router_aux_loss_coef", None)
     return float(own or 0.0)
@@ -66,7 +72,12 @@ def route_method(method: MethodConfig, config: MoeConfig, anatomy: Anatomy) -> M
             raise RequestError.of("moe.router", rule, "set moe.router=adapt, or method=full")
         names = [mixture.router for mixture in mixtures]
     else:
-        names = [f"{mixture.router}.weight" for mixture in mixtures]
+        names = [
+            f"{mixture.router}.{name}"
+            for mixture in mixtures
+            for name, parameter in anatomy.part(mixture.router).named_parameters()
+            if parameter.ndim == 2
+        ]
     return method.model_copy(update={field: [*getattr(method, field), *names]})
 
 
@@ -74,9 +85,13 @@ def apply_policy(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> N
     """Freeze routers according to the policy, and give every trained expert a gradient; called after the method.
 
     Raises:
-        RequestError: An adapter method targets a router that the policy freezes.
+        RequestError: An adapter method targets a router that the policy freezes, or could target one that was not
+            found.
     """
     if resolve_policy(config, method) == "frozen":
+        if anatomy.lost_experts and getattr(method, "target_modules", None) == "all-linear":
+            rule = f"all-linear could adapt routers: {anatomy.lost_experts} in the configuration, but none was found"
+            raise RequestError.of("method.target_modules", rule, "name modules, such as [q_proj,v_proj]")
         for mixture in anatomy.mixtures:
             router = anatomy.part(mixture.router)
             if method.name != "full" and any(p.requires_grad for p in router.parameters()):
@@ -86,6 +101,18 @@ def apply_policy(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> N
                 )
             router.requires_grad_(False)
     keep_in_graph(anatomy)
+
+
+def describe_unmeasured(anatomy: Anatomy) -> Iterator[str]:
+    """Yield a line about routers that have no balance loss and no metrics, and about experts without a known router."""
+    unmeasured = [mixture for mixture in anatomy.mixtures if mixture.form is None]
+    if unmeasured:
+        yield (
+            f"no balance loss and no moe/* metrics of {len(unmeasured)} routers: {unmeasured[0].router} cannot be "
+            f"measured, because {unmeasured[0].why_unmeasured}"
+        )
+    if anatomy.lost_experts:
+        yield f"no router was found, although the configuration has {anatomy.lost_experts}: trained as a dense model"
 
 
 def keep_in_graph(anatomy: Anatomy) -> None:

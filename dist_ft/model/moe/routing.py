@@ -15,7 +15,7 @@ forwards without gradients and dropout, which is about a third more work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from ...config.moe import MoeConfig
 from ...errors import RequestError
 from ...process import comm
 from ...protocols import Engine, LossFn
-from ...state import Anatomy, Batch, Beat, LossSum, Metrics, StepInfo
+from ...state import Anatomy, Batch, Beat, LossSum, Metrics, Mixture, RouterForm, StepInfo
 from .policy import resolve_aux_loss_coef, resolve_policy
 
 
@@ -48,8 +48,8 @@ class Routing:
     def __init__(
         self, anatomy: Anatomy, aux_loss_coef: float, z_loss_coef: float, policy: str, *, per_layer: bool
     ) -> None:
-        self.mixtures = anatomy.mixtures
-        self.forms = [mixture.form for mixture in self.mixtures]
+        self.mixtures = [mixture for mixture in anatomy.mixtures if mixture.form is not None]
+        self.forms = [mixture.form for mixture in self.mixtures if mixture.form is not None]
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
         self.policy = policy
@@ -58,14 +58,19 @@ class Routing:
         if len(set(self.experts)) > 1 and not per_layer:
             rule = f"layers have {sorted(set(self.experts))} experts and cannot be balanced together"
             raise RequestError.of("moe.aux_loss_per_layer", rule, "set moe.aux_loss_per_layer=true")
-        self.seen: dict[int, Any] | None = None  # router outputs by layer while a forward is recorded
+        self.seen: dict[str, Any] | None = None  # outputs of routers, and of their linear layers, during a forward
         self.shares: Tensor | None = None  # f of the global batch: [layers, experts]
         self.tokens = 0.0  # N of the global batch
         self.weight = 0.0  # by which the engine divides the loss of the global batch
         self.alone = True  # one micro-batch per rank and step
         self.clear()
-        for i, mixture in enumerate(self.mixtures):
-            anatomy.part(mixture.router).register_forward_hook(self._watcher(i))
+        watched = {m.router for m in self.mixtures} | {form.logits_of for form in self.forms}
+        for name in sorted(watched):
+            anatomy.part(name).register_forward_hook(self._watcher(name))
+
+    def measured(self) -> Iterator[tuple[Mixture, RouterForm]]:
+        """Yield the mixtures with the forms of their routers."""
+        return zip(self.mixtures, self.forms, strict=True)
 
     def clear(self) -> None:
         """Reset the sums per layer and expert, which are float64 on the CPU."""
@@ -113,7 +118,7 @@ class Routing:
         """Describe the experts, the coefficients and the policy in one line."""
         sizes = " or ".join(str(n) for n in sorted(set(self.experts)))
         return (
-            f"{sizes} experts in each of {len(self.mixtures)} layers, {self.forms[0].top_k} per token; balance loss "
+            f"{sizes} experts in each of {len(self.mixtures)} layers, {self.mixtures[0].top_k} per token; balance loss "
             f"{self.aux_loss_coef:g}, z-loss {self.z_loss_coef:g}; routers: {self.policy}"
         )
 
@@ -140,12 +145,12 @@ class Routing:
             found[f"{name}/router_entropy"] = float(entropy)
         return found
 
-    def _watcher(self, i: int) -> Callable[[nn.Module, Any, Any], None]:
+    def _watcher(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def watch(module: nn.Module, inputs: Any, output: Any) -> None:
             # Only recorded: gradient checkpointing calls this again in the backward.
             if self.seen is not None:
-                assert i not in self.seen, "a router is called once in a forward"
-                self.seen[i] = output
+                assert name not in self.seen, "a router is called once in a forward"
+                self.seen[name] = output
 
         return watch
 
@@ -154,18 +159,18 @@ class Routing:
         self.seen = {}
         try:
             result = loss(model, batch)
-            seen = [self.seen[i] for i in range(len(self.mixtures))]
+            seen = [(self.seen[m.router], self.seen[f.logits_of]) for m, f in self.measured()]
         finally:
             self.seen = None
         mask = batch.inputs.get("attention_mask")
         real = None if mask is None else mask.flatten().bool()
         outputs = []
-        for output, form, experts in zip(seen, self.forms, self.experts, strict=True):
-            logits = (output if form.logits_at is None else output[form.logits_at]).reshape(-1, experts)
+        for (output, source), (mixture, form) in zip(seen, self.measured(), strict=True):
+            logits = (source if form.logits_at is None else source[form.logits_at]).reshape(-1, mixture.num_experts)
             if form.indices_at is None:
-                chosen = logits.detach().topk(form.top_k, dim=-1).indices
+                chosen = logits.detach().topk(mixture.top_k, dim=-1).indices
             else:
-                chosen = output[form.indices_at].reshape(-1, form.top_k)
+                chosen = output[form.indices_at].reshape(-1, mixture.top_k)
             if real is not None:
                 logits, chosen = logits[real], chosen[real]
             outputs.append((logits.float(), chosen))
@@ -233,8 +238,8 @@ class RoutingHook:
 
 
 def build_routing(config: MoeConfig, method: MethodConfig, anatomy: Anatomy) -> Routing | None:
-    """Build the recorder of a mixture's routers; None for a dense model."""
-    if not anatomy.mixtures:
+    """Build the recorder of a mixture's routers; None for a dense model, or if no router can be measured."""
+    if not any(mixture.form for mixture in anatomy.mixtures):
         return None
     coefficient = resolve_aux_loss_coef(config, method, anatomy)
     policy = resolve_policy(config, method)

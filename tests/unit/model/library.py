@@ -28,6 +28,7 @@ USUAL: dict[str, Any] = {
     "is_decoder": True,
 }
 CONVOLUTIONS = ["conv", "conv", "full_attention"]
+GEMMA_MIXTURE = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
 SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2": {"num_hidden_layers": 6, "layer_types": CONVOLUTIONS * 2},
     "lfm2_moe": {"num_hidden_layers": 6, "layer_types": CONVOLUTIONS * 2},
@@ -35,7 +36,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "qwen2": {"max_window_layers": 16},
     "qwen2_moe": {"use_sliding_window": False},
-    "doge": {"sliding_window": None},
+    "doge": {"sliding_window": None, "is_moe": True},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 5e5},
+        "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 64},
+    },
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
+    "gemma4": GEMMA_MIXTURE,
+    "gemma4_text": GEMMA_MIXTURE,
 }
 
 
@@ -45,20 +53,31 @@ def class_of(model_type: str) -> type[PreTrainedModel]:
     return found
 
 
-def published(model_type: str) -> PreTrainedConfig:
-    """Return a configuration with the kinds of layers that published models of this type have."""
+def published(model_type: str, layers: int | None = None) -> PreTrainedConfig:
+    """Return a configuration with the kinds of layers that published models of this type have.
+
+    Args:
+        model_type: Model type.
+        layers: Number of layers, for classes that accept another number than that of published models.
+    """
     kind = CONFIG_MAPPING[model_type]
-    default = kind()
+    special = SPECIAL.get(model_type, {})
+    parts = {key: value for key, value in special.items() if key.endswith("_config")}
+    default = kind(**parts)
     text = default.get_text_config(decoder=True)
     held = vars(text)  # not by getattr, which raises where layers have values of their own
     given = {key: value for key, value in USUAL.items() if held.get(key, "") in (None, False)}
     heads = held.get("num_attention_heads")
     given |= {"num_key_value_heads": heads} if held.get("num_key_value_heads", "") is None else {}
     given |= {"head_dim": text.hidden_size // heads} if held.get("head_dim", "") is None else {}
-    given |= SPECIAL.get(model_type, {})
+    if layers is not None and "layer_types" not in special and text is default:
+        with contextlib.suppress(Exception):
+            default = text = kind(**parts, num_hidden_layers=layers)
+            given["num_hidden_layers"] = layers
+    given |= {key: value for key, value in special.items() if key not in parts}
     if text is default:
         with contextlib.suppress(TypeError, ValueError):
-            text = default = kind(**given)
+            text = default = kind(**parts, **given)
     for key, value in given.items():
         setattr(text, key, value)
     return default

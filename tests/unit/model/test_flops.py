@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
 
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.flops import StepCost, count_step_cost
@@ -122,6 +123,6 @@ def test_experts_that_are_modules_of_their_own() -> None:
             self.shared_expert = nn.Linear(width, width)
 
     model = nn.Sequential(nn.ModuleList([nn.ModuleDict({"mlp": Mixture()}) for _ in range(3)]))
-    model.config = None  # type: ignore[assignment]
+    model.config = PreTrainedConfig(num_experts_per_tok=2)  # type: ignore[assignment]
     one_layer = width * experts + 2 * width * 3 * width + width * width
     assert cost_of(model).per_token == 6 * 3 * one_layer

@@ -91,7 +91,7 @@ def test_no_weight_is_kept_for_the_backward(implementation: str, checkpointing: 
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     anatomy = find_anatomy(model)
-    experts = anatomy.parts(mixture.experts for mixture in anatomy.mixtures)
+    experts = [part for mixture in anatomy.mixtures for part in anatomy.parts(mixture.experts)]
     slices = [w for e in experts for name in e.packed for w in e.dequantize(name)]
     kept: list[torch.Tensor] = []
 
