@@ -22,9 +22,8 @@ from .data.read.sets import ALONE, SPLITS, SplitName, key_of, name_in_mixture, s
 from .data.read.sources import survey
 from .data.render.labels import describe_alike, find_labels
 from .data.render.new_tokens import NewTokens, find_new_tokens
-from .data.render.special_text import open_chat_tokenizer
-from .data.render.template import ChatTokenizer
 from .data.render.tokenizer import check_tokenizers
+from .data.store.encode import Encoder
 from .data.store.identity import split_folder
 from .data.store.ledger import describe_files
 from .data.store.opened import Split
@@ -101,11 +100,7 @@ def prepare(config: RunConfig, say: Say = lambda line: None) -> Prepared:
     model_dir, tokenizer_dir = prepare_model(config, say)
     check_tokenizers(config, model_dir, tokenizer_dir)
     new = find_new_tokens(config, model_dir, tokenizer_dir)
-
-    @cache
-    def encoder() -> ChatTokenizer:
-        return open_chat_tokenizer(config, tokenizer_dir)
-
+    encoder = Encoder(config, tokenizer_dir)
     found = cache(lambda: find_facts(config, encoder))  # lazy: only computed if a split is not in the cache
     splits: dict[SplitName, Split] = {"train": _prepare_split(config, "train", found, encoder, say)}
     facts = Prepared(model_dir, tokenizer_dir, splits["train"], None, None, new).facts
@@ -133,12 +128,12 @@ def prepare_plan(plan: Plan, say: Say = lambda line: None) -> Prepared:
     return prepared
 
 
-def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts:
+def find_facts(config: RunConfig, encoder: Encoder) -> Facts:
     """Return what the task needs to know about the data and the tokenizer beyond the rows.
 
     Args:
         config: Configuration of the run.
-        encoder: Function that returns the ChatTokenizer.
+        encoder: Encoder of the run.
 
     Raises:
         RequestError: The labels are invalid.
@@ -167,9 +162,7 @@ def find_facts(config: RunConfig, encoder: Callable[[], ChatTokenizer]) -> Facts
     )
 
 
-def _prepare_split(
-    config: RunConfig, name: SplitName, facts: Callable[[], Facts], encoder: Callable[[], ChatTokenizer], say: Say
-) -> Split:
+def _prepare_split(config: RunConfig, name: SplitName, facts: Callable[[], Facts], encoder: Encoder, say: Say) -> Split:
     """Prepare a split; the datasets of a mixture are prepared separately, so that other mixtures can reuse them."""
     parts: dict[str, Split] = {}
     problems: list[Problem] = []
@@ -191,7 +184,7 @@ def _prepare_set(
     alone: RunConfig,
     name: SplitName,
     facts: Callable[[], Facts],
-    encoder: Callable[[], ChatTokenizer],
+    encoder: Encoder,
     say: Say,
 ) -> Split:
     folder = split_folder(config, name, part)

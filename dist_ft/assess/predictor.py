@@ -17,8 +17,8 @@ from ..config.run import RunConfig
 from ..data.read.faults import RowFault
 from ..data.read.sets import SplitName
 from ..data.render.template import ChatTokenizer
+from ..data.store.encode import limit_length
 from ..data.store.ledger import Ledger
-from ..data.store.split import limit_length
 from ..errors import RequestError
 from ..protocols import Task
 from ..state import ORIGIN, Facts, Prediction, Row, Sample

@@ -191,7 +191,8 @@ def _rows_at_most(config: RunConfig, limit: int) -> int | None:
     try:
         if any(isinstance(file, HubSet) for file in resolve(data.train)):
             return None
-        count = sum(1 for _ in itertools.islice(read_rows(data.train), limit))
+        rows = read_rows(data.train, delimiter=data.delimiter, sample_by=data.sample_by)
+        count = sum(1 for _ in itertools.islice(rows, limit))
     except DistFtError:  # reported by the checks of the data
         return None
     return count if count < limit else None

@@ -57,7 +57,7 @@ def _first_rows(alone: RunConfig, split: str) -> Iterator[Problem]:
         try:
             for file in resolve(source, split):
                 if not isinstance(file, HubSet):
-                    rows = read_rows(str(file), split=split, delimiter=data.delimiter)
+                    rows = read_rows(str(file), split=split, delimiter=data.delimiter, sample_by=data.sample_by)
                     found = list(_invalid(itertools.islice(rows, FIRST_ROWS)))
                     yield from found if data.invalid_rows == "error" else ()
         except DistFtError as error:

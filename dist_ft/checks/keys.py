@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..config.data import held_out
 from ..config.launch import LocalConfig
 from ..config.run import RunConfig
 from ..data.read.folders import ending_of
+from ..data.read.remote import DataFile
 from ..data.read.sets import SPLITS, sets_of
 from ..data.read.sources import HubSet, resolve
 from ..errors import DistFtError, Problem
@@ -36,11 +36,11 @@ def _hub_data(config: RunConfig) -> bool:
     return any(isinstance(found, HubSet) for found in _sources(config))
 
 
-def _csv_data(config: RunConfig) -> bool:
-    return any(not isinstance(found, HubSet) and ending_of(found) in (".csv", ".tsv") for found in _sources(config))
+def _files_of(config: RunConfig, *endings: str) -> bool:
+    return any(not isinstance(found, HubSet) and ending_of(found) in endings for found in _sources(config))
 
 
-def _sources(config: RunConfig) -> Iterator[Path | HubSet]:
+def _sources(config: RunConfig) -> Iterator[DataFile | HubSet]:
     for split in SPLITS:
         for alone in sets_of(config, split).values():
             with contextlib.suppress(DistFtError):  # invalid sources are reported by data_problems
@@ -57,7 +57,17 @@ def _shares_by_size(config: RunConfig) -> bool:
     return len(sets) > 1 and all(part.weight is None for part in sets.values())
 
 
-OWN_KEYS = ("format", "columns", "template", "revision", "delimiter", "max_rows", "duplicates", "invalid_rows")
+OWN_KEYS = (
+    "format",
+    "columns",
+    "template",
+    "revision",
+    "delimiter",
+    "sample_by",
+    "max_rows",
+    "duplicates",
+    "invalid_rows",
+)
 OF_SETS = "each set of data.mixture has its own"
 SAY_OF_SET = "set it for each data set, as data.mixture.NAME.KEY"
 CONVERSATION = (
@@ -123,7 +133,18 @@ READ_WHEN = [
         "no messages are rendered",
         "remove it; texts without messages keep their special tokens",
     ),
-    ReadWhen("data.delimiter", _csv_data, "no source is a CSV file", "remove it, or use a CSV file as source"),
+    ReadWhen(
+        "data.delimiter",
+        lambda c: _files_of(c, ".csv", ".tsv"),
+        "no source is a CSV file",
+        "remove it, or use a CSV file as source",
+    ),
+    ReadWhen(
+        "data.sample_by",
+        lambda c: _files_of(c, ".txt"),
+        "no source is a .txt file",
+        "remove it, or use a .txt file as source",
+    ),
     ReadWhen(
         "data.mixture_temperature",
         _shares_by_size,

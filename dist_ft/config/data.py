@@ -50,6 +50,11 @@ Delimiter = Annotated[
     Annotated[str, Field(min_length=1, max_length=1)] | None,
     Field(description="Delimiter of CSV files. Defaults to a comma, and a tab for .tsv."),
 ]
+SampleBy = Literal["line", "paragraph", "document"]
+TextSamples = Annotated[
+    SampleBy,
+    Field(description="What a row of a .txt file is: a line, a paragraph that ends at a blank line, or the file."),
+]
 Duplicates = Annotated[
     Literal["keep", "drop"],
     Field(description="Action for a row that equals an earlier one of its split in all columns of the format."),
@@ -82,6 +87,7 @@ class DataSet(Strict):
     )
     revision: str | None = Field(None, description="Hub revision of the data set.")
     delimiter: Delimiter = None
+    sample_by: TextSamples = "paragraph"
     max_rows: MaxRows = None
     duplicates: Duplicates = "keep"
     invalid_rows: InvalidRows = "error"
@@ -103,6 +109,7 @@ class DataConfig(Strict):
     )
     revision: str | None = Field(None, description="Hub revision of the data set.")
     delimiter: Delimiter = None
+    sample_by: TextSamples = "paragraph"
     max_rows: MaxRows = None
     duplicates: Duplicates = "keep"
     invalid_rows: InvalidRows = "error"
@@ -128,6 +135,9 @@ class DataConfig(Strict):
         "plain",
         description="Action for special tokens such as `<|im_end|>` that a user or a tool writes in a message: tokenize"
         " them as text, keep them as special tokens, or refuse the row.",
+    )
+    num_proc: Count | None = Field(
+        None, description="Processes that tokenize rows. Defaults to the number of CPU cores, and to 1 for few rows."
     )
     shuffle: bool = Field(True, description="Shuffle the rows each epoch with train.seed; false keeps the file order.")
     cache_dir: Text | None = Field(None, description="Cache of prepared data and models. Defaults to ~/.cache/dist_ft.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from functools import cache
 from itertools import groupby, islice
 from typing import Any
 
@@ -23,10 +22,8 @@ from ..data.read.chosen import read_numbered
 from ..data.read.faults import RowFault
 from ..data.read.formats import IGNORED_LABEL
 from ..data.read.sets import ALONE, SplitName, sets_of
-from ..data.render.special_text import open_chat_tokenizer
-from ..data.render.template import ChatTokenizer
 from ..data.render.tokenizer import load_tokenizer
-from ..data.store.split import Encoder, encode_row
+from ..data.store.encode import Encoder, encode_row
 from ..errors import DistFtError, RequestError
 from ..prepare import describe_data, find_facts, prepare
 from ..pretrained.fetch import prepare_model
@@ -50,11 +47,7 @@ def show_rows(config: RunConfig, split: SplitName, rows: int, console: Console) 
     if not sets:
         raise RequestError.of(f"data.{split}", "is not set", f"set it, or choose a split other than {split}")
     tokenizer_dir = prepare_model(config)[1]
-
-    @cache
-    def encoder() -> ChatTokenizer:
-        return open_chat_tokenizer(config, tokenizer_dir)
-
+    encoder = Encoder(config, tokenizer_dir)
     facts = find_facts(config, encoder)
     task = TASKS[config.task.name](config.task, facts, padding_free=True)
     for set_name, alone in sets.items():

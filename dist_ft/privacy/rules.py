@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config.data import held_out
 from ..config.run import RunConfig
+from ..data.read.remote import DataFile
 from ..data.read.sources import HubSet, resolve
 from ..errors import DistFtError, Problem
 from ..pretrained.folder import is_known_dense
@@ -99,7 +100,7 @@ def _selection_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"train.{chooses[0]}", rule, "set data.validation to other rows, or remove it")
 
 
-def _files(config: RunConfig, split: str) -> list[Path | HubSet]:
+def _files(config: RunConfig, split: str) -> list[DataFile | HubSet]:
     with contextlib.suppress(DistFtError):  # invalid sources are reported by checks/data.py
         if sources := config.data.sources(split):
             return resolve(sources, split)

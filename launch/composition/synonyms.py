@@ -99,6 +99,7 @@ LLAMA_FACTORY = {
     "eval_dataset": "data.validation",
     "interleave_probs": "data.mixture",
     "mix_strategy": "data.mixture_temperature",
+    "preprocessing_num_workers": "data.num_proc",
     "val_size": "data.folds",
     "eval_num_beams": "task.num_beams",
     "moe_aux_loss_coef": "moe.aux_loss_coef",
@@ -110,7 +111,7 @@ ACCUMULATION = "it follows from train.global_batch_size, train.per_device_train_
 ASSISTANT_ONLY = "task=instruction trains on the answers only, task=causal_lm on all tokens"
 DTYPE = "set model.dtype=bfloat16 or float32"
 MEASURED = "evaluation takes place every train.eval_steps steps, if data.validation is set"
-PROCESSES = "data is tokenized once and kept in the cache; there is nothing to set"
+LOADING = "samples are read from the cache, which takes no worker; data.num_proc is for tokenizing"
 REASONS = {
     "gradient_accumulation_steps": ACCUMULATION,
     "auto_find_batch_size": "set train.per_device_train_batch_size; results do not depend on it",
@@ -132,10 +133,8 @@ REASONS = {
     "save_only_model": "checkpoints always hold what resuming needs; the model is exported to runs/NAME/model",
     "greater_is_better": "it follows from train.metric_for_best_model",
     "average_tokens_across_devices": "the loss is always divided by the supervised tokens of the global batch",
-    "dataloader_num_workers": PROCESSES,
+    "dataloader_num_workers": LOADING,
     "dataloader_drop_last": "no row is left out: the last step of a run may have fewer rows",
-    "dataset_num_proc": PROCESSES,
-    "preprocessing_num_workers": PROCESSES,
     "overwrite_cache": "the cache is found by the content of the data, so it never has to be overwritten",
     "tokenized_path": "set data=tokens for rows of input_ids and labels; a cache is kept in data.cache_dir",
     "remove_unused_columns": "columns that the format does not use are ignored",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...data.read.folders import ENDINGS, ending_of
+from ...data.read.remote import is_url
 from ...storage.files import PACKAGE
 
 QUOTES = "'\""
@@ -29,7 +30,7 @@ def expand(word: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     if key == "model":
         is_model = value.startswith(PACKAGE) or "/" in value or _exists(value)
         return ["model=hub", f"model.name_or_path={text}"] if is_model else [word]
-    is_file = ending_of(Path(value)) in ENDINGS or glob.has_magic(value) or _exists(value)
+    is_file = is_url(value) or ending_of(Path(value)) in ENDINGS or glob.has_magic(value) or _exists(value)
     if is_file or value.startswith(PACKAGE) or "/" in value:
         return ["data=jsonl" if is_file else "data=hub", f"data.train={text}"]
     return [word]

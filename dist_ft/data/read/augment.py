@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,7 +49,7 @@ class Augmenter:
         self.augment, self.seed, self.key = augment, seed, key
         with _drawing_from((seed,)):
             self._augment = open_augmenter(augment, key)
-        self._met: set[str] = set()
+        self.met: set[str] = set()  # columns to augment that a row had
 
     @classmethod
     def of(cls, alone: RunConfig, split: SplitName) -> Augmenter | None:
@@ -73,23 +73,11 @@ class Augmenter:
             changed = dict(row)
             for at, column in enumerate(self.augment.columns):
                 if row.get(column) is not None:
-                    self._met.add(column)
+                    self.met.add(column)
                     changed[column] = self._change(row[column], (self.seed, number, copy, at), place)
             is_new = changed not in seen
             seen.append(changed)
             yield changed if is_new else None
-
-    def require_columns(self) -> None:
-        """Check that every column to augment was present in at least one row.
-
-        Raises:
-            RequestError: A column was in none of the rows.
-        """
-        if missing := [column for column in self.augment.columns if column not in self._met]:
-            rule = f"no row has {', '.join(missing)}"
-            raise RequestError.of(
-                f"{self.key}.columns", rule, "use column names of the format; dist-ft data shows them"
-            )
 
     def _change(self, value: Any, draw: tuple[int, ...], place: str) -> Any:
         """Augment a string, each word of a list (keeping tags aligned), or the user messages of a conversation."""
@@ -116,6 +104,22 @@ class Augmenter:
             rule = f"{self.augment.name} failed at {place} ({_told(error)})"
             raise RequestError.of(self.key, rule, "correct the augmenter's options") from error
         return next((other for other in found if other != text), text)
+
+
+def require_columns(augment: AugmentConfig, met: Collection[str], key: str = "data.augment") -> None:
+    """Check that every column to augment was in at least one row.
+
+    Args:
+        augment: Augmentation settings.
+        met: Columns to augment that rows had.
+        key: Configuration key to name in errors.
+
+    Raises:
+        RequestError: A column was in none of the rows.
+    """
+    if missing := [column for column in augment.columns if column not in met]:
+        rule = f"no row has {', '.join(missing)}"
+        raise RequestError.of(f"{key}.columns", rule, "use column names of the format; dist-ft data shows them")
 
 
 def open_augmenter(augment: AugmentConfig, key: str = "data.augment") -> Callable[[str], Sequence[str]]:

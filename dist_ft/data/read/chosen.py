@@ -18,7 +18,7 @@ from ...config.run import RunConfig
 from ...errors import RequestError
 from .faults import RowFault
 from .formats import is_unlabelled, normalise_for
-from .rows import Placed, RawRow, read_rows
+from .rows import Placed, Unparsed, parse_row, read_unparsed
 from .sets import SplitName
 
 _DRAW, _HOLD = 2, 3  # words of the Philox counter that separate these streams and those of order.py and masks.py
@@ -44,17 +44,17 @@ def read_split(alone: RunConfig, split: SplitName, chosen: Chosen | None = None)
     Raises:
         RequestError: Rows cannot be read, or there are too few for the requested subset.
     """
-    return ((place, row) for _, place, row in read_numbered(alone, split, chosen))
+    return ((place, parse_row(row)) for _, place, row in read_numbered(alone, split, chosen))
 
 
 def read_numbered(
     alone: RunConfig, split: SplitName, chosen: Chosen | None = None
-) -> Iterator[tuple[int, str, RawRow]]:
-    """Return an iterator over `(index, place, row)`, where `index` counts all rows of the source.
+) -> Iterator[tuple[int, str, Unparsed]]:
+    """Return an iterator over `(index, place, unparsed row)`, where `index` counts all rows of the source.
 
     See `read_split` for the arguments and errors.
     """
-    rows = source_rows(alone, split)
+    rows = _unparsed_rows(alone, split)
     chosen = chosen or choose(alone, split)
     if chosen is None:
         return ((number, place, row) for number, (place, row) in enumerate(rows))
@@ -70,12 +70,17 @@ def source_rows(alone: RunConfig, split: SplitName) -> Placed:
     Raises:
         RequestError: Rows cannot be read.
     """
+    return ((place, parse_row(row)) for place, row in _unparsed_rows(alone, split))
+
+
+def _unparsed_rows(alone: RunConfig, split: SplitName) -> Iterator[tuple[str, Unparsed]]:
     data = alone.data
-    rows = read_rows(
+    rows = read_unparsed(
         data.sources(split) or [],
         revision=data.revision,
         split=data.source_split(split),
         delimiter=data.delimiter,
+        sample_by=data.sample_by,
     )
     return islice(rows, data.max_rows)
 
@@ -84,7 +89,8 @@ def source_identity(alone: RunConfig) -> dict[str, Any]:
     """Return the keys besides the sources that determine which rows are read and what is in them."""
     data = alone.data
     keys = ("format", "columns", "template", "delimiter", "max_rows", "invalid_rows")
-    return {key: value for key in keys if (value := getattr(data, key)) not in (None, {})}
+    found = {key: value for key in keys if (value := getattr(data, key)) not in (None, {})}
+    return found if data.sample_by == "paragraph" else {**found, "sample_by": data.sample_by}
 
 
 def choose(alone: RunConfig, split: SplitName) -> Chosen | None:

@@ -75,3 +75,8 @@ class Tally:
         self.rows += 1
         if len(self.places) < SHOWN_PLACES:
             self.places.append(place)
+
+    def merge(self, later: Tally) -> None:
+        """Add the rows of a tally with the same cause that were read after those of this one."""
+        self.rows += later.rows
+        self.places = [*self.places, *later.places][:SHOWN_PLACES]

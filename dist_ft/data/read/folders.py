@@ -10,13 +10,14 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ...errors import Problem, RequestError
+from .remote import DataFile, RemoteFile, list_remote
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings after those of text formats
@@ -36,15 +37,15 @@ _MOST_ENTRIES = 10_000  # looked at in a subfolder whose files are only counted
 class Found:
     """Data files of a source that are read, and those beside them that are not, by reason."""
 
-    read: list[Path] = field(default_factory=list)
-    left_out: dict[str, list[Path]] = field(default_factory=dict)
+    read: list[DataFile] = field(default_factory=list)
+    left_out: dict[str, list[DataFile]] = field(default_factory=dict)
 
-    def leave_out(self, reason: str, path: Path) -> None:
+    def leave_out(self, reason: str, path: DataFile) -> None:
         """Add a file that is not read."""
         self.left_out.setdefault(reason, []).append(path)
 
 
-def ending_of(path: Path) -> str:
+def ending_of(path: DataFile) -> str:
     """Return the lowercase file extension that determines the data format, ignoring that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
@@ -86,7 +87,7 @@ def files_of_folder(folder: Path, split: str) -> Found:
     """
     if (saved := _saved(folder, split)) is not None:
         return saved
-    found, named = Found(), list[tuple[Path, str | None]]()
+    found, named = Found(), list[tuple[DataFile, str | None]]()
     below: dict[Path, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
@@ -141,7 +142,7 @@ def files_of_glob(pattern: str, split: str) -> Found:
         RequestError: No matching file is a data file or of this split, or only some names say their split.
     """
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
-    found, kept = Found(), list[Path]()
+    found, kept = Found(), list[DataFile]()
     for path in paths:
         if (reason := _why_no_rows(path)) is not None:
             found.leave_out(reason, path)
@@ -158,14 +159,64 @@ def files_of_glob(pattern: str, split: str) -> Found:
     return found
 
 
-def unsupported(path: Path) -> RequestError:
+def files_of_url(url: str, split: str) -> Found:
+    """Return the data files behind a URL that belong to `split`: of a folder or glob as above, or the file itself.
+
+    Raises:
+        RequestError: As for local files, or the URL cannot be read.
+        MachineError: A package is missing.
+    """
+    if (listed := list_remote(url)) is None:
+        return Found([known(RemoteFile(url))])
+    files, fixed = listed
+    found, kept = Found(), list[RemoteFile]()
+    for file in files:
+        if (reason := _why_no_rows(file)) is not None:
+            found.leave_out(reason, file)
+        elif not any(part.startswith(".") for part in file.parts[fixed:]):
+            kept.append(file)
+    if not kept:
+        raise RequestError.of(url, "contains no data file", "use files, a folder or a glob such as FOLDER/*.jsonl")
+    if glob.has_magic(url):
+        if any(split_of(part) for part in (*RemoteFile(url).parts[fixed:], RemoteFile(url).name)):
+            found.read = list(kept)
+        else:
+            _take(found, [(file, _split_below(file, fixed)) for file in kept], split, url)
+        return found
+    tops = {file.parts[fixed] for file in kept}
+    is_below = all(len(file.parts) > fixed + 1 for file in kept)
+    if is_below and len(tops) == 1 and split_of(top := next(iter(tops))) is None:
+        return files_of_url(f"{url.rstrip('/')}/{top}", split)
+    named = list[tuple[DataFile, str | None]]()
+    for file in kept:
+        its_split = split_of(file.parts[fixed])
+        if len(file.parts) > fixed + 1 and its_split is None:
+            found.leave_out("in a subfolder", file)
+        else:
+            named.append((file, its_split))
+    _take(found, named, split, url)
+    return found
+
+
+def known(path: DataFile) -> DataFile:
+    """Return the path of a data file.
+
+    Raises:
+        RequestError: Its extension is not that of a data format.
+    """
+    if ending_of(path) not in ENDINGS:
+        raise unsupported(path)
+    return path
+
+
+def unsupported(path: DataFile) -> RequestError:
     """Return the error for a file whose extension is not that of a data format."""
     rule = f"the file extension {path.suffix or '(none)'!r} is not supported"
     way_out = f"use one of {' '.join(ENDINGS)} (text formats also with {' '.join(COMPRESSED)})"
     return RequestError(Problem(str(path), rule, way_out))
 
 
-def describe_left_out(left_out: dict[str, list[Path]]) -> str:
+def describe_left_out(left_out: Mapping[str, Sequence[DataFile]]) -> str:
     """Return the number and first names of the files that are not read, by reason."""
     parts = []
     for reason, paths in left_out.items():
@@ -174,7 +225,7 @@ def describe_left_out(left_out: dict[str, list[Path]]) -> str:
     return "; ".join(parts)
 
 
-def _why_no_rows(path: Path) -> str | None:
+def _why_no_rows(path: DataFile) -> str | None:
     """Return why a file is not read as rows, or None if it is."""
     if ending_of(path) not in ENDINGS:
         return "not a data format"
@@ -183,7 +234,7 @@ def _why_no_rows(path: Path) -> str | None:
     return "metadata" if path.name in _METADATA else None
 
 
-def _split_below(path: Path, fixed: int) -> str | None:
+def _split_below(path: DataFile, fixed: int) -> str | None:
     """Return the split that the name of a file says, or else that of the nearest folder below the first `fixed`."""
     for part in reversed(path.parts[fixed:]):
         if (found := split_of(part)) is not None:
@@ -191,7 +242,7 @@ def _split_below(path: Path, fixed: int) -> str | None:
     return None
 
 
-def _take(found: Found, named: Sequence[tuple[Path, str | None]], split: str, source: str) -> None:
+def _take(found: Found, named: Sequence[tuple[DataFile, str | None]], split: str, source: str) -> None:
     """Add the files of `split` to those that are read, and all others to those that are left out."""
     own = [path for path, its in named if its == split]
     unnamed = [path for path, its in named if its is None]
@@ -215,7 +266,7 @@ def _take(found: Found, named: Sequence[tuple[Path, str | None]], split: str, so
             found.leave_out(f"split {its}", path)
 
 
-def _listed(paths: Sequence[Path]) -> str:
+def _listed(paths: Sequence[DataFile]) -> str:
     shown = ", ".join(path.name for path in paths[:SHOWN_FILES])
     return shown + (f" and {len(paths) - SHOWN_FILES} more" if len(paths) > SHOWN_FILES else "")
 
@@ -226,7 +277,7 @@ def _saved(folder: Path, split: str) -> Found | None:
         parts = [folder / name for name in _read_json(folder / "dataset_dict.json")["splits"]]
         found = Found()
         _take(found, [(part, split_of(part.name)) for part in parts], split, str(folder))
-        read = [path for part in found.read for path in (_saved(part, split) or Found()).read]
+        read = [path for part in parts if part in found.read for path in (_saved(part, split) or Found()).read]
         return Found(read, found.left_out)
     if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
         return None

@@ -37,7 +37,7 @@ def name_in_mixture(where: str, name: str) -> str:
 
 def _alone(config: RunConfig, given: DataSet) -> RunConfig:
     keys = given.model_dump(exclude={"weight"})
-    keys_of_all = ("subset_seed", "shuffle", "special_tokens_in_text", "cache_dir")
+    keys_of_all = ("subset_seed", "shuffle", "special_tokens_in_text", "num_proc", "cache_dir")
     shared = {key: getattr(config.data, key) for key in keys_of_all}
     data = DataConfig(**keys, **shared)
     return config.model_copy(update={"data": data})

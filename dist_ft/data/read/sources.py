@@ -1,4 +1,4 @@
-"""Resolution of data sources: a file, a glob, a folder, a file of an installed package, or a Hub dataset.
+"""Resolution of data sources: a file, a glob, a folder, a URL, a file of an installed package, or a Hub dataset.
 
 Does not import torch, because the launcher computes fingerprints while planning.
 """
@@ -6,6 +6,7 @@ Does not import torch, because the launcher computes fingerprints while planning
 from __future__ import annotations
 
 import bz2
+import contextlib
 import difflib
 import glob
 import gzip
@@ -13,14 +14,15 @@ import hashlib
 import io
 import lzma
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ...errors import Problem, RequestError
 from ...storage.files import PACKAGE, digest_file, find_package
-from .folders import ENDINGS, Found, ending_of, files_of_folder, files_of_glob, unsupported
+from .folders import ENDINGS, Found, ending_of, files_of_folder, files_of_glob, files_of_url, known
+from .remote import DataFile, RemoteFile, is_url
 
 _HUB_ID = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]*)(?:/(?P<split>[\w.-]+(?:\[\d*:\d*\])?))?)?"
@@ -49,8 +51,8 @@ class HubSet:
 class Survey:
     """Files and Hub datasets of a split in the order in which they are read, and the files beside them, by reason."""
 
-    read: list[Path | HubSet] = field(default_factory=list)
-    left_out: dict[str, list[Path]] = field(default_factory=dict)
+    read: list[DataFile | HubSet] = field(default_factory=list)
+    left_out: dict[str, list[DataFile]] = field(default_factory=dict)
 
 
 def survey(sources: str | list[str], split: str = "train") -> Survey:
@@ -69,7 +71,7 @@ def survey(sources: str | list[str], split: str = "train") -> Survey:
     return found
 
 
-def resolve(sources: str | list[str], split: str = "train") -> list[Path | HubSet]:
+def resolve(sources: str | list[str], split: str = "train") -> list[DataFile | HubSet]:
     """Return the files and Hub datasets of `sources` that belong to `split` (see `survey`)."""
     return survey(sources, split).read
 
@@ -81,6 +83,8 @@ def fingerprint(
     split: str = "train",
 ) -> str:
     """Return the SHA-256 of the sources: file contents, names and order, or the id and revision of Hub datasets.
+
+    Of a file behind a URL, the address and what its file system tells of the content count (see remote.py).
 
     Args:
         sources: Sources as in the configuration.
@@ -97,6 +101,9 @@ def fingerprint(
         if isinstance(source, HubSet):
             whole.update(f"hub\0{source}\0{revision or 'main'}\n".encode())
             continue
+        if isinstance(source, RemoteFile):
+            whole.update(f"url\0{source}\0{source.digest()}\n".encode())
+            continue
         try:
             whole.update(f"file\0{source.name}\0{(digest or digest_file)(source)}\n".encode())
         except OSError as error:
@@ -104,34 +111,48 @@ def fingerprint(
     return whole.hexdigest()
 
 
-def unreadable(path: Path, error: OSError) -> RequestError:
+def unreadable(path: DataFile, error: OSError) -> RequestError:
     """Return the error for an existing file that cannot be read."""
     return RequestError(Problem(str(path), f"cannot be read ({error.strerror or error})", "check its permissions"))
 
 
-def open_file(path: Path) -> IO[bytes]:
+@contextlib.contextmanager
+def open_file(path: DataFile) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed as its extension says."""
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
-    opened: IO[bytes] = openers.get(path.suffix.lower(), open)(path, "rb")
-    return opened
+    with path.open("rb") as file:
+        opener = openers.get(path.suffix.lower())
+        if opener is None:
+            yield file
+        else:
+            with opener(file, "rb") as opened:
+                yield opened
 
 
-def _open_zst(path: Path, mode: str) -> IO[bytes]:
+def _open_zst(file: IO[bytes], mode: str) -> IO[bytes]:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), mode), "zstd"))
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode), "zstd"))
+
+
+def size_of(path: DataFile) -> int:
+    """Return the number of bytes of a file as it is stored."""
+    return path.size() if isinstance(path, RemoteFile) else path.stat().st_size
 
 
 def _add(found: Survey, source: str, split: str) -> None:
     if source.startswith(PACKAGE):
         found.read.append(_package_file(source))
         return
+    if is_url(source):
+        _extend(found, files_of_url(source, split))
+        return
     path = Path(source).expanduser()
     if path.is_dir():
         _extend(found, files_of_folder(path, split))
         return
     if path.exists():
-        found.read.append(_known(path))
+        found.read.append(known(path))
         return
     match = _HUB_ID.fullmatch(source)
     local_parent = "/" in source and Path(source.split("/", 1)[0]).is_dir()
@@ -157,7 +178,7 @@ def _extend(found: Survey, files: Found) -> None:
         found.left_out.setdefault(reason, []).extend(paths)
 
 
-def _package_file(source: str) -> Path:
+def _package_file(source: str) -> DataFile:
     package, _, inside = source.removeprefix(PACKAGE).partition("/")
     folder = find_package(package)
     if folder is None:
@@ -167,13 +188,7 @@ def _package_file(source: str) -> Path:
         raise RequestError.of(
             source, "the package does not contain this file", _nearest(path) or "write package:NAME/PATH"
         )
-    return _known(path)
-
-
-def _known(path: Path) -> Path:
-    if ending_of(path) not in ENDINGS:
-        raise unsupported(path)
-    return path
+    return known(path)
 
 
 def _nearest(path: Path) -> str | None:

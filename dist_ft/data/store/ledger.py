@@ -61,11 +61,36 @@ class Ledger:
         """Count an augmented copy that cannot be used; its original row is kept."""
         self.copies_left_out.setdefault(fault.cause, Tally("")).add(place)
 
-    def refuse(self, fault: RowFault, place: str) -> bool:
-        """Count an invalid row; return True if STOP_AFTER_FAULTS is reached and reading should stop."""
+    def refuse(self, fault: RowFault, place: str) -> None:
+        """Count an invalid row."""
         key = "data.invalid_rows" if isinstance(fault, InvalidRow) else "task.unsupervised"
         self.refused.setdefault(fault.cause, Tally(fault.way_out, fault.seen, key)).add(place)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether STOP_AFTER_FAULTS is reached, so that reading should stop."""
         return sum(tally.rows for tally in self.refused.values()) >= STOP_AFTER_FAULTS
+
+    def merge(self, later: Ledger) -> None:
+        """Add the rows of a ledger that were read after those of this one."""
+        for key in ("rows_read", "rows_kept", "augmented", "unchanged", "truncated_tokens"):
+            setattr(self, key, getattr(self, key) + getattr(later, key))
+        for source, rows in later.files.items():
+            self.files[source] = self.files.get(source, 0) + rows
+        for mine, more in (
+            (self.dropped, later.dropped),
+            (self.refused, later.refused),
+            (self.copies_left_out, later.copies_left_out),
+        ):
+            for cause, tally in more.items():
+                mine.setdefault(cause, Tally(tally.way_out, tally.seen, tally.key)).merge(tally)
+        self.truncated.merge(later.truncated)
+        if later.longest > self.longest:
+            self.longest, self.longest_place = later.longest, later.longest_place
+        for key, length in later.longest_by_limit.items():
+            self.longest_by_limit[key] = max(self.longest_by_limit.get(key, 0), length)
+        self.max_token_id = max(self.max_token_id, later.max_token_id)
+        self.formats += [name for name in later.formats if name not in self.formats]
 
     def problems(self, split: str, limits: Mapping[str, int]) -> list[Problem]:
         """Return the problems of the split, given the length limits of the task by key."""

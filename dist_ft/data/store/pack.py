@@ -15,6 +15,7 @@ from .table import TokenTable, load_flat
 
 Segment = tuple[int, int, int]  # row, start token (inclusive), stop token (exclusive)
 _PREFIX = "samples-"
+_TOKENS_AT_ONCE = 1 << 20  # whose labels are counted together
 
 
 class Samples:
@@ -160,10 +161,19 @@ def count_labels(table: TokenTable, samples: Samples, ignored: int, first: int =
     """
     labels = table.columns["labels"]
     origins = table.offsets[samples.rows]
-    spans = zip((origins + samples.starts + first).tolist(), (origins + samples.stops).tolist(), strict=True)
-    counts = [int(np.count_nonzero(labels[begin:end] != ignored)) for begin, end in spans]
-    ends = np.cumsum([0, *counts], dtype=np.int64)
-    return np.diff(ends[samples.offsets])
+    begins = origins + np.minimum(samples.starts + first, samples.stops)
+    ends = origins + samples.stops
+    counts = np.zeros(len(begins), dtype=np.int64)
+    order = np.argsort(begins, kind="stable")  # neighbors are read together
+    ordered, at = begins[order], 0
+    while at < len(order):
+        low = int(ordered[at])
+        until = max(at + 1, int(np.searchsorted(ordered, low + _TOKENS_AT_ONCE)))
+        part = order[at:until]
+        found = np.cumsum(np.concatenate(([0], labels[low : int(ends[part].max())] != ignored)))
+        counts[part] = found[ends[part] - low] - found[begins[part] - low]
+        at = until
+    return np.diff(np.cumsum(np.concatenate(([0], counts)))[samples.offsets])
 
 
 def _whole_rows(packs: Sequence[Sequence[int]], lengths: np.ndarray) -> Samples:

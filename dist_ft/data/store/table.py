@@ -11,10 +11,11 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
+from ...state import ORIGIN
+
 COLUMN, OFFSETS = "tokens-{}.npy", "offsets.npy"
 ROW_COLUMN, ROW_OFFSETS = "row-{}.npy", "row-{}.offsets.npy"  # columns whose length differs from the tokens
 _HEADER_BYTES = 128
-_FLUSH_TOKENS = 1 << 20
 
 
 class FlatWriter:
@@ -42,7 +43,7 @@ class FlatWriter:
 
 
 class TableWriter:
-    """Writer of a token table, row by row. Buffers about one million tokens in memory.
+    """Writer of a token table, some rows at a time.
 
     Args:
         folder: Existing folder for the files of the table.
@@ -51,43 +52,33 @@ class TableWriter:
     """
 
     def __init__(self, folder: Path, columns: Sequence[str], row_columns: Sequence[str] = ()) -> None:
+        self._columns = {name: FlatWriter(folder / COLUMN.format(name), "<i4") for name in columns}
+        self._offsets = _OffsetWriter(folder / OFFSETS)
         self._row_columns = {
             name: (
                 FlatWriter(folder / ROW_COLUMN.format(name), "<i4"),
-                FlatWriter(folder / ROW_OFFSETS.format(name), "<i8"),
+                _OffsetWriter(folder / ROW_OFFSETS.format(name)),
             )
             for name in row_columns
         }
-        for _, offsets in self._row_columns.values():
-            offsets.append(np.zeros(1))
-        self._columns = {name: FlatWriter(folder / COLUMN.format(name), "<i4") for name in columns}
-        self._offsets = FlatWriter(folder / OFFSETS, "<i8")
-        self._offsets.append(np.zeros(1))
-        self._pending: dict[str, list[Sequence[int]]] = {name: [] for name in columns}
-        self._ends: list[int] = []
-        self._waiting = 0
-        self.tokens = 0
-        self.rows = 0
 
-    def append(self, example: Mapping[str, Sequence[int]]) -> None:
-        """Append a row."""
-        length = len(example[next(iter(self._pending))])
-        for name, pending in self._pending.items():
-            assert len(example[name]) == length, "all columns of a row must have the same length"
-            pending.append(example[name])
+    @property
+    def tokens(self) -> int:
+        """Number of tokens written."""
+        return self._offsets.end
+
+    def extend(self, rows: TokenTable, first_origin: int = 0) -> None:
+        """Append rows; `first_origin` is added to their column `origin`."""
+        for name, writer in self._columns.items():
+            writer.append(rows.columns[name])
+        self._offsets.extend(rows.offsets)
         for name, (writer, offsets) in self._row_columns.items():
-            writer.append(np.asarray(example[name], dtype=np.int32))
-            offsets.append(np.asarray([writer.length]))
-        self.tokens += length
-        self.rows += 1
-        self._ends.append(self.tokens)
-        self._waiting += length
-        if self._waiting >= _FLUSH_TOKENS:
-            self._flush()
+            values, ends = rows.row_columns[name]
+            writer.append(values + first_origin if name == ORIGIN else values)
+            offsets.extend(ends)
 
     def close(self) -> None:
-        """Flush buffered rows and close the files."""
-        self._flush()
+        """Close the files."""
         for writer in (*self._columns.values(), self._offsets, *itertools.chain(*self._row_columns.values())):
             writer.close()
 
@@ -99,14 +90,19 @@ class TableWriter:
     ) -> None:
         self.close()
 
-    def _flush(self) -> None:
-        for name, rows in self._pending.items():
-            if rows:
-                self._columns[name].append(np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]))
-            rows.clear()
-        self._offsets.append(np.asarray(self._ends, dtype=np.int64))
-        self._ends.clear()
-        self._waiting = 0
+
+class _OffsetWriter(FlatWriter):
+    """Writer of the offsets of consecutive tables as those of one table."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "<i8")
+        self.end = 0
+        self.append(np.zeros(1))
+
+    def extend(self, offsets: np.ndarray) -> None:
+        """Append the offsets of further rows, which start at 0."""
+        self.append(offsets[1:] + self.end)
+        self.end += int(offsets[-1])
 
 
 class TokenTable:

@@ -18,7 +18,7 @@ from dist_ft.config.plan import CHECKPOINTS, REFERENCE_FILE
 from dist_ft.config.task import PreferenceConfig
 from dist_ft.data.store.opened import Split
 from dist_ft.data.store.pack import in_groups
-from dist_ft.data.store.table import TableWriter
+from dist_ft.data.store.table import TableWriter, TokenTable
 from dist_ft.prepare import Prepared
 from dist_ft.process.place import Place, Worker
 from dist_ft.protocols import LossFn
@@ -39,8 +39,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_split(folder: Path) -> Split:
     folder.mkdir()
     with TableWriter(folder, ("input_ids", "labels")) as writer:
-        for length in LENGTHS:
-            writer.append({"input_ids": [length] * length, "labels": [length] * length})
+        rows = [{"input_ids": [length] * length, "labels": [length] * length} for length in LENGTHS]
+        writer.extend(TokenTable.of(rows))
     in_groups(np.array(LENGTHS), 2).save(folder)
     return Split(str(folder), str(folder), {"samples": 3})
 

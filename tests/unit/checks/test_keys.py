@@ -66,6 +66,7 @@ UNREAD = {
         ["data.special_tokens_in_text=keep", "task=causal_lm"],
         ["data.special_tokens_in_text=keep"],
     ),
+    "data.sample_by": (["data.sample_by=line"], ["data.sample_by=line", "data.validation=rows.txt"]),
     "data.delimiter": (['data.delimiter=";"'], ['data.delimiter=";"', "data.validation=rows.csv"]),
     "data.max_rows": ([*MIXED, "data.max_rows=3"], ["data.max_rows=3"]),
     "data.duplicates": ([*MIXED, "data.duplicates=drop"], ["data.duplicates=drop"]),

@@ -15,6 +15,8 @@ from dist_ft.config.run import RunConfig
 from dist_ft.config.task import TokenClassificationConfig
 from dist_ft.data.read.faults import InvalidRow, RowFault
 from dist_ft.data.read.formats import detect, normalise
+from dist_ft.data.store.encode import Sequences
+from dist_ft.data.store.ledger import Ledger
 from dist_ft.data.store.pack import in_groups
 from dist_ft.data.store.table import TableWriter, TokenTable
 from dist_ft.errors import RequestError
@@ -76,8 +78,10 @@ def numbers(row: dict[str, Any]) -> list[int]:
 def make_batch(task: TokenClassification, tokenizer: Any, folder: Path, rows: Sequence[dict[str, Any]] = ROWS) -> Batch:
     """Collate rows that are read from a table on disk, as in a run."""
     with TableWriter(folder, task.layout.columns, task.layout.row_columns) as writer:
+        encoded = Sequences(task.layout)
         for row in rows:
-            writer.append(task.encode(row, SimpleNamespace(tokenizer=tokenizer))[0])
+            encoded.add(task.encode(row, SimpleNamespace(tokenizer=tokenizer)), Ledger())
+        writer.extend(encoded.table())
     table = TokenTable.open(folder)
     samples = in_groups(table.lengths)
     batch = task.collate([Sample([table.example(*samples[i][0])], index=10 + i) for i in range(len(rows))])
@@ -129,7 +133,9 @@ def test_truncated_words_count_as_outside(wordpiece: Any, bert: Any, tmp_path: P
     options = {"truncation": True, "max_length": 8}
     assert (example["input_ids"], example["labels"]) == align(wordpiece, ROWS[0]["tokens"], numbers(ROWS[0]), **options)
     with TableWriter(tmp_path, task.layout.columns, task.layout.row_columns) as writer:
-        writer.append(example)
+        encoded = Sequences(task.layout)
+        encoded.add([example], Ledger())
+        writer.extend(encoded.table())
     (prediction,) = task.score(bert, task.collate([Sample([TokenTable.open(tmp_path).example(0)], 0)])).predictions
     assert prediction["tags"] == [NAMES[tag] for tag in ROWS[0]["tags"]]
     assert len(example["words"]) < len(prediction["prediction"]) == 7

@@ -95,6 +95,24 @@ def test_text_is_a_document_a_paragraph(tmp_path: Path) -> None:
     assert placed == [("3", {"text": "one\ntwo"}), ("7", {"text": " three"})]
 
 
+@pytest.mark.parametrize(
+    ("sample_by", "rows"),
+    [
+        ("line", [("1", "Title"), ("3", " one"), ("4", "two"), ("6", "three")]),
+        ("paragraph", [("1", "Title"), ("3", " one\ntwo"), ("6", "three")]),
+        ("document", [("1", "Title\n\n one\ntwo\n\nthree")]),
+    ],
+)
+def test_a_row_of_a_text_file_is_what_is_asked_for(tmp_path: Path, sample_by: Any, rows: Any) -> None:
+    """The names are those of `datasets.load_dataset("text", sample_by=…)`; blank lines are no rows here."""
+    (tmp_path / "a.txt").write_text("Title\n\n one\ntwo\n\nthree\n")
+    (tmp_path / "b.txt").write_text("\n\n")
+    placed = [(place.rsplit(":")[-1], row) for place, row in read_rows(str(tmp_path / "a.txt"), sample_by=sample_by)]
+    assert placed == [(line, {"text": text}) for line, text in rows]
+    with pytest.raises(RequestError, match="contains no rows"):
+        read(tmp_path / "b.txt", sample_by=sample_by)
+
+
 def test_globs_and_folders_are_sorted_and_lists_keep_their_order(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"n": name}))

@@ -13,12 +13,11 @@ from dist_ft.data.store.table import TableWriter, TokenTable
 RANDOM = np.random.default_rng(5)
 
 
-def test_a_table_gives_back_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_ft.data.store.table._FLUSH_TOKENS", 7)
+def test_a_table_gives_back_its_rows(tmp_path: Path) -> None:
     rows = [{"a": list(range(n)), "b": [-100] * n} for n in (3, 0, 5, 1, 2**4)]
     with TableWriter(tmp_path, ("a", "b")) as writer:
-        for row in rows:
-            writer.append(row)
+        for part in (rows[:3], rows[3:]):
+            writer.extend(TokenTable.of(part))
     table = TokenTable.open(tmp_path)
     assert isinstance(table.columns["a"], np.memmap) and table.columns["a"].dtype == np.int32
     assert len(table) == 5 and table.tokens == 25 and table.lengths.tolist() == [3, 0, 5, 1, 16]
@@ -107,3 +106,14 @@ def test_targets_are_labels_but_for_first_tokens_of_segments() -> None:
     table = TokenTable.of([{"labels": [5, 6, -100, 7]}, {"labels": [-100, 8]}])
     samples = Samples.of([[(0, 0, 4)], [(0, 0, 2), (1, 0, 2)], [(0, 3, 4)]])
     assert count_shifted(table, samples, -100).tolist() == [2, 2, 0]
+
+
+def test_targets_are_counted_whatever_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"labels": RANDOM.choice([-100, 3], size=length)} for length in RANDOM.integers(0, 12, size=60)]
+    table = TokenTable.of(rows)
+    samples = pack_best_fit(table.lengths, 12)
+    segments = [samples[i] for i in range(len(samples))]
+    expected = [sum(int((rows[row]["labels"][1:] == 3).sum()) for row, _, _ in parts) for parts in segments]
+    for size in (1, 30, 10_000):
+        monkeypatch.setattr("dist_ft.data.store.pack._TOKENS_AT_ONCE", size)
+        assert count_shifted(table, samples, -100).tolist() == expected

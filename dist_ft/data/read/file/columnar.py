@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from ...errors import RequestError
-from .folders import ending_of
-from .sources import HubSet
+from ....errors import RequestError
+from ..folders import ending_of
+from ..remote import DataFile
+from ..sources import HubSet
 
-_BATCH = 256
+_BATCH = 256  # rows, fewer if they are large
+_BATCH_BYTES = 32 << 20
 _ARROW_FILE = b"ARROW1"  # first bytes of an Arrow file; without them it is a stream, as datasets writes
 
 
-def read_columnar(path: Path) -> Iterator[tuple[str, Any]]:
+def read_columnar(path: DataFile) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a Parquet or Arrow file, with the 1-based row number as the place.
 
     Raises:
@@ -62,19 +63,22 @@ def read_hub(source: HubSet, revision: str | None) -> Iterator[tuple[str, Any]]:
         raise RequestError.of(str(source), f"cannot be loaded from the Hub ({_first_line(error)})", way_out) from error
 
 
-def _parquet_batches(path: Path) -> Iterator[Any]:
+def _parquet_batches(path: DataFile) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=_BATCH)
+    with path.open("rb") as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+        average = sum(sizes) // max(1, file.metadata.num_rows)
+        yield from file.iter_batches(batch_size=max(1, min(_BATCH, _BATCH_BYTES // max(1, average))))
 
 
-def _arrow_batches(path: Path) -> Iterator[Any]:
+def _arrow_batches(path: DataFile) -> Iterator[Any]:
     import pyarrow
 
-    with path.open("rb") as file:
-        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
-    with pyarrow.OSFile(str(path)) as source:
+    with path.open("rb") as opened:
+        is_file = opened.read(len(_ARROW_FILE)) == _ARROW_FILE
+        opened.seek(0)
+        source = pyarrow.PythonFile(opened, "r")
         if is_file:
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
