@@ -9,13 +9,14 @@ from itertools import islice
 from typing import Any
 
 from ..config.run import RunConfig
+from ..config.task import Reasoning
 from ..data.read.chosen import read_split
 from ..data.read.faults import RowFault
 from ..data.read.formats import VARIABLES, normalise_for
 from ..data.read.sets import SplitName, sets_of
+from ..data.render.forms import settled
 from ..data.render.special_text import SpecialText
 from ..data.render.template import CONVERSING, ChatTokenizer
-from ..data.render.turns import without_reasoning
 from ..errors import RequestError
 
 Message = dict[str, Any]
@@ -30,6 +31,7 @@ class Question:
     answer: str | None = None  # answer from the data, if any
     tools: Sequence[Any] | None = None
     variables: Mapping[str, Any] | None = None  # of the chat template, for this row
+    reply: Message | None = None  # the message of the data that answers; the prompt is the one that training renders
 
     @classmethod
     def of_text(cls, text: str, *, chat: bool) -> Question:
@@ -52,7 +54,10 @@ class Question:
             begins = chat.adds_bos and chat.bos_id is not None and ids[:1] != [chat.bos_id]
             return [chat.bos_id, *ids] if begins else ids  # type: ignore[list-item]
         try:
-            return chat.encode_prompt(self.messages, self.tools, self.variables)
+            variables = self.variables
+            if self.reply is not None:
+                variables = chat.variables_of([*self.messages, self.reply], self.tools, variables)
+            return chat.encode_prompt(self.messages, self.tools, variables)
         except RowFault as fault:
             raise RequestError.of("prompt", fault.cause, fault.way_out) from fault
 
@@ -72,11 +77,12 @@ def read_questions(config: RunConfig, split: SplitName, count: int) -> Iterator[
     Raises:
         RequestError: If the run has no such split, or a row is invalid or consists of token ids.
     """
-    drops = getattr(config.task, "reasoning", None) == "drop"
+    reasoning: Reasoning = getattr(config.task, "reasoning", "require")
     for place, row in read_canonical(config, split, count):
         question = question_of(row, place)
-        if drops and question.messages is not None:
-            question = replace(question, messages=without_reasoning(question.messages))
+        if question.messages is not None:
+            reply = settled([question.reply], reasoning)[0] if question.reply is not None else None
+            question = replace(question, messages=settled(question.messages, reasoning), reply=reply)
         yield question
 
 
@@ -115,8 +121,9 @@ def question_of(row: dict[str, Any], place: str) -> Question:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         stop = turns[-1] if turns else len(messages)
         shown = next((str(m.get("content", "")) for m in reversed(messages[:stop]) if m["role"] != "assistant"), "")
-        answer = messages[stop].get("content") if turns else None
-        return Question(messages[:stop], shown, answer, row.get("tools"), row.get(VARIABLES))
+        reply = messages[stop] if turns else None
+        answer = reply.get("content") if reply is not None else None
+        return Question(messages[:stop], shown, answer, row.get("tools"), row.get(VARIABLES), reply)
     if "prompt" in row:
         return Question(None, row["prompt"], row["completion"])
     if "text" in row:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config.data import held_out
 from ..config.run import RunConfig
+from ..config.task import SHIPPED_TEMPLATES
 from ..data.read.chosen import has_labels
 from ..data.read.faults import InvalidRow, Tally, describe_cause
 from ..data.read.fill import template_problems
@@ -25,11 +26,11 @@ FIRST_ROWS = 20  # read from each file, enough to detect a wrong encoding, delim
 def chat_template_problems(config: RunConfig) -> Iterator[Problem]:
     """Check that the file of `task.chat_template` exists, and the keys that go with it."""
     template = getattr(config.task, "chat_template", None)
-    if template not in (None, "chatml") and not Path(template).is_file():
+    if template not in (None, *SHIPPED_TEMPLATES) and not Path(template).is_file():
         yield Problem(
             "task.chat_template",
             f"the file {template} does not exist",
-            "set task.chat_template to a Jinja file, or to chatml",
+            f"set task.chat_template to a Jinja file, or to one of {', '.join(SHIPPED_TEMPLATES)}",
         )
 
     given = [name for name in getattr(config.task, "chat_template_kwargs", {}) if name in RESERVED]

@@ -11,9 +11,10 @@ from .strict import Share, Strict, Text
 Overlong = Literal["error", "truncate", "drop"]
 Unsupervised = Literal["error", "drop"]
 Variable = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$")]
+SHIPPED_TEMPLATES = ("chatml", "llama3_calls", "tools_as_text")  # files of data/render
 ChatTemplate = Annotated[
     Text | None,
-    Field(description="Path of a Jinja file, or the name of a shipped one. Defaults to the tokenizer's."),
+    Field(description=f"Path of a Jinja file, or {', '.join(SHIPPED_TEMPLATES)}. Defaults to the tokenizer's."),
 ]
 ChatTemplateKwargs = Annotated[
     dict[Variable, Any],
@@ -23,10 +24,10 @@ ChatTemplateKwargs = Annotated[
     ),
 ]
 Reasoning = Annotated[
-    Literal["require", "keep", "drop"],
+    Literal["require", "keep", "drop", "inline"],
     Field(
-        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, or drop"
-        " it from the rows."
+        description="Reasoning of supervised turns: require it in the rendering, keep what is rendered of it, drop it"
+        " from the rows, or write it inline: in `<think>` tags at the start of the content."
     ),
 ]
 Role = Literal["system", "developer", "user", "assistant", "tool"]

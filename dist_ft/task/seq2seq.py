@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config.task import Seq2SeqConfig
 from ..data.read.faults import EMPTY_TEXT, RowFault
-from ..data.render.added_tokens import add_tokens
+from ..data.render.tokenizer import add_tokens
 from ..protocols import Task
 from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metrics, Row, Sample
 

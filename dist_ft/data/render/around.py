@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ..read.faults import RowFault
 from .places import Places, find_places
-from .renderer import OWN_TEMPLATE, Message, Renderer, Span
+from .renderer import OWN_TEMPLATE, Message, Renderer, Span, common_prefix
 
 WHOLE = 8  # turns of a conversation up to which each is rendered behind all that precedes it
 
@@ -88,10 +88,10 @@ def behind_all(render: Renderer, messages: Sequence[Message], turn: int) -> Arou
         cause = f"the chat template's generation prompt ends with {tail!r}, which the rendered answer does not contain"
         raise PromptFault(
             cause,
-            "set task.chat_template_kwargs, or this column of the rows, to render the prompt without it (such as"
-            " {enable_thinking: false} for answers without reasoning); if it opens a <think> block, task.reasoning=drop"
-            " trains an empty one;"
-            f" or {OWN_TEMPLATE}",
+            "set task.one_row_per_turn=true if this prompt is rendered before the last answer alone, or"
+            " task.chat_template_kwargs (or this column of the rows) to render it without this text (such as"
+            " {enable_thinking: false} for answers without reasoning), or "
+            f"{OWN_TEMPLATE}",
         )
     return Around(render, messages[: turn + 1], prompt, rendered)
 
@@ -116,12 +116,6 @@ def behind_near(render: Renderer, places: Places, turn: int) -> Around | None:
     if not there or not here:
         return None
     return Around(render, around.messages, around.prompt, around.rendered, skipped=there[-1][1], base=here[-1][1])
-
-
-def common_prefix(one: str, other: str) -> str:
-    """Return the longest common prefix."""
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:length]
 
 
 def _near(messages: Sequence[Message], turn: int) -> tuple[list[int], int] | None:

@@ -21,7 +21,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 THOUGHT = re.compile(r"^\s*<think>(.*?)</think>\s*", re.DOTALL)  # reasoning at the start of a content
 _TAGS = re.compile(r"<[^<>\s'\"{}%]{1,40}>|\[/?[A-Z_]{2,20}\]|/(?:no_)?think\b")
 PROTECTED = "\ue0f0"  # stands for `</think>` where the template must not cut, see turns.py
-_CLOSES_THOUGHT = re.compile(rf"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|{PROTECTED}")
+CLOSES_THOUGHT = re.compile(rf"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|{PROTECTED}")
 _PLANE = 0x100000  # supplementary private use area B
 MOST = 0x7FFF  # marked texts of a row: two marks each, of the 65,534 characters of the plane
 
@@ -92,7 +92,7 @@ class Marker:
         return {**tool, "function": marked} if "function" in tool else marked
 
     def _content(self, text: str, owner: int) -> str:
-        closing = [tag.end() for tag in self.tags.finditer(text) if _CLOSES_THOUGHT.fullmatch(tag[0])]
+        closing = [tag.end() for tag in self.tags.finditer(text) if CLOSES_THOUGHT.fullmatch(tag[0])]
         if not closing:
             return self._text(text, owner, "content")
         stop = closing[-1]

@@ -16,14 +16,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..read.faults import RowFault
-from .parts import MOST, TOOLS, Marker, Part, forms_of, free_base, free_number, tags_of, texts_of
+from .parts import CLOSES_THOUGHT, MOST, TOOLS, Marker, Part, forms_of, free_base, free_number, tags_of, texts_of
 from .renderer import OWN_TEMPLATE, Message, Renderer, Span
 
 _ROUNDS = 12  # renderings with marks of one row
 SHOWS = "set task.chat_template to one that renders it, such as chatml"
+CALLS_AS_TEXT = (
+    "set task.chat_template=tools_as_text, which writes tools and calls into texts that the model's template renders,"
+    " llama3_calls for the calls of Llama 3.1 to 3.3, or a template that renders them, such as chatml"
+)
 KEEP_REASONING = (
-    "set task.one_row_per_turn=true if only the last answer's reasoning is rendered, task.reasoning=keep to train what"
-    " is rendered, task.reasoning=drop to train without it, or a template that renders it"
+    "set task.one_row_per_turn=true if only the last answer's reasoning is rendered, task.reasoning=inline to write it"
+    " into the content in <think> tags, task.reasoning=keep to train what is rendered, task.reasoning=drop to train"
+    " without it, or a template that renders it"
 )
 
 
@@ -69,8 +74,10 @@ class Places:
                 continue
             if not self.spans.get(index):
                 cause = f"the chat template does not render {self._name(part)}"
-                fault = LostReasoning if part.kind == "reasoning" else RowFault
-                raise fault(cause, KEEP_REASONING if part.kind == "reasoning" else SHOWS)
+                if part.kind == "reasoning":
+                    raise LostReasoning(cause, KEEP_REASONING)
+                is_called = part.kind in ("call", "tool") or self._is_beside_calls(part)
+                raise RowFault(cause, CALLS_AS_TEXT if is_called else SHOWS)
             is_whole = any(self.text[start:stop] in part.forms for start, stop in self.spans[index])
             if not is_whole or not self._is_joined(index, part):
                 raise RowFault(f"the chat template changes {self._name(part)}", OWN_TEMPLATE)
@@ -90,6 +97,10 @@ class Places:
             if not single and (part.kind != "reasoning" or owner in reasoned):
                 where = "outside the part of the text that the model generates" if not inside else "more than once"
                 raise RowFault(f"the chat template renders {self._name(part)} {where}", OWN_TEMPLATE)
+            is_first = part.kind == "reasoning" and (index == 0 or self.parts[index - 1].kind != "reasoning")
+            if is_first and inside and self._is_closed(spans[0][0], inside[0][0]):
+                cause = "the chat template renders a closed block before the reasoning of an assistant message"
+                raise LostReasoning(cause, KEEP_REASONING)
         for first, last in spans:
             at = bisect.bisect_left(self._foreign, (first, first, -1))
             for start, stop, index in itertools.islice(self._foreign, at, None):
@@ -99,12 +110,21 @@ class Places:
                 if part.owner != owner and stop <= last:
                     raise RowFault(f"the chat template renders {self._name(part)} inside an answer", OWN_TEMPLATE)
 
+    def _is_closed(self, start: int, place: int) -> bool:
+        """Return whether a block of reasoning is closed directly before a turn, or in the turn before this place."""
+        before = self.text[max(0, start - 40) : start].rstrip()
+        closed = any(tag.end() == len(before) for tag in CLOSES_THOUGHT.finditer(before))
+        return closed or CLOSES_THOUGHT.search(self.text, start, place) is not None
+
     def _is_joined(self, index: int, part: Part) -> bool:
         """Return whether what is between this part and the previous one of the same text is rendered too."""
         if part.gap is None:
             return True
         ends, starts = ([span[i] for span in self.spans.get(at, ())] for i, at in ((1, index - 1), (0, index)))
         return any(self.text[end:start] in forms_of(part.gap) for end in ends for start in starts)
+
+    def _is_beside_calls(self, part: Part) -> bool:
+        return part.owner != TOOLS and bool(self.messages[part.owner].get("tool_calls"))
 
     def _name(self, part: Part) -> str:
         if part.owner == TOOLS:
@@ -116,7 +136,7 @@ class Places:
         if part.kind == "reasoning":
             return "the reasoning of an assistant message"
         if role == "assistant":
-            return "the assistant's content" + (" beside its tool calls" if message.get("tool_calls") else "")
+            return "the assistant's content" + (" beside its tool calls" if self._is_beside_calls(part) else "")
         return f"the content of a message of role {role}"
 
 

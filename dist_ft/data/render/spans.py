@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..read.faults import RowFault
-from .around import Around, behind_all, behind_near, common_prefix
+from .around import Around, behind_all, behind_near
 from .places import Places
-from .renderer import OWN_TEMPLATE, Renderer, Span
+from .renderer import OWN_TEMPLATE, Renderer, Span, common_prefix
 
 _VISIBLE = re.compile(r"\S")
 ONE_ROW = f"set task.one_row_per_turn=true or task.train_on=last, or {OWN_TEMPLATE}"

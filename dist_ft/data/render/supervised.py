@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Collection, Sequence
 
 from ..read.faults import RowFault
-from .around import behind_all, behind_near, common_prefix, turns_of_whole
+from .around import behind_all, behind_near, turns_of_whole
 from .places import Places, find_places
-from .renderer import Message, Renderer, Span
+from .renderer import OWN_TEMPLATE, Message, Renderer, Span, common_prefix
 from .spans import Closers, find_content, find_span
 from .turns import Supervision
 
@@ -50,6 +51,8 @@ def supervised_spans(
             content = find_content(places, turn, closers)
             spans[turn] = [] if content is None else [content]
         places.require_inside(turn, spans[turn], reasoned)
+        if closers.eos and any(_ends_early(places, turn, span, closers.eos) for span in spans[turn]):
+            raise RowFault("the chat template renders an EOS inside an answer, where generation stops", OWN_TEMPLATE)
     for turn in spans:
         if settings.train_on_eos == "none" or (settings.train_on_eos == "last" and turn != turns[-1]):
             spans[turn] = _without_end(text, spans[turn], closers)
@@ -114,6 +117,15 @@ def _to_end(render: Renderer, places: Places, turn: int, block: Span, closers: C
     except RowFault:
         whole = stop + len(end) if end == closers.eos else stop
     return start, min(max(whole, stop), stop + len(end))
+
+
+def _ends_early(places: Places, turn: int, span: Span, eos: str) -> bool:
+    """Return whether a turn has EOS before one of its texts, and not in a text."""
+    start, stop = span
+    texts = places.within(turn)
+    last = max((first for first, _ in texts), default=start)
+    found = (at.start() for at in re.compile(re.escape(eos)).finditer(places.text, start, min(last, stop)))
+    return any(not any(first <= at < end for first, end in texts) for at in found)
 
 
 def _without_end(text: str, spans: Sequence[Span], closers: Closers) -> list[Span]:

@@ -6,29 +6,20 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ...config.task import TaskConfig
 from ..read.faults import EMPTY_TEXT, RowFault
 from ..read.formats import IGNORED_LABEL
 from .around import PromptFault
-from .parts import PROTECTED
+from .forms import row_forms, with_text_arguments
 from .places import LostReasoning
 from .renderer import OWN_TEMPLATE, Message, Renderer, RenderFault, Span
 from .spans import Closers
 from .supervised import PLAIN, ends_plain_turns, supervised_spans
-from .turns import (
-    Supervision,
-    flag_of,
-    protected_form,
-    reasoning_forms,
-    with_text_arguments,
-    without_flags,
-    without_reasoning,
-)
+from .turns import Supervision, flag_of, without_flags
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
 
@@ -182,46 +173,40 @@ class ChatTokenizer:
                 raise
             return self._ids(render(written, generation=True))
 
+    def variables_of(
+        self, messages: Sequence[Message], tools: Tools = None, variables: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any] | None:
+        """Return the variables with which the last message is rendered as an answer: those of its training prompt."""
+        try:
+            return self._rendered(Renderer(self.tokenizer, tools, variables), messages, [len(messages) - 1])[
+                0
+            ].variables
+        except RowFault:
+            return variables
+
     def _encode(self, render: Renderer, messages: Sequence[Message], turns: Sequence[int]) -> Encoded:
         """Encode a conversation with loss on the messages `turns`, in the first form that is rendered completely."""
+        renders, text, spans = self._rendered(render, messages, turns)
+        encoded = self._by_spans(text, spans)
+        if self.supervision.train_on_eos != "none" and messages[turns[-1]]["role"] == "assistant":
+            encoded = self._closed(encoded, renders, is_last=turns[-1] == len(messages) - 1)
+        return self._once(encoded)
+
+    def _rendered(
+        self, render: Renderer, messages: Sequence[Message], turns: Sequence[int]
+    ) -> tuple[Renderer, str, list[Span]]:
+        """Return the renderer and the rendering of the first complete form, with its supervised spans."""
         muted = [i for i, message in enumerate(messages) if flag_of(message) is False]
         first: RowFault | None = None
-        for renders, form, reasoned in self._forms(render, messages, turns):
+        for renders, form, reasoned in row_forms(render, messages, turns, self.supervision.reasoning):
             try:
-                text, spans = supervised_spans(renders, form, turns, muted, reasoned, self.closers, self.supervision)
+                found = supervised_spans(renders, form, turns, muted, reasoned, self.closers, self.supervision)
             except (LostReasoning, PromptFault, RenderFault) as fault:
                 first = first or fault
-                continue
-            encoded = self._by_spans(text, spans)
-            if self.supervision.train_on_eos != "none" and messages[turns[-1]]["role"] == "assistant":
-                encoded = self._closed(encoded, render, is_last=turns[-1] == len(messages) - 1)
-            return self._once(encoded)
+            else:
+                return renders, *found
         assert first is not None, "the first form is the row as given"
         raise first
-
-    def _forms(
-        self, render: Renderer, messages: Sequence[Message], turns: Sequence[int]
-    ) -> Iterator[tuple[Renderer, list[Message], Sequence[int]]]:
-        """Yield the conversation in the forms in which the chat template may render all of it.
-
-        Each has the messages whose reasoning has to be rendered.
-        """
-        reasoning = self.supervision.reasoning
-        given, reasoned = without_flags(messages), turns[-1:] if reasoning == "keep" else turns
-        if reasoning == "drop":
-            given = without_reasoning(given)
-        for form in reasoning_forms(given, render.template):
-            yield render, form, reasoned
-        if len(given) > 1 and given[-1]["role"] == "assistant" and not render.marks_answers:
-            with contextlib.suppress(RenderFault):
-                prompt = render(given[:-1], generation=True)
-                if (shielded := protected_form(given, prompt, empty=reasoning == "drop")) is not None:
-                    yield Renderer(self.tokenizer, render.tools, render.variables, PROTECTED), shielded, reasoned
-        if (written := with_text_arguments(given)) is not None:
-            for form in reasoning_forms(written, render.template):
-                yield render, form, reasoned
-        if reasoning == "keep":
-            yield render, given, []
 
     def _by_spans(self, text: str, spans: Sequence[Span]) -> Encoded:
         """Tokenize the rendered text and label the tokens inside the spans.

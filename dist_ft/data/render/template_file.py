@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...config.task import TaskChoice
+from ...config.task import SHIPPED_TEMPLATES, TaskChoice
 from ...errors import RequestError
 
-CHATML_FILE = Path(__file__).with_name("chatml.jinja")
+_FOLDER = Path(__file__).parent
+_DEFAULT = re.compile(r"\{% set (\w+) = \1 if \1 is defined and \1 is not none else [^\n]*? %\}")
+_OWN = "{# the template of the model #}"  # in a shipped template that changes messages and leaves the rest to it
 
 
 def read_template(task: TaskChoice) -> str | None:
@@ -21,12 +24,32 @@ def read_template(task: TaskChoice) -> str | None:
     template: str | None = getattr(task, "chat_template", None)
     if template is None:
         return None
-    path = CHATML_FILE if template == "chatml" else Path(template).expanduser()
+    path = _FOLDER / f"{template}.jinja" if template in SHIPPED_TEMPLATES else Path(template).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        way_out = "set task.chat_template to a Jinja file, or to chatml"
+        way_out = f"set task.chat_template to a Jinja file, or to one of {', '.join(SHIPPED_TEMPLATES)}"
         raise RequestError.of("task.chat_template", f"{path} cannot be read ({error})", way_out) from error
+
+
+def with_own(template: str | None, own: Any) -> Any:
+    """Return the chat template of a run: the configured one, if any, around or in place of the tokenizer's own.
+
+    Args:
+        template: Text of `task.chat_template`.
+        own: The tokenizer's template, or templates by name.
+
+    Raises:
+        RequestError: The configured template needs the tokenizer's own, and there is none.
+    """
+    if template is None or _OWN not in template:
+        return own if template is None else template
+    if own is None:
+        rule = "this template changes messages for the tokenizer's own template, and the tokenizer has none"
+        raise RequestError.of("task.chat_template", rule, "set task.chat_template=chatml")
+    if isinstance(own, Mapping):
+        return {name: with_own(template, text) for name, text in own.items()}
+    return template.rstrip("\n").replace(_OWN, own)
 
 
 def with_defaults(template: Any, variables: Mapping[str, Any]) -> Any:
@@ -43,3 +66,8 @@ def with_defaults(template: Any, variables: Mapping[str, Any]) -> Any:
         for name, value in variables.items()
     )
     return f"{first}\n{template}"  # the environment removes the line break behind a block
+
+
+def defaults_of(template: str) -> set[str]:
+    """Return the variables that have defaults by `with_defaults`."""
+    return {found[1] for found in _DEFAULT.finditer(template.partition("\n")[0])}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...config.run import RunConfig
-from ...errors import RequestError
-from .added_tokens import add_tokens
-from .template_file import read_template, with_defaults
+from ...errors import Problem, RequestError
+from .template_file import read_template, with_defaults, with_own
+
+ADDED = "model.add_tokens"
 
 
 def check_tokenizers(config: RunConfig, model_dir: str, tokenizer_dir: str) -> None:
@@ -68,7 +70,29 @@ def load_tokenizer(config: RunConfig, folder: str) -> Any:
         way_out = "set model.tokenizer to a folder or Hub id that has a tokenizer"
         raise RequestError.of("model.tokenizer", f"{folder} has no loadable tokenizer ({reason})", way_out) from error
     tokenizer.chat_template = with_defaults(
-        read_template(config.task) or tokenizer.chat_template, getattr(config.task, "chat_template_kwargs", {})
+        with_own(read_template(config.task), tokenizer.chat_template),
+        getattr(config.task, "chat_template_kwargs", {}),
     )
     add_tokens(tokenizer, config.model.add_tokens)
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Add `tokens` to a transformers tokenizer as special tokens and return their ids.
+
+    Special tokens are matched anywhere in a text, and skipped by decoding with `skip_special_tokens=True`.
+
+    Raises:
+        RequestError: The tokenizer already has one of the tokens, so its embedding would not be new.
+    """
+    if not tokens:
+        return ()
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    if old := [token for token in tokens if token in known]:
+        rule, way_out = "the tokenizer already has this token", "remove it from model.add_tokens"
+        raise RequestError(*(Problem(ADDED, f"{token!r}: {rule}", way_out) for token in old))
+    new = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    return tuple(tokenizer.convert_tokens_to_ids(list(tokens)))

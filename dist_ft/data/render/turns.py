@@ -1,17 +1,14 @@
-"""Which messages of a conversation are supervised, and the forms in which a row's reasoning is given to a template."""
+"""Which messages of a conversation are supervised."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...config.task import Reasoning
 from ..read.faults import RowFault
 from ..read.messages import FLAGS
-from .parts import PROTECTED, REASONING_KEYS, THOUGHT
 from .renderer import Message
 
 Ends = Literal["turn", "last", "none"]
@@ -82,98 +79,6 @@ def flag_of(message: Message) -> bool | None:
 def without_flags(messages: Sequence[Message]) -> list[Message]:
     """Return the messages without their flags, which are not for the chat template."""
     return [{key: value for key, value in message.items() if key not in FLAGS} for message in messages]
-
-
-def without_reasoning(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages without reasoning, in keys of its own or in `<think>` tags at the start of the content."""
-    kept = [{key: value for key, value in message.items() if key not in REASONING_KEYS} for message in messages]
-    return [
-        {**message, "content": THOUGHT.sub("", message["content"])} if message["role"] == "assistant" else message
-        for message in kept
-    ]
-
-
-def reasoning_forms(messages: Sequence[Message], template: str) -> Iterator[list[Message]]:
-    """Yield the conversation with its reasoning as given, then in the other forms that the chat template names.
-
-    transformers gives reasoning to templates as `reasoning_content` and `thinking`. Others read `reasoning`, or a
-    `<think>` block at the start of the content.
-    """
-    given = list(messages)
-    yield given
-    keyed = [_keyed(message) for message in messages]
-    if keyed != given and "reasoning_content" in template:
-        yield keyed
-    if any("reasoning_content" in message for message in keyed):
-        if "reasoning" in template:
-            yield [_renamed(message) for message in keyed]
-        if "</think>" in template:
-            yield [_inline(message) for message in keyed]
-
-
-def with_text_arguments(messages: Sequence[Message]) -> list[Message] | None:
-    """Return the messages with the arguments of calls as JSON text, which some templates need; None without calls."""
-    if not any(message.get("tool_calls") for message in messages):
-        return None
-    changed = []
-    for message in messages:
-        calls = [
-            {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
-            for call in message.get("tool_calls") or ()
-        ]
-        changed.append({**message, "tool_calls": calls} if calls else message)
-    return changed
-
-
-def protected_form(messages: Sequence[Message], prompt: str, *, empty: bool) -> list[Message] | None:
-    """Return the conversation with the reasoning of its last answer in a block that the template cannot cut away.
-
-    Some templates open a `<think>` block in the generation prompt and cut what is in such a block out of all answers
-    (DeepSeek-R1, QwQ), also out of the last one. Here PROTECTED stands for `</think>`; the renderer restores it.
-
-    Args:
-        messages: The conversation.
-        prompt: The rendered prompt of the last message.
-        empty: Whether an answer without reasoning gets an empty block.
-
-    Returns:
-        None if the prompt opens no block, or there is no reasoning.
-    """
-    opening = re.search(r"<think>(\s*)$", prompt)
-    last = _keyed(messages[-1])
-    thought = str(last.pop("reasoning_content", "")).strip()
-    if opening is None or not (thought or empty) or any(PROTECTED in str(m) for m in messages):
-        return None
-    blank = opening[1]
-    block = f"<think>{blank}{thought}{blank}{PROTECTED}{blank * 2}"
-    return [*messages[:-1], {**last, "content": block + last["content"]}]
-
-
-def _keyed(message: Message) -> Message:
-    """Return the message with its reasoning as `reasoning_content` alone."""
-    if message["role"] != "assistant":
-        return message
-    rest = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    thought = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
-    if thought is None and (match := THOUGHT.match(message["content"])):
-        thought, rest["content"] = match[1].strip(), message["content"][match.end() :]
-    return {**rest, "reasoning_content": thought} if thought else rest
-
-
-def _renamed(message: Message) -> Message:
-    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-    return {**rest, "reasoning": message["reasoning_content"]} if "reasoning_content" in message else rest
-
-
-def _inline(message: Message) -> Message:
-    if "reasoning_content" not in message:
-        return message
-    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-    return {**rest, "content": f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{message['content']}"}
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flag(name: str, value: Any) -> bool:

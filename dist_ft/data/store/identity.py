@@ -20,7 +20,7 @@ from ..read.sets import ALONE, SPLITS, SplitName, sets_of
 from ..read.sources import fingerprint
 from ..render.template_file import read_template
 
-RENDERING_VERSION = 2  # of conversations: increase it with every change of their tokens and labels
+RENDERING_VERSION = 3  # of conversations: increase it with every change of their tokens and labels
 _LATER_KEYS = {
     "chat_template_kwargs": {},
     "reasoning": "require",

@@ -79,6 +79,20 @@ def test_a_prompt_is_rendered_as_the_row_was_in_training(tiny_tokenizer: Path) -
         Question(said, "").encode(tokenizer)
 
 
+def test_a_prompt_has_the_switch_with_which_its_row_is_trained(tiny_tokenizer: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:"
+        "{% if m.role == 'assistant' %}{{ '<yes>' + m.thinking if m.thinking else '<no>' }}{% endif %}"
+        "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:"
+        "{{ '<yes>' if enable_thinking is not defined or enable_thinking else '<no>' }}{% endif %}"
+    )
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    for answer, ending in ((said[1], "assistant:<no>"), ({**said[1], "thinking": "Hm"}, "assistant:<yes>")):
+        question = question_of({"messages": [said[0], answer]}, "")
+        assert tokenizer.decode(question.encode(tokenizer)).endswith(ending)
+
+
 def test_reasoning_that_was_dropped_in_training_is_in_no_prompt(tmp_path: Path) -> None:
     thought = {"role": "assistant", "content": "<think>Hm</think>two", "thinking": "Hm"}
     said = [{"role": "user", "content": "one"}, thought, {"role": "user", "content": "three"}, thought]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dist_ft.data.read.formats import IGNORED_LABEL
+from dist_ft.data.render import template_file
 from dist_ft.data.render.template import ChatTokenizer
 
 CHATML = (
@@ -70,6 +72,11 @@ CHAT = [
     {"role": "user", "content": "I am well"},
     {"role": "assistant", "content": "It is Paris."},
 ]
+
+
+def shipped(name: str) -> str:
+    """The text of a template that comes with the package."""
+    return Path(template_file.__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def make_tokenizer(template: str | None, *, eos: str | None = "</s>", adds_bos: bool = False) -> Any:

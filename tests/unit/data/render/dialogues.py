@@ -6,6 +6,7 @@ comes from is seen from the character alone, whatever the template does and howe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import groupby, pairwise
 from typing import Any
+
+from jinja2 import TemplateError
 
 from dist_ft.data.read.formats import IGNORED_LABEL
 
@@ -106,9 +109,10 @@ def faults(
     """
     ids, labels = encoded["input_ids"], encoded["labels"]
     learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
-    whole = _count(re.sub(r"\\u(\w{4})", lambda match: chr(int(match[1], 16)), tokenizer.decode(ids)))
+    whole = _count(_unescaped(tokenizer.decode(ids)))
     runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED_LABEL)
-    supervised = _count(*(tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned))
+    decoded = (tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned)
+    supervised = _count(*map(_unescaped, decoded))
     texts = {i: _count(*_texts(message)) for i, message in enumerate(messages)}
     wanted = sum((texts[i] for i in learned), Counter())
     found = []
@@ -140,24 +144,44 @@ def _border_faults(
     run = next((i for i in range(end, -1, -1) if labels[i] == IGNORED_LABEL), -1)
     if labels[run + 1 : end].count(tokenizer.eos_token_id):
         yield "something behind the end token is learned"
-    prompts = [_prompt(tokenizer, history, tools) for history in (messages[:turn], _inline(messages[:turn]))]
-    prompt = next((prompt for prompt in prompts if ids[: len(prompt)] == prompt), None)
+    prompt = next(
+        (prompt for prompt in _prompts(tokenizer, messages, turn, tools) if ids[: len(prompt)] == prompt), None
+    )
     if prompt is None:
         yield "the tokens before the answer are not those of the prompt"
     elif labels[len(prompt) - 1] != IGNORED_LABEL:
         yield "the end of the prompt is learned"
 
 
-def _prompt(tokenizer: Any, messages: Sequence[Message], tools: Any) -> list[int]:
-    given = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    options = {"tools": tools, "add_generation_prompt": True, "return_dict": True}
-    try:
-        return list(tokenizer.apply_chat_template(given, **options)["input_ids"])
-    except TypeError:  # arguments have to be text
-        given = deepcopy(given)
-        for call in (call["function"] for message in given for call in message.get("tool_calls", ())):
-            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-        return list(tokenizer.apply_chat_template(given, **options)["input_ids"])
+def _prompts(tokenizer: Any, messages: Sequence[Message], turn: int, tools: Any) -> Iterator[list[int]]:
+    """The prompts of a turn, with the forms of messages that templates read and a switch set as the turn has it."""
+    history = [{key: value for key, value in message.items() if key != "weight"} for message in messages[:turn]]
+    thinks = bool({"reasoning_content", "thinking"} & {*messages[turn]}) or "<think>" in messages[turn]["content"]
+    system = _as_system(history)
+    for form in (history, _inline(history), system, _in_parts(history), _in_parts(system)):
+        for written in (form, _with_text(form)):
+            for variables in ({}, {"enable_thinking": thinks}, {"thinking": thinks}):
+                options = {"tools": tools, "add_generation_prompt": True, "return_dict": True, **variables}
+                with contextlib.suppress(TypeError, ValueError, TemplateError):
+                    yield list(tokenizer.apply_chat_template(written, **options)["input_ids"])
+
+
+def _with_text(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with arguments of calls as text."""
+    given = deepcopy(list(messages))
+    for call in (call["function"] for message in given for call in message.get("tool_calls", ())):
+        call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+    return given
+
+
+def _as_system(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with what the developer says as the system's."""
+    return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with content as lists of parts."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def _inline(messages: Sequence[Message]) -> list[Message]:
@@ -168,6 +192,11 @@ def _inline(messages: Sequence[Message]) -> list[Message]:
         else message
         for message in messages
     ]
+
+
+def _unescaped(text: str) -> str:
+    """The text with the letters that it has in place of their escapes in JSON."""
+    return re.sub(r"\\u(\w{4})", lambda match: chr(int(match[1], 16)), text)
 
 
 def _count(*texts: str) -> Counter[str]:

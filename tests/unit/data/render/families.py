@@ -110,6 +110,26 @@ FAMILIES = {
         IM,
         "<|im_end|>",
     ),
+    "closed_prompt": Family(
+        "the prompt ends with an empty block unless `enable_thinking` is true, answers are rendered without (Gemma 4)",
+        _turns(
+            f"{{% if m.reasoning_content and loop.last %}}<think>{{{{ m.reasoning_content }}}}</think>{{% endif %}}"
+            f"{CHAT}{CALLS}{END}",
+            PROMPT.replace("assistant\n", "assistant\n{% if not enable_thinking %}<think></think>{% endif %}"),
+        ),
+        IM,
+        "<|im_end|>",
+    ),
+    "closed_answer": Family(
+        "answers have an empty block in place of their reasoning, the prompt opens it if `thinking` is true"
+        " (DeepSeek-V3.1)",
+        _turns(
+            f"<think></think>{{{{ m.content.split('</think>')[-1] }}}}{CALLS}{END}",
+            PROMPT.replace("assistant\n", "assistant\n<think>{% if not thinking %}</think>{% endif %}"),
+        ),
+        IM,
+        "<|im_end|>",
+    ),
     "headers": Family(
         "header tokens, trimmed texts; one call, without text beside it; JSON results (Llama 3.1)",
         "<s>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"

@@ -42,7 +42,7 @@ def spans_of(template: str, messages: list[dict[str, Any]], tools: Any = None) -
         ("swallowed", "tools", "the row's tools"),
         ("swallowed", "call", "tool calls"),
         ("instruct", "system", "the content of a message of role system"),
-        ("declared", "developer", "the content of a message of role developer"),
+        ("words", "developer", "the content of a message of role developer"),
         ("last_thought", "all_reasoning", "the reasoning of an assistant message"),
         ("cut_thought", "all_reasoning", "the reasoning of an assistant message"),
     ],
@@ -175,3 +175,22 @@ def test_a_tag_that_a_template_takes_out_of_an_answer_is_missed() -> None:
     chat = [CHAT[0], {"role": "assistant", "content": "How <mark>are you?"}]
     with pytest.raises(RowFault, match="changes the assistant's content"):
         ChatTokenizer(make_tokenizer(template)).encode_messages(chat)
+
+
+def test_reasoning_behind_a_closed_block_is_refused() -> None:
+    template = CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+    )
+    chat = [CHAT[0], {"role": "assistant", "content": "<think>Hm</think>It is Paris."}]
+    with pytest.raises(RowFault, match="a closed block before the reasoning"):
+        ChatTokenizer(make_tokenizer(template)).encode_messages(chat)
+
+
+def test_an_eos_inside_an_answer_is_refused() -> None:
+    template = CHATML.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}Hm{{ eos_token }}{% endif %}{{ m.content }}"
+    )
+    with pytest.raises(RowFault, match="renders an EOS inside an answer"):
+        ChatTokenizer(make_tokenizer(template)).encode_messages(CHAT[:2])
+    said = {"role": "assistant", "content": "Paris</s> it is"}
+    assert ChatTokenizer(make_tokenizer(CHATML)).encode_messages([CHAT[0], said])["input_ids"]

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.formats import IGNORED_LABEL
 from dist_ft.data.render.template import ChatTokenizer
-from dist_ft.data.render.template_file import CHATML_FILE
 from dist_ft.errors import RequestError
 from tests.unit.data.render.chats import (
     CHAT,
@@ -23,6 +22,7 @@ from tests.unit.data.render.chats import (
     encode,
     make_tokenizer,
     marked,
+    shipped,
 )
 from tests.unit.data.render.dialogues import DIALOGUES, faults
 
@@ -101,7 +101,7 @@ def test_tools_that_a_template_does_not_show_are_refused() -> None:
 
 
 def test_chatml_shows_tools_and_supervises_calls() -> None:
-    tokenizer = make_tokenizer(CHATML_FILE.read_text(encoding="utf-8"))
+    tokenizer = make_tokenizer(shipped("chatml"))
     call = {"type": "function", "function": {"name": "look_up", "arguments": {"city": "Paris"}}}
     chat = [
         {"role": "system", "content": "Be kind"},
@@ -198,5 +198,5 @@ def test_the_header_of_a_turn_is_not_learned_if_the_prompt_has_it() -> None:
 @pytest.mark.parametrize("dialogue", DIALOGUES)
 def test_the_shipped_template_renders_every_part_of_a_row(dialogue: str) -> None:
     messages, tools = DIALOGUES[dialogue]
-    tokenizer = make_tokenizer(CHATML_FILE.read_text(encoding="utf-8"), eos="<|im_end|>")
+    tokenizer = make_tokenizer(shipped("chatml"), eos="<|im_end|>")
     assert faults(tokenizer, messages, tools, ChatTokenizer(tokenizer).encode_messages(messages, tools)) == []

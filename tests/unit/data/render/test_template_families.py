@@ -9,8 +9,9 @@ import pytest
 
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.formats import IGNORED_LABEL
+from dist_ft.data.render.forms import without_reasoning
 from dist_ft.data.render.template import ChatTokenizer
-from dist_ft.data.render.turns import Supervision, without_reasoning
+from dist_ft.data.render.turns import Supervision
 from tests.unit.data.render.dialogues import DIALOGUES, faults, words
 from tests.unit.data.render.families import FAMILIES
 
@@ -82,7 +83,8 @@ def test_keys_train_what_is_refused_without_them() -> None:
         ("last_thought", "all_reasoning", {"train_on": "last"}),
         ("last_thought", "all_reasoning", {"reasoning": "keep"}),
         ("channels", "multi", {"train_on": "last"}),
-        ("cut_thought", "plain", {"reasoning": "drop"}),
+        ("cut_thought", "all_reasoning", {"train_on": "last"}),
+        ("chatml", "reasoning", {"reasoning": "inline"}),
         ("chatml", "reasoning", {"reasoning": "drop"}),
     ):
         assert not trains(name, dialogue) and trains(name, dialogue, **settings), (name, dialogue, settings)

@@ -9,6 +9,7 @@ import pytest
 from dist_ft.data.read.faults import RowFault
 from dist_ft.data.read.messages import messages_of_sharegpt
 from dist_ft.data.render.template import ChatTokenizer
+from dist_ft.data.render.template_file import with_defaults
 from dist_ft.data.render.turns import Supervision
 from tests.unit.data.render.chats import CHAT, CHATML, MISTRAL, PLAIN, QWEN3, make_tokenizer, marked
 
@@ -152,10 +153,72 @@ def test_reasoning_that_a_template_cuts_is_trained_behind_the_prompt_that_opens_
         encoded([CHAT[0], answer, CHAT[2], answer], OPENS)
 
 
-def test_an_answer_without_reasoning_closes_an_open_block_only_if_asked() -> None:
+@pytest.mark.parametrize("reasoning", ["require", "drop"])
+def test_an_answer_without_reasoning_closes_an_open_block(reasoning: str) -> None:
+    expected = "<think>\n⟦\n</think>\n\nHow are you?<|im_end|>⟧\n"
+    assert encoded(CHAT[:2], OPENS, reasoning=reasoning).endswith(expected)
+    with pytest.raises(RowFault, match="generation prompt ends with") as caught:
+        encoded(CHAT, OPENS, reasoning=reasoning)
+    assert "task.one_row_per_turn=true" in caught.value.way_out
+
+
+def test_reasoning_is_written_into_the_content_if_asked() -> None:
+    block = "<think>\nHm\n</think>\n\n"
+    answered = [CHAT[0], THOUGHT, CHAT[2], INLINE]
+    with pytest.raises(RowFault, match="reasoning") as caught:
+        encoded(answered)
+    assert "task.reasoning=inline" in caught.value.way_out
+    assert encoded(answered, reasoning="inline").count(f"⟦{block}It is Paris.<|im_end|>⟧") == 2
+
+
+SWITCH = PLAIN_CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% elif m.role == 'assistant' %}"
+    "<think></think>{% endif %}{{ m.content }}",
+).replace(
+    "assistant\n{% endif",
+    "assistant\n{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% else %}<think></think>"
+    "{% endif %}{% endif",
+)
+
+
+def test_a_switch_is_set_as_the_answers_have_reasoning() -> None:
+    assert encoded([CHAT[0], THOUGHT], SWITCH).endswith("<think>\n⟦Hm\n</think>\n\nIt is Paris.<|im_end|>⟧\n")
+    assert encoded(CHAT, SWITCH).count("<think></think>⟦") == 2
+    tokenizer = make_tokenizer(SWITCH)
+    chat = ChatTokenizer(tokenizer)
+    assert chat.variables_of(CHAT) == {"enable_thinking": False} and chat.variables_of([CHAT[0], THOUGHT]) == {}
+
+
+def test_a_switch_that_is_set_stays() -> None:
+    tokenizer = make_tokenizer(with_defaults(SWITCH, {"enable_thinking": True}))
     with pytest.raises(RowFault, match="generation prompt ends with"):
-        encoded(CHAT[:2], OPENS)
-    assert encoded(CHAT[:2], OPENS, reasoning="drop").endswith("<think>\n⟦\n</think>\n\nHow are you?<|im_end|>⟧\n")
+        ChatTokenizer(tokenizer).encode_messages(CHAT)
+    with pytest.raises(RowFault, match="generation prompt ends with"):
+        ChatTokenizer(make_tokenizer(SWITCH)).encode_messages(CHAT, variables={"enable_thinking": True})
+
+
+BLOCK = "<|channel>thought\n<channel|>"
+
+
+def test_an_answer_follows_the_empty_block_that_its_prompt_ends_with() -> None:
+    """As in Gemma 4: the block is in no rendered answer, also not in one that starts with another token."""
+    template = PLAIN_CHATML.replace("assistant\n{% endif", f"assistant\n{{{{ '{BLOCK}' }}}}{{% endif")
+    shown = encoded(CHAT, template)
+    assert shown.count(BLOCK) == 1 and shown.endswith(f"{BLOCK}⟦It is Paris.<|im_end|>⟧\n")
+    assert "assistant\n⟦How are you?<|im_end|>⟧" in shown
+    called = {"role": "assistant", "content": "<|channel>call"}
+    assert encoded([CHAT[0], called], template).endswith(f"{BLOCK}⟦<|channel>call<|im_end|>⟧\n")
+
+
+def test_what_a_developer_says_is_the_systems_where_the_template_has_no_such_role() -> None:
+    deaf = "{% if m.role != 'developer' %}"
+    template = PLAIN_CHATML.replace("<|im_start|>{{ m.role }}", deaf + "<|im_start|>{{ m.role }}").replace(
+        "<|im_end|>\n{% endfor %}", "<|im_end|>\n{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "developer", "content": "Be kind"}, *CHAT[:2]]
+    assert encoded(chat).startswith("<|im_start|>developer\nBe kind<|im_end|>")
+    assert encoded(chat, template) == encoded([{**chat[0], "role": "system"}, *chat[1:]], template)
 
 
 def test_each_turn_is_a_conversation_of_its_own() -> None:
