@@ -19,6 +19,8 @@ from .process.sums import Sums, losses_of_parts
 from .protocols import Engine, Hook, LossFn, Task, Tracker
 from .state import LOWER_IS_BETTER, Batch, Beat, LossSum, Metrics, Progress, Row, StepInfo, unwatched
 
+MOST_SKIPPED = 10  # steps in a row; more of them mean that the weights themselves are bad
+
 
 @dataclass(frozen=True)
 class Training:
@@ -70,6 +72,7 @@ class Run:
     stop: Stop = field(default_factory=Stop)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
+    skipped: int = 0  # steps in a row whose update was skipped, see `train.on_nonfinite`
     since_save_s: float = 0.0  # seconds from the last save to this step, by rank 0's clock
 
 
@@ -102,7 +105,7 @@ def fit(run: Run) -> Progress:
     settle(run)
     run.stop.rest(f"training is complete and step {run.progress.step} is saved, but the model was not exported")
     run.stop.leave()
-    if run.config.load_best_model_at_end and run.progress.best_step != run.progress.step:
+    if run.config.load_best_model_at_end and run.progress.best_step not in (None, run.progress.step):
         run.records.restore(f"step-{run.progress.best_step}")
         assess(run, run.progress.step, counts=False)  # the last logged metrics are those of the exported model
     return run.progress
@@ -189,9 +192,7 @@ def train_step(run: Run, step: int) -> Metrics:
     stats = training.engine.step(rate)
     totals = sums.total()
     mean = float(totals.loss / weight) if supervised else 0.0
-    if not (math.isfinite(mean) and math.isfinite(stats.grad_norm)):
-        rule = f"loss is {mean}, gradient norm {stats.grad_norm}"
-        raise TrainingError.of(f"step {step}", rule, "lower optim.learning_rate, or inspect the rows of this step")
+    skips = judge(run, step, mean, stats.grad_norm)
     metrics: dict[str, float] = {
         "epoch": training.epoch_at(step),
         "train/loss": mean,
@@ -199,12 +200,34 @@ def train_step(run: Run, step: int) -> Metrics:
         "train/grad_norm": stats.grad_norm,
         "train/learning_rate": rate,
         "train/supervised_tokens": int(supervised),
+        **({"train/update_skipped": 1.0} if skips else {}),
         **stats.metrics,
     }
     info = StepInfo(step, time.perf_counter() - started, int(tokens), int(squared_lengths))
     for hook in training.hooks:
         metrics |= hook.after_step(info)
     return metrics
+
+
+def judge(run: Run, step: int, loss: float, norm: float) -> bool:
+    """Return whether the update of a step was skipped, because its gradient norm is not finite.
+
+    Raises:
+        TrainingError: The loss or the norm is not finite, and `train.on_nonfinite` does not skip the step: it is
+            `stop`, the update was applied because the norm is finite, or too many steps in a row were skipped.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        run.skipped = 0
+        return False
+    run.skipped += 1
+    if run.config.on_nonfinite == "skip" and not math.isfinite(norm) and run.skipped <= MOST_SKIPPED:
+        return True
+    settle(run)
+    rule = f"loss is {loss}, gradient norm {norm}"
+    if run.skipped > 1:
+        rule += f", after {run.skipped - 1} steps in a row that were skipped"
+    way_out = "lower optim.learning_rate, inspect the rows of this step, or set train.on_nonfinite=skip"
+    raise TrainingError.of(f"step {step}", rule, way_out)
 
 
 def has_passed(run: Run, minutes: float | None) -> bool:
@@ -265,7 +288,12 @@ def score_of(metrics: Metrics, name: str) -> float:
 
 
 def is_better(score: float, best: float | None, name: str) -> bool:
-    """Return whether a score is the best so far; losses, errors and perplexities are better when lower."""
+    """Return whether a score is the best so far; losses, errors and perplexities are better when lower.
+
+    One that is not finite is never the best.
+    """
+    if not math.isfinite(score):
+        return False
     return best is None or (score < best if name.partition("/")[0] in LOWER_IS_BETTER else score > best)
 
 

@@ -195,6 +195,12 @@ READ_WHEN = [
         "set train.save_steps, or remove it",
     ),
     ReadWhen(
+        "train.on_nonfinite",
+        lambda c: not c.privacy.is_on,
+        "private runs end at a step that is not finite, because each step has its share of the budget",
+        "remove it",
+    ),
+    ReadWhen(
         "train.accept_changes",
         lambda c: c.train.resume != "never",
         "train.resume=never resumes from no checkpoint",

@@ -41,6 +41,7 @@ MAY_CHANGE = {
         "save_steps",
         "save_minutes",
         "save_total_limit",
+        "on_nonfinite",
         "async_save",
         "save_final_state",
         "early_stopping_patience",

@@ -49,6 +49,11 @@ class TrainConfig(Strict):
         description="Number of newest checkpoints to keep, plus the best one; null keeps all. `auto`: 2, and all if "
         "save_steps is set.",
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What to do at a step whose loss or gradient norm is not finite, after which weights and moments "
+        "are as before: end the run, or go on with the next step (at most ten times in a row).",
+    )
     async_save: bool = Field(
         True,
         description="Write checkpoints in the background, from a copy in host memory of what each rank saves. With "

@@ -101,11 +101,11 @@ class Zero:
         return LossSum(result.loss.detach(), result.weight, result.counts)
 
     def step(self, learning_rate: float) -> StepStats:
-        """Clip the gradients, update the weights, and clear the gradients."""
+        """Clip the gradients, update the weights unless the norm is not finite, and clear the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self.engine.step()
-        self.updates += 1
+        self.updates += not self.optimizer.overflow  # ZeRO skips an update whose gradients are not finite, in any dtype
         return StepStats(grad_norm=float(self.engine.get_global_grad_norm()))
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -82,19 +83,21 @@ class NativeEngine(ABC):
         return LossSum(result.loss.detach(), result.weight, result.counts)
 
     def step(self, learning_rate: float) -> StepStats:
-        """Clip by the global norm, update the weights, and clear the gradients."""
+        """Clip by the global norm, update the weights unless the norm is not finite, and clear the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         parameters = [p for _, p in self.masters]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        if self.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        self.optimizer.step()
+        found = float(norm)
+        if math.isfinite(found):
+            if self.max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+            self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
-        return StepStats(grad_norm=float(norm))
+        return StepStats(grad_norm=found)
 
     @torch.no_grad()
     def evaluate(self, micro: Batch, loss: LossFn) -> LossSum:

@@ -16,7 +16,7 @@ import torch
 from dist_ft.build import build
 from dist_ft.config.plan import make_plan, write_plan
 from dist_ft.config.run import RunConfig
-from dist_ft.errors import Stopped
+from dist_ft.errors import Stopped, TrainingError
 from dist_ft.loop import Run, fit
 from dist_ft.prepare import prepare
 from dist_ft.process import comm
@@ -39,6 +39,8 @@ def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     run = build(plan, prepared, Worker(place, torch.device("cpu"), sys.stderr, lambda phase: None))
     if case.get("ask"):
         ask_at(run, **case["ask"])
+    if case.get("poison"):
+        poison(run, **case["poison"])
     if case.get("stop_after"):
         # the schedule still aims at the configured end
         run.training = replace(run.training, total_steps=case["stop_after"])
@@ -47,6 +49,8 @@ def run_case(place: Place, case: dict[str, Any]) -> dict[str, Any]:
             progress = fit(run)
         except Stopped as error:
             return {"step": run.progress.step, "stopped": str(error)}
+        except TrainingError as error:
+            return {"step": run.progress.step, "failed": str(error)}
         assert progress.step == case.get("stop_after", progress.step), progress
         if case.get("export"):
             run.records.export()
@@ -84,6 +88,21 @@ def ask_at(run: Run, rank: int, phase: str, step: int, micro: int = 0) -> None:
         run.validation = replace(validation, batches=batches)
     else:
         run.records = replace(records, save=save)
+
+
+def poison(run: Run, rank: int, steps: list[int], value: float) -> None:
+    """Multiply the loss of one micro-batch of `rank` by `value` (NaN or infinity) in these steps."""
+    own = run.training.engine.forward_backward
+
+    def forward_backward(batch: Batch, loss: Any, *arguments: Any, last: bool) -> LossSum:
+        def poisoned(model: Any, given: Batch) -> LossSum:
+            found = loss(model, given)
+            return replace(found, loss=found.loss * value)
+
+        hit = last and run.rank == rank and run.progress.step + 1 in steps
+        return own(batch, poisoned if hit else loss, *arguments, last=last)
+
+    run.training.engine.forward_backward = forward_backward  # type: ignore[method-assign]
 
 
 def keep_weights(place: Place, weights: Weights, path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +116,34 @@ def test_an_error_of_a_save_in_the_background_ends_the_next_step() -> None:
     with pytest.raises(TrainingError, match="refused"):
         fit(run)
     assert saved == [3] and run.progress.step == 3
+
+
+@pytest.mark.parametrize(("in_a_row", "ends"), [(loop.MOST_SKIPPED, False), (loop.MOST_SKIPPED + 1, True)])
+def test_only_so_many_steps_in_a_row_are_skipped(in_a_row: int, ends: bool) -> None:
+    saved: list[int] = []
+    run = make(saved, on_nonfinite="skip", save_steps=100)
+    run.training = replace(run.training, total_steps=30)
+    run.training.engine.step = lambda rate: StepStats(  # type: ignore[method-assign]
+        math.nan if 3 <= run.progress.step < 3 + in_a_row else 1.0
+    )
+    if not ends:
+        assert fit(run).step == 30
+        return
+    with pytest.raises(TrainingError, match=f"gradient norm nan, after {loop.MOST_SKIPPED} steps in a row"):
+        fit(run)
+    assert saved == [] and run.progress.step == 3 + loop.MOST_SKIPPED
+
+
+def test_a_loss_that_is_not_finite_with_a_finite_norm_is_never_skipped() -> None:
+    run = make([], on_nonfinite="skip")
+    with pytest.raises(TrainingError, match="loss is inf, gradient norm 2"):
+        loop.judge(run, 4, math.inf, 2.0)
+
+
+@pytest.mark.parametrize("name", ["loss", "f1"])
+def test_a_score_that_is_not_finite_is_never_the_best(name: str) -> None:
+    assert not loop.is_better(math.nan, None, name) and not loop.is_better(math.inf, None, name)
+    assert loop.is_better(2.0, None, name) and not loop.is_better(math.nan, 2.0, name)
 
 
 def test_only_rank_0_looks_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,10 @@ UNREAD = {
         ["train.save_total_limit=3", "train.save_minutes=null"],
         ["train.save_total_limit=3", "train.save_steps=2"],
     ),
+    "train.on_nonfinite": (
+        ["train.on_nonfinite=skip", "privacy.noise_multiplier=1"],
+        ["train.on_nonfinite=skip"],
+    ),
     "train.accept_changes": (
         ["train.accept_changes=[data]", "train.resume=never"],
         ["train.accept_changes=[data]"],
