@@ -1,4 +1,4 @@
-"""Options of the commands that use torch, and how their `KEY=VALUE` words are read before torch is imported."""
+"""Options of the commands on runs, and how their `KEY=VALUE` words are read before torch is imported."""
 
 from __future__ import annotations
 
@@ -63,6 +63,29 @@ class ExportOptions(Strict):
     checkpoint: str | None = Field(None, description="step-N, latest or best; defaults to the export of the run")
     out: str | None = Field(None, description="output folder; it must not exist yet")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="dtype of a merged or full model")
+
+
+class StatusOptions(Strict):
+    """Options of `dist-ft status`."""
+
+    run: str | None = Field(None, description="folder of a run; by default, all runs are listed")
+    runs: str = Field("runs", description="folder in which runs are listed")
+
+
+class LogsOptions(Strict):
+    """Options of `dist-ft logs`."""
+
+    run: str = Field(description="folder of a run")
+    follow: bool = Field(False, description="true goes on until the run has ended")
+    lines: Count = Field(40, description="number of last lines to show first")
+    rank: Annotated[int, Field(ge=0)] | None = Field(None, description="show the output of this rank")
+
+
+class CancelOptions(Strict):
+    """Options of `dist-ft cancel`."""
+
+    run: str = Field(description="folder of a run")
+    now: bool = Field(False, description="true ends the run at once, without a checkpoint")
 
 
 def read_words(kind: type[Options], words: Sequence[str]) -> Options:
