@@ -48,7 +48,7 @@ class Status:
     """What is known of a run."""
 
     folder: Path
-    state: str  # planned, queued, running, finished, stopped, failed, or ended (by a kill, without a report)
+    state: str  # planned, queued, running, finished, stopped, failed, ended (killed, without a report) or unknown
     where: str  # the job, or the process of the command; empty if it does not run
     step: int
     total: str
@@ -104,18 +104,16 @@ def find_status(run_dir: Path) -> Status:
 
 
 def _find_state(plan: Plan, run_dir: Path, code: int | None) -> tuple[str, str]:
-    if plan.config.launch.name == "slurm" and (identity := _read_json(run_dir / JOB_FILE).get("job")):
-        job = find_job(identity)
-        if job is not None and job.is_active:
-            return "queued" if job.state in QUEUED else "running", f"job {identity}, {job.said}"
-        where = f"job {identity}" + (f", {job.said}" if job else "")
-    elif owner := find_owner(run_dir):
-        return "running", f"process {owner.process} on {owner.host}"
-    elif not (run_dir / LOG_DIR).exists():
-        return "planned", ""
-    else:
-        where = ""
-    by_code = {None: "ended", 0: "finished", Stopped.exit_code: "stopped"}
+    identity = _read_json(run_dir / JOB_FILE).get("job") if plan.config.launch.name == "slurm" else None
+    job = find_job(identity) if identity else None
+    where = f"job {identity}, {job.said if job else 'of which SLURM says nothing here'}" if identity else ""
+    if job is not None and job.is_active:
+        return "queued" if job.state in QUEUED else "running", where
+    if job is None and (owner := find_owner(run_dir)):
+        return "running", where or f"process {owner.process} on {owner.host}"
+    if not (run_dir / LOG_DIR).exists():
+        return "planned", where
+    by_code = {None: "unknown" if identity and job is None else "ended", 0: "finished", Stopped.exit_code: "stopped"}
     return by_code.get(code, "failed"), where
 
 

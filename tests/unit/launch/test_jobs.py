@@ -154,8 +154,9 @@ def test_states_of_jobs(job: Path) -> None:
     assert (find_status(job).state, find_status(job).where) == ("running", "job 17, running, on n[1-2], restart 2")
     says(job, "CANCELLED")
     assert (find_status(job).state, find_status(job).code) == ("ended", None)
-    (job / "exit_code").write_text("0\n")
     stub(job.parent / "bin", "scontrol", "exit 1")  # SLURM has forgotten it
+    assert find_status(job).state == "unknown"
+    (job / "exit_code").write_text("0\n")
     assert find_status(job).state == "finished"
     stub(job.parent / "bin", "sacct", "echo 'CANCELLED by 0'")
     assert find_job("17") == SlurmJob("CANCELLED")
