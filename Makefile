@@ -72,8 +72,8 @@ lint: dev ## check lint, types and import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
 
-faults: dev ## run the tests that kill workers and launchers
-	@$(PYTEST) $(TESTS) -m faults
+faults: dev ## run the tests that kill workers and launchers, also the long ones
+	@DIST_FT_FAULTS=all $(PYTEST) $(TESTS) -m faults
 
 gpu: dev ## install flash-attn where it has a wheel, and run the GPU tests
 	@command -v nvidia-smi > /dev/null || { echo 'make gpu: no NVIDIA driver (nvidia-smi) on this machine' >&2; exit 3; }

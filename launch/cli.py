@@ -63,6 +63,7 @@ def train(options: argparse.Namespace) -> int:
     """Train on this machine or on the hosts of a hostfile, and return the exit code of the run."""
     from ..errors import RequestError
     from ..process.owner import command_owns
+    from .jobs import keep_exit
     from .process import nothing_started
 
     with nothing_started():
@@ -73,15 +74,17 @@ def train(options: argparse.Namespace) -> int:
         with command_owns(plan.run_dir):
             _write(plan)
             print(f"{plan.config.run_name}: {_workers(plan)} → {_short(plan.run_dir)}", flush=True)
-            if code := _prepare(plan):
-                return code
-            result = launcher.submit(plan)
-            if result and plan.config.track.report:
-                from ..track.report import write_last
+            return keep_exit(plan.run_dir, lambda: _prepare(plan) or _in_foreground(plan, launcher))
 
-                write_last(plan.run_dir)  # rank 0 may have been killed
-    assert isinstance(result, int), "a launcher in the foreground returns an exit code"
-    return result
+
+def _in_foreground(plan: Plan, launcher: Launcher) -> int:
+    code = launcher.submit(plan)
+    if code and plan.config.track.report:
+        from ..track.report import write_last
+
+        write_last(plan.run_dir)  # rank 0 may have been killed
+    assert isinstance(code, int), "a launcher in the foreground returns an exit code"
+    return code
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -138,7 +141,9 @@ def submit(options: argparse.Namespace) -> int:
     print(f"job {job.identity}: {plan.config.run_name}, {_workers(plan)}")
     print(f"  follow   {job.follow}")
     print(f"  workers  {_short(plan.run_dir)}/logs/rank-<r>.log")
-    print(f"  status   squeue --job {job.identity}        cancel: scancel {job.identity}")
+    print(
+        f"  status   dist-ft status run={_short(plan.run_dir)}        cancel: dist-ft cancel run={_short(plan.run_dir)}"
+    )
     return 0
 
 
@@ -212,6 +217,13 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def jobs(options: argparse.Namespace) -> int:
+    """Run `status`, `logs` or `cancel` on the folder of a run."""
+    from .jobs import run_jobs_command
+
+    return run_jobs_command(options.command, options.words)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Diagnose this machine."""
     from .process import run_module
@@ -263,8 +275,12 @@ def _parser() -> argparse.ArgumentParser:
         ("eval", "evaluate the model of a run on its validation or test data"),
         ("generate", "answer a prompt, or chat, with the model of a run (prompt='…')"),
         ("export", "write the model of a run as a Hugging Face folder"),
+        ("status", "show how a run stands, or list all runs (runs=FOLDER)"),
+        ("logs", "show the output of a run (follow=true, rank=R)"),
+        ("cancel", "stop a run with a checkpoint (now=true: at once)"),
     ):
-        _command(commands, name, outcome, text, RUN_EPILOG).add_argument("words", nargs="*", metavar="KEY=VALUE")
+        run = jobs if name in ("status", "logs", "cancel") else outcome
+        _command(commands, name, run, text, RUN_EPILOG).add_argument("words", nargs="*", metavar="KEY=VALUE")
     _command(
         commands, "report", report, "write a page with the curves of a run, or of several runs side by side", RUN_EPILOG
     ).add_argument("words", nargs="*", metavar="KEY=VALUE")

@@ -25,6 +25,7 @@ class Rendered:
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)  # variables to add to the environment of the command
     start: str = ""  # the command inside the script that starts the workers, for display
+    notes: tuple[str, ...] = ()  # the values of `auto` keys of the launcher, for display
 
 
 @dataclass(frozen=True)

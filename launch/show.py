@@ -22,7 +22,7 @@ def show_plan(plan: Plan, rendered: Rendered) -> None:
     for title, lines in (
         ("run", run_lines(plan)),
         ("batch", batch_lines(plan)),
-        ("auto", auto_lines(plan)),
+        ("auto", (*auto_lines(plan), *rendered.notes)),
         ("set by you", origin_lines(plan)),
         ("would write", (f"{plan.run_dir / name}" for name in ("run.yaml", *rendered.files))),
         ("would run", (" ".join(map(shlex.quote, rendered.command)), rendered.start)),
@@ -75,8 +75,6 @@ def auto_lines(plan: Plan) -> Iterator[str]:
     yield from adapted_lines(plan)
     if getattr(config.launch, "workers_per_node", None) in ("auto", None):
         yield f"launch.workers_per_node → {plan.workers_per_node}"
-    if getattr(config.launch, "gpus_per_node", 0) is None:
-        yield f"launch.gpus_per_node → {plan.workers_per_node}"
     if config.train.resume == "auto":
         newest = next(iter(saved_steps(plan.run_dir / CHECKPOINTS)), None)
         begin = f"resumes after {newest.name.replace('-', ' ')} if it is valid" if newest else "starts from step 0"

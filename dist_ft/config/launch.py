@@ -35,8 +35,10 @@ class SlurmConfig(Strict):
 
     name: Literal["slurm"]
     nodes: Count = 1
-    workers_per_node: Count = Field(description="Workers per node, and GPUs per node unless gpus_per_node is set.")
-    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    workers_per_node: Count = Field(description="Workers per node.")
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Defaults to workers_per_node, or 0 if no node of the partition has GPUs."
+    )
     cpus_per_task: Count | None = None
     mem: str | None = Field(None, description="Memory per node, in SLURM's format (`64G`).")
     time: str | None = Field(None, description="Time limit, in SLURM's format (`2-00:00:00`).")

@@ -1,4 +1,4 @@
-"""Options of the commands that use torch, and how their `KEY=VALUE` words are read before torch is imported."""
+"""Options of the commands on runs, and how their `KEY=VALUE` words are read before torch is imported."""
 
 from __future__ import annotations
 
@@ -86,6 +86,29 @@ class ReportOptions(Strict):
     """Options of `dist-ft report`, besides the runs."""
 
     out: str | None = Field(None, description="file to write; defaults to report.html in the folder of a single run")
+
+
+class StatusOptions(Strict):
+    """Options of `dist-ft status`."""
+
+    run: str | None = Field(None, description="folder of a run; by default, all runs are listed")
+    runs: str = Field("runs", description="folder in which runs are listed")
+
+
+class LogsOptions(Strict):
+    """Options of `dist-ft logs`."""
+
+    run: str = Field(description="folder of a run")
+    follow: bool = Field(False, description="true goes on until the run has ended")
+    lines: Count = Field(40, description="number of last lines to show first")
+    rank: Annotated[int, Field(ge=0)] | None = Field(None, description="show the output of this rank")
+
+
+class CancelOptions(Strict):
+    """Options of `dist-ft cancel`."""
+
+    run: str = Field(description="folder of a run")
+    now: bool = Field(False, description="true ends the run at once, without a checkpoint")
 
 
 def split_words(kind: type[Strict], words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -14,9 +14,11 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.plan import LOCK_FILE
@@ -24,6 +26,7 @@ from ..errors import MachineError, RequestError
 
 COMMAND, WORKERS = 0, 1  # the byte that each locks
 ENDING_S = 10.0  # how long the workers of a killed command may take to end
+FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, process
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -58,21 +61,42 @@ def own(run_dir: Path) -> None:
     _sign(handle)
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The process that owns a run's folder."""
+
+    process: int  # id on its host
+    host: str  # of the process that signed last: rank 0, or the command before there are workers
+
+
 def is_owned(run_dir: Path) -> bool:
-    """Return whether rank 0 of a start owns the folder; False where the file system cannot tell."""
+    """Return whether rank 0 of a start owns the folder; not for a process that owns it itself, see `find_owner`."""
+    return _find(run_dir, (WORKERS,)) is not None
+
+
+def find_owner(run_dir: Path) -> Owner | None:
+    """Return the command or rank 0 that owns a run's folder; None if nothing runs there.
+
+    Not for a process that owns the folder itself: closing the file here would end its lock.
+    """
+    return _find(run_dir, (COMMAND, WORKERS))
+
+
+def _find(run_dir: Path, places: tuple[int, ...]) -> Owner | None:
     try:
         handle = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
     except OSError:
-        return False
+        return None
     try:
-        # shared and for an instant only: a start that wants the byte tries again
-        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, WORKERS)
-        fcntl.lockf(handle, fcntl.LOCK_UN, 1, WORKERS)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        for byte in places:
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            kind, _, _, _, process = struct.unpack(FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, asked))
+            if kind != fcntl.F_UNLCK:
+                signed = _signature(handle)
+                return Owner(process, str(signed.get("host", "an unknown host")))
     finally:
         os.close(handle)
-    return False
+    return None
 
 
 def _open(run_dir: Path) -> int:
@@ -99,7 +123,7 @@ def _take(handle: int, byte: int, run_dir: Path, wait_s: float) -> None:
                 raise
         if time.monotonic() >= deadline:
             way_out = "wait until it has ended or stop it, or set run_name to a new name"
-            raise RequestError.of(str(run_dir), f"is in use by another start of this run{_signature(handle)}", way_out)
+            raise RequestError.of(str(run_dir), f"is in use by another start of this run{_owner_text(handle)}", way_out)
         time.sleep(0.1)
 
 
@@ -112,8 +136,15 @@ def _sign(handle: int) -> None:
         os.ftruncate(handle, len(text))
 
 
-def _signature(handle: int) -> str:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+def _signature(handle: int) -> dict[str, object]:
+    with contextlib.suppress(OSError, ValueError):
         owner = json.loads(os.pread(handle, 4096, 0))
+        return owner if isinstance(owner, dict) else {}
+    return {}
+
+
+def _owner_text(handle: int) -> str:
+    with contextlib.suppress(KeyError):
+        owner = _signature(handle)
         return f" (process {owner['process']} on {owner['host']}, since {owner['since']})"
     return ""

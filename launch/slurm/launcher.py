@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...config.launch import SlurmConfig
-from ...config.plan import Plan
+from ...config.plan import EXIT_FILE, JOB_FILE, Plan
 from ...config.run import RunConfig
 from ...errors import MachineError, Problem, RequestError
 from ..launcher import LOG_DIR, Job, Rendered, write_rendered
 from ..machine.environ import Site, child_environment
-from .script import container_mounts, read_template, render_script, slurm_config, step_words
+from .queue import has_gpus
+from .script import container_mounts, read_template, render_script, requeues, slurm_config, step_words
 
 SCRIPT = "job.sbatch"
 OPTION = re.compile(r"^[a-z][a-z0-9-]*$")
@@ -56,6 +58,7 @@ class SlurmLauncher:
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        self._gpus = 0  # of a node
 
     def resolve(self, config: RunConfig) -> tuple[int, int]:
         """Return the number of nodes and of workers on each node, as configured.
@@ -75,6 +78,10 @@ class SlurmLauncher:
             problems.append(Problem("launch.requeue", rule, "remove train.resume, or set launch.requeue=false"))
         if problems:
             raise RequestError(*problems)
+        if launch.gpus_per_node is not None:
+            self._gpus = launch.gpus_per_node
+        else:  # a request for GPUs that no node has would be rejected
+            self._gpus = 0 if has_gpus(launch.partition) is False else launch.workers_per_node
         return launch.nodes, launch.workers_per_node
 
     def has_bfloat16(self, config: RunConfig) -> bool:
@@ -85,7 +92,15 @@ class SlurmLauncher:
         """Render `job.sbatch`."""
         command = ("sbatch", "--parsable", str(plan.run_dir / SCRIPT))
         start = f"srun {shlex.join(step_words(plan, self.site))}"
-        return Rendered({SCRIPT: render_script(plan, self.site)}, command, start=start)
+        launch, again = slurm_config(plan.config), requeues(plan.config)
+        settled = (
+            (launch.gpus_per_node is None, "gpus_per_node", f"{self._gpus}" if self._gpus else "0, no node has GPUs"),
+            (launch.requeue == "auto", "requeue", "goes on after an interruption" if again else "false (train.resume)"),
+            (launch.master_port == "auto", "master_port", "20000 + the last four digits of the job's id, if free"),
+        )
+        notes = tuple(f"launch.{key} → {value}" for is_auto, key, value in settled if is_auto)
+        script = render_script(plan, self.site, self._gpus)
+        return Rendered({SCRIPT: script}, command, start=start, notes=notes)
 
     def submit(self, plan: Plan) -> Job:
         """Write the job script, check it with `sbatch --test-only`, and submit it.
@@ -100,6 +115,8 @@ class SlurmLauncher:
         script = str(plan.run_dir / SCRIPT)
         _sbatch(["sbatch", "--test-only", script])
         identity = _sbatch(list(rendered.command)).strip().partition(";")[0]
+        (plan.run_dir / EXIT_FILE).unlink(missing_ok=True)
+        (plan.run_dir / JOB_FILE).write_text(json.dumps({"job": identity}), encoding="utf-8")
         log = plan.run_dir / LOG_DIR / f"job-{identity}.log"
         return Job(identity, f"tail -F {shlex.quote(str(log))}", log)
 

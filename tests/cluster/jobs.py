@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT.parent / "shared" / "cluster"
+Met = TypeVar("Met")
 UNDER_WAY = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "PREEMPTED")
 
 
@@ -59,8 +61,12 @@ class Submitted:
         return (self.steps or [0])[-1]
 
     def call(self, *command: str) -> str:
-        run = subprocess.run(command, env=self.env, capture_output=True, text=True, check=True, timeout=90)
+        run = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=True, timeout=90)
         return run.stdout
+
+    def cli(self, *words: str) -> str:
+        """Run a command of `dist-ft` and return its output."""
+        return self.call(sys.executable, "-m", "dist_ft.launch.cli", *words)
 
     def state(self) -> tuple[str, int]:
         """Return the state of the job and its exit code."""
@@ -69,17 +75,31 @@ class Submitted:
         assert state and code, shown
         return state[1], int(code[1])
 
-    def until(self, met: Callable[[], object], limit_s: float) -> None:
-        """Wait until a condition is met; fail with the log of the job after `limit_s`."""
+    def until(self, met: Callable[[], Met], limit_s: float) -> Met:
+        """Wait until a condition is met and return it; fail with the log of the job after `limit_s`."""
         end = time.monotonic() + limit_s
-        while not met():
+        while not (found := met()):
             assert time.monotonic() < end, f"{self.state()}\n{self.log}"
             time.sleep(0.2)
+        return found
 
     def finish(self, limit_s: float) -> tuple[str, int]:
         """Wait until the job has ended; return its state and exit code."""
         self.until(lambda: self.state()[0] not in UNDER_WAY, limit_s)
         return self.state()
+
+    @property
+    def starts(self) -> list[str]:
+        """The log, in one part for each start of the job."""
+        return self.log.split("dist-ft: restart ")
+
+    def shorten(self) -> None:
+        """Lower the time limit, so that the signal before it is due at once; give the next start its time again."""
+        shown = self.call("squeue", "--noheader", f"--job={self.identity}", "--format=%M")  # [[D-]H:]M:S
+        minutes = int(shown.strip().split(":")[-2])
+        self.call("scontrol", "update", f"JobId={self.identity}", f"TimeLimit={minutes + 2}")
+        self.until(lambda: self.state()[0] == "PENDING", 200)
+        self.call("scontrol", "update", f"JobId={self.identity}", "TimeLimit=60")
 
     def preempt(self) -> None:
         """Start a job of a partition with precedence, which needs both nodes and their GPUs."""

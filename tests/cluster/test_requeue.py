@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.cluster.jobs import Submitted, environment, identity_of, run_cli
 
@@ -33,7 +38,7 @@ def assert_goes_on_after(job: Submitted, cause: str, steps_before: int) -> int:
 
 def test_a_job_goes_on_after_a_preemption_and_a_signal_but_not_after_scancel(slurm, tmp_path, tiny_words):
     job = submit(slurm, tmp_path, tiny_words, "train.save_minutes=60", "launch.time=00:20:00")
-    job.until(lambda: job.last_step > 2, 120)
+    job.until(lambda: job.last_step > 2, 240)
     job.preempt()
     stopped = assert_goes_on_after(job, "SIGTERM", 2)
     job.call("scancel", "--batch", "--signal=USR1", job.identity)  # as `--signal=B:USR1@…` sends it
@@ -49,3 +54,62 @@ def test_a_job_goes_on_after_a_preemption_and_a_signal_but_not_after_scancel(slu
     assert job.steps == list(range(1, job.last_step + 1))
     runs = {folder.name.rpartition("-")[2] for folder in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert len(runs) == 1, runs
+
+
+def interrupt(job: Submitted, kind: str, node: str, again: Callable[[], Submitted]) -> tuple[Submitted, int]:
+    """Interrupt a job that trains; return the job that goes on, and how many steps it trains again."""
+    begin = max(job.steps, default=0)
+    job.until(lambda: job.last_step > begin + 2, 200)
+    before, restarts = job.last_step, len(job.starts)
+    if kind == "preempted":
+        job.preempt()
+    elif kind == "requeued":
+        job.call("scontrol", "requeue", job.identity)  # the tasks receive SIGTERM
+    elif kind == "out of time":
+        job.shorten()
+    elif kind == "node lost":
+        job.power_off(node)
+        job.until(lambda: job.state()[0] == "PENDING", 120)
+        job.power_on()
+    else:
+        job.call("scancel", job.identity)
+        assert job.finish(60)[0] == "CANCELLED"
+        job, restarts = again(), 0
+    job.until(lambda: len(job.starts) > restarts, 200)
+    resumed = job.until(lambda: re.findall(r"resuming from the checkpoint of step (\d+)", job.starts[-1]), 200)
+    return job, max(0, before - int(resumed[0]))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(os.environ.get("DIST_FT_FAULTS") != "all", reason="takes about 20 minutes: `make faults`")
+def test_twenty_interruptions_lose_nothing(slurm, tmp_path, tiny_words):
+    """Only a power cut loses steps, and at most those since the last checkpoint."""
+    kinds = ["preempted", "requeued", "out of time", "node lost", "cancelled"] * 4
+    random.Random(13).shuffle(kinds)
+
+    def start() -> Submitted:
+        return submit(slurm, tmp_path, tiny_words, "train.save_steps=20", "launch.time=01:00:00")
+
+    job, lost = start(), []
+    for number, kind in enumerate(kinds):
+        job, steps = interrupt(job, kind, f"n{number % 2 + 1}", start)
+        lost.append((kind, steps))
+        print(*lost[-1], flush=True)
+    job.call("scancel", job.identity)
+    job.finish(60)
+    assert all(steps <= (20 if kind == "node lost" else 0) for kind, steps in lost), lost
+    assert job.steps == list(range(1, job.last_step + 1))
+
+
+def test_a_cancelled_job_saves_and_does_not_start_again(slurm, tmp_path, tiny_words):
+    job = submit(slurm, tmp_path, tiny_words, "train.save_minutes=60", "launch.tasks_per_node=1")
+    job.until(lambda: job.last_step > 2, 240)
+    assert f"running (job {job.identity}, running, on n[1-2])" in job.cli("status", f"run={job.run_dir}")
+    assert "saves a checkpoint and stops" in job.cli("cancel", f"run={job.run_dir}")
+    assert job.finish(60) == ("FAILED", 75)
+    last = job.last_step
+    assert f"dist-ft cancel: step {last} of 100000 is saved in a checkpoint" in job.log
+    assert "requeueing" not in job.log
+    assert f"state   stopped, exit code 75 (job {job.identity}, failed" in job.cli("status", f"run={job.run_dir}")
+    assert job.cli("logs", f"run={job.run_dir}", "lines=1000") == job.log

@@ -23,6 +23,8 @@ from dist_ft.launch.machine.environ import Site
 from dist_ft.launch.planning import plan_run
 from dist_ft.launch.stages import read_stages, run_stages
 from dist_ft.launch.sweep import _check_all, read_words
+from dist_ft.process.options import CancelOptions, LogsOptions, StatusOptions
+from dist_ft.process.options import read_words as read_options
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -90,6 +92,9 @@ def try_command(line: str) -> None:
         stages = read_stages(Path(options.file), options.words)
         run_stages(stages, lambda words: plan_of(list(words)).config, lambda words: trained.append(words) or 4, print)
         assert trained
+    elif options.command in ("status", "logs", "cancel"):
+        kind = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}[options.command]
+        read_options(kind, options.words)
     elif options.command in ("eval", "generate", "export", "report"):
         assert any(word.startswith("run=") for word in options.words), line
         assert all("=" in word for word in options.words), line

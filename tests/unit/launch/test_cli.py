@@ -13,6 +13,7 @@ from tests.unit.launch.plans import ROWS
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMANDS = ["train", "submit", "plan", "data", "eval", "generate", "export", "doctor", "schema"]
+COMMANDS += ["status", "logs", "cancel"]
 
 
 @pytest.fixture

@@ -87,3 +87,29 @@ def test_refusals_are_slurms_own_words(tmp_path: Path, monkeypatch: pytest.Monke
     submitted = launcher.submit(plan)
     assert submitted.identity == "17"
     assert submitted.log == tmp_path / "run" / "logs" / "job-17.log"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words", "gpus"),
+    [
+        ("gpu:a100:8(S:0-1)\n(null)", [], 2),
+        ("(null)", [], None),
+        ("(null)", ["launch.gpus_per_node=1"], 1),
+        ("", [], 2),  # an unknown partition, which sbatch rejects
+        (None, [], 2),  # no SLURM on this machine
+    ],
+)
+def test_gpus_are_requested_where_there_are_some(
+    kinds: str | None, words: list[str], gpus: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if kinds is not None:
+        (tmp_path / "kinds").write_text(kinds)
+        (tmp_path / "sinfo").write_text(f'#!/bin/sh\n[ "$3" = --partition=p ] && cat {tmp_path}/kinds\n')
+        (tmp_path / "sinfo").chmod(0o755)
+    launcher, plan = launch("launch.partition=p", *words)
+    rendered = launcher.render(plan)
+    found = [line for line in rendered.files["job.sbatch"].splitlines() if "gpus-per-node" in line]
+    assert found == ([f"#SBATCH --gpus-per-node={gpus}"] if gpus else [])
+    told = [note for note in rendered.notes if "gpus" in note]
+    assert told == ([] if words else [f"launch.gpus_per_node → {gpus or '0, no node has GPUs'}"])

@@ -39,6 +39,9 @@ APPTAINER += ["launch.container_python=/opt/python", "launch.container_mounts=[/
 SMALL = ["launch.nodes=2", "launch.workers_per_node=1", "launch.gpus_per_node=0"]
 
 
+LOST = "Task launch for StepId=17.1 failed on node n2: Communication connection failure"
+
+
 def launch(*words, output_dir="/runs/first"):
     launcher = SlurmLauncher(SITE)
     return launcher, plan_of(launcher, ["launch=slurm", *words], output_dir)
@@ -81,7 +84,7 @@ def test_hostile_names_stay_words(tmp_path):
     assert "-m dist_ft.worker '/a b/%j/$(touch y)/run.yaml' &" in text
 
 
-def job(tmp_path, plan_and_launcher, srun, *, state="RUNNING", responds=True, restart=None):
+def job(tmp_path, plan_and_launcher, srun, *, state="RUNNING", probe="", restart=None):
     """Run the batch script with stubs for the programs of SLURM.
 
     Returns:
@@ -91,7 +94,7 @@ def job(tmp_path, plan_and_launcher, srun, *, state="RUNNING", responds=True, re
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
     for name, body in {
-        "srun": f"[[ $1 == --overlap ]] && exit {int(not responds)}\n"
+        "srun": f'[[ $1 == --overlap ]] && {{ echo "srun: error: {probe}" >&2; exit {int(bool(probe))}; }}\n'
         f'printf "%s\\n" "$@" "$MASTER_ADDR" "$MASTER_PORT" >{tmp_path}/said\n{srun}',
         "scontrol": f'case $1 in hostnames) ;; requeue) echo "$2" >{tmp_path}/requeued ;; show)\n'
         f'[[ $2 == job ]] && echo "   JobState={state} Reason=None" || echo localhost ;; esac',
@@ -122,28 +125,29 @@ def test_a_job_without_a_report_ends_with_sruns_code(tmp_path, status):
 
 
 @pytest.mark.parametrize(
-    ("status", "cause", "state", "responds", "requeued"),
+    ("status", "cause", "state", "probe", "requeued"),
     [
-        (75, "SIGTERM", "RUNNING", True, True),  # preempted
-        (75, "SIGUSR1", "RUNNING", True, True),
-        (75, "time limit of the job", "RUNNING", True, True),
-        (75, "SIGTERM", "TIMEOUT", True, True),
-        (75, None, "RUNNING", True, True),  # before the worker could write a report
-        (75, "SIGTERM", "CANCELLED", True, False),
-        (75, "dist-ft cancel", "RUNNING", True, False),
-        (4, None, "RUNNING", True, False),
-        (4, None, "RUNNING", False, True),  # a node is down
-        (137, None, "RUNNING", False, True),
-        (4, None, "CANCELLED", False, False),
-        (3, None, "RUNNING", False, False),
-        (0, None, "RUNNING", False, False),
+        (75, "SIGTERM", "RUNNING", "", True),  # preempted
+        (75, "SIGUSR1", "RUNNING", "", True),
+        (75, "time limit of the job", "RUNNING", "", True),
+        (75, "SIGTERM", "TIMEOUT", "", True),
+        (75, None, "RUNNING", "", True),  # before the worker could write a report
+        (75, "SIGTERM", "CANCELLED", "", False),
+        (75, "dist-ft cancel", "RUNNING", "", False),
+        (4, None, "RUNNING", "", False),
+        (4, None, "RUNNING", LOST, True),  # a node is down
+        (4, None, "RUNNING", "Unable to create step for job 17: Memory", False),
+        (137, None, "RUNNING", LOST, True),
+        (4, None, "CANCELLED", LOST, False),
+        (3, None, "RUNNING", LOST, False),
+        (0, None, "RUNNING", LOST, False),
     ],
 )
-def test_what_is_requeued(tmp_path, status, cause, state, responds, requeued):
+def test_what_is_requeued(tmp_path, status, cause, state, probe, requeued):
     record = json.dumps({"rank": 0, "exit_code": status, "time": 1.5, "report": 'a "b" c', "cause": cause})
     tell = f"echo {shlex.quote(record)} >{tmp_path}/run/failure.json\n" if cause else ""
     there = launch(*SMALL, output_dir=tmp_path / "run")
-    found = job(tmp_path, there, f"{tell}exit {status}", state=state, responds=responds)
+    found = job(tmp_path, there, f"{tell}exit {status}", state=state, probe=probe)
     assert (found[0], found[2]) == (status, requeued)
 
 
