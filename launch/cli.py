@@ -6,26 +6,18 @@ Imports that take long are made inside the command that needs them, so that `--h
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from .guide import explain
+from .guide.usage import CONFIG_WORDS, RUN_WORDS, Command, build_parser, refuse_flags
+from .machine.environ import is_completing
 
 if TYPE_CHECKING:
     from ..config.plan import Plan
     from ..config.run import RunConfig
     from .launcher import Launcher
-
-CONFIG_EPILOG = """\
-arguments:
-  GROUP=CHOICE    select a file of conf/GROUP: model, task, data, method, engine, optim, track, launch, experiment
-  KEY=VALUE       set a dotted key: method.r=8, train.max_steps=100, data.train=rows.jsonl
-"""
-RUN_EPILOG = """\
-arguments:
-  run=FOLDER      the folder of a run, for example run=runs/first
-  KEY=VALUE       options of this command
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,15 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     User errors are printed without a traceback; an unexpected exception is a bug and is not caught.
     """
-    parser = _parser()
-    options, after = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in after) or (after and "words" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(after)}")
-    if after:  # argparse takes words only up to the first option after them
-        options.words = [*options.words, *after]
     from ..errors import DistFtError
 
+    parser = build_parser(COMMANDS)
+    if is_completing():
+        from .guide.completion import complete
+
+        complete(parser)
     try:
+        options, more = parser.parse_known_args(arguments)
+        refuse_flags(f"dist-ft {options.command}", more)
+        if more and "words" not in options:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        if more:  # argparse takes words only up to the first option after them
+            options.words = [*options.words, *more]
         code: int = options.run(options)
         return code
     except DistFtError as error:
@@ -231,85 +228,48 @@ def doctor(options: argparse.Namespace) -> int:
     return run_module(["dist_ft.diagnosis.doctor", *options.words])
 
 
-def schema(_options: argparse.Namespace) -> int:
-    """Print the JSON Schema of a configuration file."""
-    from .composition.compose import list_groups
-    from .composition.schema import file_schema
-
-    print(json.dumps(file_schema(list_groups()), indent=2))
-    return 0
-
-
-def init(options: argparse.Namespace) -> int:
-    """Write a first configuration file."""
-    from .guide.init import init
-    from .planning import plan_data
-
-    return init(options.words, lambda words: plan_data(words, None))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dist-ft",
-        description="Fine-tune language models on one or several machines. A run that exits 0 trained what you meant.",
-        epilog="exit codes: 0 success, 2 invalid request, 3 unsuitable environment, 4 training failed, "
-        "75 stopped with a checkpoint (run the same command again to resume)",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("train", train, "train on this machine, or on the hosts of a hostfile"),
-        ("submit", submit, "submit a run to SLURM"),
-        ("sweep", sweep, "search hyperparameters: KEY=choice(A,B) trials=20 metric=loss"),
-        ("stages", stages, "train several stages, each starting from the model of the previous one"),
-        ("plan", plan, "show the plan of a run and start nothing"),
-        ("data", data, "show rows as the model sees them, with supervised tokens in color (rows=3)"),
-    ):
-        command = _command(commands, name, run, text, CONFIG_EPILOG)
-        command.add_argument("--config-dir", metavar="DIR", help="folder with your own groups (DIR/model/mine.yaml)")
-        if name == "stages":
-            command.add_argument("file", metavar="FILE", help="YAML file that lists the stages, see the README")
-        command.add_argument("words", nargs="*", metavar="KEY=VALUE")
-        if name == "plan":
-            command.add_argument("--brief", action="store_true", help="omit the tables of the model and the data")
-    for name, text in (
-        ("eval", "evaluate the model of a run on its validation or test data"),
-        ("generate", "answer a prompt, or chat, with the model of a run (prompt='…')"),
-        ("export", "write the model of a run as a Hugging Face folder"),
-        ("status", "show how a run stands, or list all runs (runs=FOLDER)"),
-        ("logs", "show the output of a run (follow=true, rank=R)"),
-        ("cancel", "stop a run with a checkpoint (now=true: at once)"),
-    ):
-        run = jobs if name in ("status", "logs", "cancel") else outcome
-        _command(commands, name, run, text, RUN_EPILOG).add_argument("words", nargs="*", metavar="KEY=VALUE")
-    _command(
-        commands, "report", report, "write a page with the curves of a run, or of several runs side by side", RUN_EPILOG
-    ).add_argument("words", nargs="*", metavar="KEY=VALUE")
-    _command(
-        commands, "doctor", doctor, "check versions, devices, kernels, disk and network of this machine", None
-    ).add_argument("words", nargs="*", metavar="KEY=VALUE")
-    _command(
-        commands, "init", init, "write a first configuration file (asks, or model=… data=… out=FILE)", None
-    ).add_argument("words", nargs="*", metavar="KEY=VALUE")
-    _command(commands, "schema", schema, "print the JSON Schema of a configuration file, for editors", None)
-    return parser
-
-
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    text: str,
-    epilog: str | None,
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=run)
-    return command
+# Command → what runs it, one sentence on what it does, the words that it takes, and the class of its own words.
+COMMANDS: dict[str, Command] = {
+    "init": (explain.init, "write a first configuration file (asks, or model=… data=… out=FILE)", None, "InitOptions"),
+    "train": (train, "train on this machine, or on the hosts of a hostfile", CONFIG_WORDS, None),
+    "submit": (submit, "submit a run to SLURM", CONFIG_WORDS, None),
+    "sweep": (sweep, "search hyperparameters: KEY=choice(A,B) trials=20 metric=loss", CONFIG_WORDS, None),
+    "stages": (
+        stages,
+        "train several stages, each starting from the model of the previous one",
+        CONFIG_WORDS,
+        None,
+    ),
+    "plan": (plan, "show the plan of a run and start nothing", CONFIG_WORDS, "PlanOptions"),
+    "data": (data, "show rows as the model sees them, with supervised tokens in color", CONFIG_WORDS, "RowsOptions"),
+    "eval": (
+        outcome,
+        "evaluate the model of a run on its validation or test data",
+        RUN_WORDS,
+        "EvaluateOptions",
+    ),
+    "generate": (outcome, "answer a prompt, or chat, with the model of a run", RUN_WORDS, "GenerateOptions"),
+    "export": (outcome, "write the model of a run as a Hugging Face folder", RUN_WORDS, "ExportOptions"),
+    "report": (
+        report,
+        "write a page with the curves of a run, or of several runs side by side",
+        RUN_WORDS,
+        "ReportOptions",
+    ),
+    "status": (jobs, "show how a run stands, or list all runs", None, "StatusOptions"),
+    "logs": (jobs, "show the output of a run", None, "LogsOptions"),
+    "cancel": (jobs, "stop a run with a checkpoint", None, "CancelOptions"),
+    "list": (
+        explain.list_choices,
+        "list the choices of a group, or of all groups",
+        None,
+        None,
+    ),
+    "help": (explain.help_key, "explain a key: its type, default and meaning, and which choices have it", None, None),
+    "doctor": (doctor, "check versions, devices, kernels, disk and network of this machine", None, None),
+    "schema": (explain.schema, "print the JSON Schema of a configuration file, for editors", None, None),
+    "completion": (explain.completion, "print the code that enables completion in a shell", None, None),
+}
 
 
 def _plan(options: argparse.Namespace) -> tuple[Plan, Launcher]:

@@ -59,7 +59,7 @@ def compose(words: Sequence[str], config_dir: str | Path | None = None) -> Compo
     Raises:
         RequestError: With all problems of the arguments and values.
     """
-    user_dir = _user_dir(config_dir)
+    user_dir = find_user_dir(config_dir)
     groups = list_groups(user_dir)
     file = read_file(words, groups)
     typed = sort_words([word for word in words if not is_file(word)], groups)
@@ -158,7 +158,12 @@ def _renamed(file: ConfigFile, typed: Words) -> dict[str, str]:
     return {"output_dir": str(Path(file.values["output_dir"]).parent / str(typed.values["run_name"]))}
 
 
-def _user_dir(config_dir: str | Path | None) -> Path | None:
+def find_user_dir(config_dir: str | Path | None) -> Path | None:
+    """Return the absolute path of the folder with the user's own groups.
+
+    Raises:
+        RequestError: If it does not exist.
+    """
     if config_dir is None:
         return None
     path = Path(config_dir).expanduser().absolute()

@@ -99,7 +99,7 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
     if reason is not None:
         return Problem(where, "there is no such key", reason)
     known = [*RunConfig.model_fields, *valid_keys(config)]
-    close = meant or nearest(key, known) or nearest(key, _keys_of_choices())
+    close = meant or nearest(key, known) or nearest(key, every_key())
     if close is not None:
         return Problem(where, "unknown key", f"did you mean {close}?{_owners(close, known)}")
     record = chosen(config).get(section)
@@ -108,10 +108,10 @@ def unknown_key(key: str, config: Mapping[str, Any], where: str) -> Problem:
     return Problem(where, "unknown key", f"valid keys: {', '.join(options)}")
 
 
-def _keys_of_choices() -> list[str]:
+def every_key() -> list[str]:
     """Return the keys of all choices of all sections."""
-    sections = {section: members(field.annotation) for section, field in RunConfig.model_fields.items()}
-    keys = [f"{section}.{key}" for section, records in sections.items() for r in records for key in r.model_fields]
+    found = {section: members(field.annotation) for section, field in RunConfig.model_fields.items()}
+    keys = [f"{section}.{key}" for section, records in found.items() for r in records for key in r.model_fields]
     return list(dict.fromkeys(keys))
 
 

@@ -74,8 +74,12 @@ def sort_words(words: Sequence[str], groups: dict[str, list[str]]) -> Words:
 def _refuse(word: str, override: Override, groups: dict[str, list[str]]) -> Problem | None:
     """Return the problem of an argument that Hydra accepts but this project does not; None if it is valid."""
     key = override.key_or_group
+    if key.partition(".")[0].partition("/")[0] == "hydra":
+        way_out = "set run_name or output_dir for the folder of a run; `dist-ft sweep` runs several"
+        return Problem(word, "settings of Hydra are not used", way_out)
     if override.is_delete():
-        return Problem(word, "keys cannot be deleted", f"set {key}=null or {key}=VALUE")
+        way_out = f"set {key}=null or {key}=VALUE" if key not in groups else f"set {key}=CHOICE; track=off disables W&B"
+        return Problem(word, f"{'groups' if key in groups else 'keys'} cannot be deleted", way_out)
     if override.is_add():
         return Problem(word, "keys cannot be added to the schema", f"write {word.lstrip('+')}")
     if override.package is not None:

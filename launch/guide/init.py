@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..composition import keys
 from ..composition.compose import list_groups
 from ..composition.paths import CONF_DIR
 from ..composition.schema import file_schema
+from ..planning import plan_data
 
 SCHEMA_FILE = "dist-ft.schema.json"  # beside the configuration file, which refers to it
 WIDTH = 100
@@ -24,12 +25,11 @@ QUESTIONS = ("model", "data", "task", "method", "gpus")
 TRAIN_KEYS = ("num_train_epochs", "global_batch_size", "eval_steps", "seed")
 
 
-def init(words: Sequence[str], check: Callable[[Sequence[str]], object]) -> int:
+def init(words: Sequence[str]) -> int:
     """Ask what to train, or take the answers from the words, and write a commented configuration file.
 
     Args:
         words: Options of the command. Without any, the questions are asked on a terminal.
-        check: Plans a run from words and raises RequestError if they are invalid.
 
     Raises:
         RequestError: If an answer is invalid, or the file exists.
@@ -41,7 +41,7 @@ def init(words: Sequence[str], check: Callable[[Sequence[str]], object]) -> int:
     path = Path(answers.out)
     if path.exists():
         raise RequestError.of(f"out={path}", "already exists", "set out=FILE to another file")
-    check(plan_words(answers))
+    plan_data(plan_words(answers), None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(SCHEMA_FILE).write_text(json.dumps(file_schema(list_groups()), indent=1) + "\n", "utf-8")

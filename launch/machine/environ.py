@@ -118,3 +118,8 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
 def export_lines(environment: Mapping[str, str]) -> list[str]:
     """Return the `export NAME=VALUE` lines of a shell script."""
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+
+
+def is_completing() -> bool:
+    """Return whether a shell asks for completions (argcomplete's protocol) instead of running a command."""
+    return "_ARGCOMPLETE" in os.environ

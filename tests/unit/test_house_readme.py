@@ -19,6 +19,8 @@ from dist_ft.data.read.rows import read_rows
 from dist_ft.launch import cli
 from dist_ft.launch.composition.compose import compose, list_groups
 from dist_ft.launch.composition.keys import members, names
+from dist_ft.launch.guide.listing import help_lines, list_lines
+from dist_ft.launch.guide.usage import build_parser
 from dist_ft.launch.machine.environ import Site
 from dist_ft.launch.planning import plan_run
 from dist_ft.launch.stages import read_stages, run_stages
@@ -78,7 +80,7 @@ def plan_of(words: list[str]) -> Plan:
 
 def try_command(line: str) -> None:
     """Run a `dist-ft` line as far as possible without starting a worker or loading a model."""
-    options = cli._parser().parse_args(shlex.split(line)[1:])
+    options = build_parser(cli.COMMANDS).parse_args(shlex.split(line)[1:])
     if options.command in ("train", "submit", "plan", "data"):
         assert options.config_dir is None
         own = {"data": VIEW_WORDS, "plan": {"show"}}.get(options.command, ())
@@ -87,6 +89,12 @@ def try_command(line: str) -> None:
         assert (options.command == "submit") == (plan.config.launch.name == "slurm") or options.command == "plan"
     elif options.command == "sweep":
         _check_all(read_words(options.words), lambda words: plan_of(list(words)).config)
+    elif options.command == "init":
+        assert cli.main(["init", *options.words]) == 0
+    elif options.command == "list":
+        assert list(list_lines(options.group))
+    elif options.command == "help":
+        assert list(help_lines(options.key))
     elif options.command == "stages":
         trained = []
         stages = read_stages(Path(options.file), options.words)
@@ -125,8 +133,7 @@ def test_command_of_a_yaml_file(file: str, line: str, folder: Path) -> None:
 def test_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     told = set(re.findall(r"^\| `dist-ft ([a-z]+)` \|", text, re.MULTILINE))
-    actions = [action for action in cli._parser()._actions if action.dest == "command"]
-    assert told == set(actions[0].choices or ())
+    assert told == set(cli.COMMANDS)
 
 
 def group_rows() -> list[str]:

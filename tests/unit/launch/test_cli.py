@@ -12,8 +12,7 @@ from dist_ft.launch import cli, process
 from tests.unit.launch.plans import ROWS
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMANDS = ["train", "submit", "plan", "data", "eval", "generate", "export", "doctor", "schema"]
-COMMANDS += ["status", "logs", "cancel"]
+COMMANDS = sorted(cli.COMMANDS)
 
 
 @pytest.fixture
@@ -37,14 +36,63 @@ def started(monkeypatch):
 
 
 def test_help_imports_nothing_slow():
-    code = "import sys\nfrom dist_ft.launch import cli\nfor words in " + repr([[], *([c] for c in COMMANDS)]) + ":\n"
-    code += "    try: cli.main([*words, '--help'])\n    except SystemExit as end: assert not end.code\n"
-    code += "slow = ('hydra', 'omegaconf', 'pydantic', 'torch', 'rich', 'yaml', 'transformers')\n"
-    code += "print([name for name in slow if name in sys.modules], file=sys.stderr)"
+    code = "import sys\nfrom dist_ft.launch import cli\n"
+    code += "def heavy(names): return [name for name in names.split() if name in sys.modules]\n"
+    code += (
+        "def show(*words):\n    try: cli.main([*words, '--help'])\n    except SystemExit as end: assert not end.code\n"
+    )
+    code += "show(); show('train')\nfound = heavy('hydra pydantic yaml argcomplete torch')\n"
+    code += f"for command in {COMMANDS}: show(command)\n"
+    code += "found += heavy('hydra omegaconf torch rich transformers argcomplete')\nprint(found, file=sys.stderr)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stderr.strip() == "[]"
     for command in COMMANDS:
         assert f"usage: dist-ft {command}" in run.stdout
+
+
+def test_words_may_follow_options(words, started, capsys):
+    assert cli.main(["plan", words[0], "--brief", *words[1:]]) == 0
+    assert "first in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "-m", "method.r=4"], "-m: is not an option of this command\n    → use `dist-ft sweep`"),
+        (["train", "--multirun"], "use `dist-ft sweep`"),
+        (["train", "--cfg", "job"], "use `dist-ft plan … show=config`"),
+        (["train", "--cfg=job"], "use `dist-ft plan … show=config`"),
+        (["train", "--config-name", "x"], "give the file itself: `dist-ft train FILE.yaml`"),
+        (["train", "--config-path=x"], "write --config-dir DIR"),
+        (["plan", "--config-d", "x"], "--config-d: is not an option of this command"),
+        (["plan", "--brie"], "--brie: is not an option of this command"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "arguments are required: COMMAND"),
+        (["doctor", "x", "--y"], "--y: is not an option"),
+        (["completion", "tcsh"], "invalid choice: 'tcsh'"),
+        (["plan", "show=confg"], "show: Input should be 'plan' or 'config'"),
+    ],
+)
+def test_options_of_others_and_mistakes_have_one_look(arguments, said, capsys):
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("dist-ft: invalid request\n  ")
+    assert said in err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith("dist-ft 0.")
+
+
+def test_plan_prints_the_configuration_as_a_file(words, started, capsys, tmp_path):
+    assert cli.main(["plan", *words, "show=config"]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert cli.main(["plan", "again.yaml", "show=config"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "again.yaml").read_text()
+    assert started == []
 
 
 def test_plan_shows_all_and_writes_nothing(words, started, capsys, tmp_path):
@@ -166,7 +214,7 @@ def test_outcomes_take_a_run(words, started, monkeypatch, tmp_path, capsys, comm
 
 def test_schema_is_json(capsys):
     assert cli.main(["schema"]) == 0
-    assert "run_name" in json.loads(capsys.readouterr().out)["properties"]
+    assert "experiment" in json.loads(capsys.readouterr().out)["properties"]
 
 
 def test_our_own_mistakes_have_a_traceback(words, monkeypatch):

@@ -37,6 +37,9 @@ def test_every_problem_is_reported_at_once():
         "launch.port=99999",
         "+x=1",
         "~train.seed",
+        "~track",
+        "hydra.run.dir=x",
+        "hydra/launcher=basic",
         "method/x=3",
         "train.logging_steps=1,2",
         "optim.name=adam",
@@ -53,6 +56,9 @@ def test_every_problem_is_reported_at_once():
         "launch.port (command line)": "99999 is invalid: it must be less than or equal to 65535",
         "+x=1": "keys cannot be added to the schema → write x=1",
         "~train.seed": "cannot be deleted",
+        "~track": "groups cannot be deleted → set track=CHOICE",
+        "hydra.run.dir=x": "settings of Hydra are not used",
+        "hydra/launcher=basic": "settings of Hydra are not used",
         "method/x=3": "unknown group",
         "train.logging_steps=1,2": "use `dist-ft sweep`",
         "optim.name=adam": "write optim=adam",
@@ -62,6 +68,11 @@ def test_every_problem_is_reported_at_once():
     for where, text in wanted.items():
         assert text in found.pop(where)
     assert [where.split(" ")[0] for where in found] == ["data.train.x"]
+
+
+def test_a_forced_word_is_a_word_and_stays_within_the_schema():
+    assert compose(["++method.r=4", "++engine=fsdp"]).config == compose(["method.r=4", "engine=fsdp"]).config
+    assert "unknown key" in problems("++method.rr=4")["method.rr (command line)"]
 
 
 @pytest.mark.parametrize("name", ["../../x", "-x", "a b", "", "x" * 121, "a/b", "$(id)"])
