@@ -4,8 +4,8 @@
 
 FOLDER has a tokenizer with a chat template. Rows are conversations of one turn with random words. The other side is the
 function that trainers pass to `datasets.map` (`apply_chat_template` with `return_assistant_tokens_mask`, as TRL's
-SFTTrainer with `assistant_only_loss`), for a template with generation marks; the numbers of
-tokens and of supervised tokens of both have to be equal. Each runs in a process of its own; loading libraries and the tokenizer is not counted.
+SFTTrainer with `assistant_only_loss`), for a template with generation marks; the numbers of tokens and of supervised
+tokens of both have to be equal. Each runs in a process of its own; loading libraries and the tokenizer is not counted.
 """
 
 from __future__ import annotations
