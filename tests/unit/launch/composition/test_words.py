@@ -88,3 +88,8 @@ def test_later_words_replace_earlier_ones() -> None:
     words = ["model=a/b", "method.r=4", "data=rows.jsonl"]
     later = ["model.name_or_path=c", "data.train=other.jsonl", "method=lora"]
     assert override_words(words, later, list_groups()) == ["model=hub", "method.r=4", "data=jsonl", *later]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/folder", "hf://datasets/owner/name/*.parquet", "memory://rows.jsonl"])
+def test_a_url_is_data_of_its_own_and_no_hub_id(url: str) -> None:
+    assert override_words([], [f"data={url}"], list_groups()) == ["data=jsonl", f"data.train={url}"]
