@@ -72,7 +72,7 @@ lint: dev ## check lint, types and import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > $(VENV)/imports.log || { cat $(VENV)/imports.log; exit 1; }
 
-faults: dev ## run the tests that kill workers and launchers, also the long ones
+faults: dev ## run the tests that kill workers and launchers, also the long ones (KILLS=1000 kills more often)
 	@DIST_FT_FAULTS=all $(PYTEST) $(TESTS) -m faults
 
 gpu: dev ## install flash-attn where it has a wheel, and run the GPU tests

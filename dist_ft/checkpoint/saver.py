@@ -76,7 +76,7 @@ class Saver:
         self.failure: DistFtError | None = None
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
-        self._written = ""  # what the thread has done last
+        self._doing, self._done = "", 0  # what the thread does, and how many pieces it has written
         self._saves = 0
         self._mail = comm.open_mailbox() if dist.get_world_size() > 1 else None
 
@@ -127,19 +127,20 @@ class Saver:
         self._copies.clear()
 
     def _wait(self) -> None:
-        seen = self._written
+        seen = self._done
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(POLL_S)
-            if self._written != seen:
-                seen = self._written
-                self.tick(seen)
+            if self._done != seen:
+                seen = self._done
+                self.tick(self._doing)
         self._thread = None
         failures = [failure for failure in comm.gather(self.failure) if failure is not None]
         if failures:
             raise failures[0]
 
     def _note(self, what: str) -> None:
-        self._written = what
+        self._doing = what
+        self._done += 1
 
     @staticmethod
     def _clear(final: Path, staging: Path, progress: Progress, *, is_sound: bool) -> bool:

@@ -34,7 +34,7 @@ SAID = {
     "loading": "no step was trained since this start",
     "step": "is saved in a checkpoint",
     "evaluation": "is saved in a checkpoint",
-    "save": "is saved in a checkpoint",
+    "save": "is saved",  # the save in the background may be the last one by then
     "export": "training is complete and step 6 is saved",
 }
 WHO = ("command", "launcher", "rank-0", "rank-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,21 @@ def test_a_save_waits_for_the_one_before_and_uses_its_memory(tmp_path: Path, mon
     assert {index: tensor.data_ptr() for index, tensor in saver._copies._held.items()} == places
     saver.settle()
     assert done == [tmp_path / "step-1", path] and not saver._copies._held
+
+
+def test_each_piece_that_is_waited_for_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that takes longer than the watchdog waits is no hang, though all its pieces have the same name."""
+    write, ticks = files._HashedFile._write_piece, []
+
+    def slow(file: Any, piece: memoryview) -> None:
+        time.sleep(0.1)
+        write(file, piece)
+
+    monkeypatch.setattr(files._HashedFile, "_write_piece", slow)
+    saver = Saver(tmp_path, asynchronous=True, tick=ticks.append)
+    saver.save(state(), progress(1))
+    saver.settle()
+    assert sum("__0_0.distcp" in tick for tick in ticks) >= 5
 
 
 @pytest.mark.parametrize(
