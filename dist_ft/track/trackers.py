@@ -9,7 +9,6 @@ from ..state import Progress
 from .compose import NullTracker, Trackers
 from .jsonl import JsonLines
 from .progress import open_progress
-from .wandb import open_wandb
 
 
 def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) -> tuple[Tracker, str | None]:
@@ -27,14 +26,19 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
     if not worker.place.is_main:
         return NullTracker(), progress.tracker_id
     config = plan.config
-    wandb, identity = open_wandb(
-        config.track,
-        run_dir=plan.run_dir,
-        run_name=config.run_name,
-        # setup and sbatch lines may contain secrets, and the noise seed of differential privacy is one
-        settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}),
-        run_id=progress.tracker_id,
-        warn=worker.say,
-    )
+    wandb: Tracker = NullTracker()
+    identity = progress.tracker_id
+    if config.track.wandb != "off":
+        from .wandb import open_wandb  # W&B takes a while to import
+
+        wandb, identity = open_wandb(
+            config.track,
+            run_dir=plan.run_dir,
+            run_name=config.run_name,
+            # setup and sbatch lines may contain secrets, and the noise seed of differential privacy is one
+            settings=config.model_dump(mode="json", exclude={"launch": {"setup", "sbatch"}, "privacy": {"noise_seed"}}),
+            run_id=progress.tracker_id,
+            warn=worker.say,
+        )
     lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
     return Trackers([lines, open_progress(steps, after_step=progress.step, file=worker.terminal), wandb]), identity
