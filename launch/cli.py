@@ -233,7 +233,7 @@ COMMANDS: dict[str, Command] = {
     "init": (explain.init, "write a first configuration file (asks, or model=… data=… out=FILE)", None, "InitOptions"),
     "train": (train, "train on this machine, or on the hosts of a hostfile", CONFIG_WORDS, None),
     "submit": (submit, "submit a run to SLURM", CONFIG_WORDS, None),
-    "sweep": (sweep, "search hyperparameters: KEY=choice(A,B) trials=20 metric=loss", CONFIG_WORDS, None),
+    "sweep": (sweep, "search hyperparameters: KEY=choice(A,B) or KEY=interval(LOW,HIGH)", CONFIG_WORDS, "SweepOptions"),
     "stages": (
         stages,
         "train several stages, each starting from the model of the previous one",

@@ -25,14 +25,16 @@ from rich.table import Table
 from ..config.plan import METRICS_FILE
 from ..config.run import RunConfig
 from ..errors import MachineError, RequestError, Stopped
+from ..process.options import SweepOptions, split_words
+from ..process.options import read_words as read_options
 from ..process.stop import SIGNALS
 from ..state import LOWER_IS_BETTER
 from ..track.jsonl import read_evaluations
 from .composition.compose import list_groups
+from .composition.file import is_file
 from .composition.words import override_words
 
 SUMMARY = "sweep.csv"
-SAMPLERS = ("tpe", "random", "grid", "cmaes")
 # Codes that end the search: invalid request or environment, stopped on request, ended by a signal.
 HOPELESS = (2, 3, Stopped.exit_code, *(128 + number for number in SIGNALS))
 
@@ -74,12 +76,12 @@ def read_words(words: Sequence[str]) -> Search:
     Raises:
         RequestError: If an option is invalid, or no key has several values.
     """
-    own: dict[str, str] = {}
+    own, rest = split_words(SweepOptions, words)
+    options = read_options(SweepOptions, own)
     fixed, swept = [], {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in ("trials", "metric", "sampler"):
-            own[key] = value
+    for word in rest:
+        if is_file(word):
+            fixed.append(word)
             continue
         try:
             override = OverridesParser.create().parse_override(word)
@@ -93,12 +95,8 @@ def read_words(words: Sequence[str]) -> Search:
             fixed.append(word)
     if not swept:
         raise RequestError.of("dist-ft sweep", "no key has several values", "write for example method.r=choice(4,8)")
-    trials, sampler = own.get("trials", "20"), own.get("sampler", "tpe")
-    if not (trials.isdigit() and int(trials) > 0):
-        raise RequestError.of(f"trials={trials}", "must be a positive integer", "set for example trials=20")
-    if sampler not in SAMPLERS:
-        raise RequestError.of(f"sampler={sampler}", "unknown sampler", f"set one of {', '.join(SAMPLERS)}")
-    return Search(tuple(fixed), swept, int(trials), own.get("metric", "loss").removeprefix("eval/"), sampler)
+    metric = options.metric.removeprefix("eval/")
+    return Search(tuple(fixed), swept, options.trials, metric, options.sampler)
 
 
 def sweep(search: Search, check: Check, train: Train) -> int:
@@ -120,8 +118,7 @@ def sweep(search: Search, check: Check, train: Train) -> int:
     folder = Path(config.output_dir)
     if folder.exists():
         raise RequestError.of(f"output_dir={folder}", "already exists", "set another run_name or output_dir")
-    if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
-        raise MachineError.of("hydra-optuna-sweeper", "is not installed", "run `pip install 'dist-ft[sweep]'`")
+    _require_sweeper()
     trials: list[Trial] = []
     problems: list[RequestError] = []
 
@@ -201,6 +198,15 @@ def show(search: Search, trials: Sequence[Trial]) -> None:
         score = f"exit {trial.exit_code}" if trial.score is None else f"{trial.score:.4g}"
         table.add_row(trial.folder.name, *values, score, f"{trial.seconds:.0f}")
     Console().print(table)
+
+
+def _require_sweeper() -> None:
+    try:
+        found = importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper")
+    except ModuleNotFoundError:  # there is no plugin of Hydra at all
+        found = None
+    if found is None:
+        raise MachineError.of("hydra-optuna-sweeper", "is not installed", "run `pip install 'dist-ft[sweep]'`")
 
 
 def _short(value: str) -> str:

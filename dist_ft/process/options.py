@@ -59,6 +59,14 @@ class PlanOptions(Strict):
     show: Literal["plan", "config"] = Field("plan", description="config prints the whole configuration as a YAML file")
 
 
+class SweepOptions(Strict):
+    """Options of `dist-ft sweep`."""
+
+    trials: Count = Field(20, description="number of runs; sampler=grid runs every combination instead")
+    metric: str = Field("loss", description="score of the last evaluation by which runs are compared")
+    sampler: Literal["tpe", "random", "grid", "cmaes"] = Field("tpe", description="how the values are chosen")
+
+
 class GenerateOptions(Strict):
     """Options of `dist-ft generate`."""
 

@@ -13,7 +13,6 @@ from .jsonl import JsonLines
 from .progress import open_progress
 from .report import open_report
 from .secrets import shown_settings
-from .wandb import open_wandb
 
 
 def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) -> tuple[Tracker, str | None]:
@@ -31,14 +30,19 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
     if not worker.place.is_main:
         return NullTracker(), progress.tracker_id
     config = plan.config
-    wandb, identity = open_wandb(
-        config.track,
-        run_dir=plan.run_dir,
-        run_name=config.run_name,
-        settings=shown_settings(config) | _changes(progress),
-        run_id=progress.tracker_id,
-        warn=worker.say,
-    )
+    wandb: Tracker = NullTracker()
+    identity = progress.tracker_id
+    if config.track.wandb != "off":
+        from .wandb import open_wandb  # W&B takes a while to import
+
+        wandb, identity = open_wandb(
+            config.track,
+            run_dir=plan.run_dir,
+            run_name=config.run_name,
+            settings=shown_settings(config) | _changes(progress),
+            run_id=progress.tracker_id,
+            warn=worker.say,
+        )
     lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
     shown = open_progress(steps, after_step=progress.step, file=worker.terminal)
     return Trackers([lines, shown, wandb, open_report(config.track, plan.run_dir)]), identity

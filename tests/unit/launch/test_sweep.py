@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_ft.config.run import RunConfig
-from dist_ft.errors import RequestError
+from dist_ft.errors import MachineError, RequestError
 from dist_ft.launch.composition.compose import compose
 from dist_ft.launch.sweep import read_words, sweep
 
@@ -96,8 +96,10 @@ def test_what_no_other_value_would_mend_ends_the_sweep(code: int, words: list[st
     ("more", "message"),
     [
         (["method.r=8"], "no key has several values"),
-        (["method.r=4,8", "trials=0"], "trials=0"),
-        (["method.r=4,8", "sampler=best"], "set one of tpe"),
+        (["method.r=4,8", "trials=0"], "trials: Input should be greater"),
+        (["method.r=4,8", "sampler=best"], "sampler: Input should be 'tpe'"),
+        (["method.r=4,8", "trials=3", "trials=4"], "trials is set more than once"),
+        (["method.r=4,8", "none.yaml"], "none.yaml: cannot be read"),
         (["method.r=4,-8"], "method.r"),
         (["method.rr=4,8"], "method.rr"),
         (["method.r=4,8", "data.validation=null"], "data.validation"),
@@ -134,4 +136,29 @@ def test_folds_are_validation_data_too(words: list[str], tmp_path: Path) -> None
 def test_a_folder_of_an_earlier_sweep_is_left_alone(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "runs/found").mkdir(parents=True)
     with pytest.raises(RequestError, match="already exists"):
+        sweep(read_words([*words, "method.r=4,8"]), check, Trained(lambda run: 1.0))
+
+
+def test_a_configuration_file_is_the_base_of_every_trial(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("method: {name: lora, r: 2, lora_alpha: 3}\nrun_name: other\n")
+    train = Trained(lambda run: float(run["method.r"]))
+    given = ["base.yaml", *words, "method.r=4,8", "sampler=grid"]
+    search = read_words(given)
+    configs = []
+    assert sweep(search, lambda tried: configs.append(compose(tried).config) or configs[-1], train_with(train)) == 0
+    assert {(config.method.r, config.method.lora_alpha) for config in configs} == {(4, 3), (8, 3)}
+    assert len(train.runs) == 2
+
+
+def train_with(train: Trained) -> Callable[[Sequence[str]], int]:
+    """Return a `train` that takes the name of a file as well."""
+    return lambda words: train([word for word in words if "=" in word])
+
+
+def test_without_the_sweeper_it_says_what_to_install(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str) -> None:
+        raise ModuleNotFoundError(name)  # as importlib does without the package above
+
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    with pytest.raises(MachineError, match=r"pip install 'dist-ft\[sweep\]'"):
         sweep(read_words([*words, "method.r=4,8"]), check, Trained(lambda run: 1.0))
