@@ -106,6 +106,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     """Prepare the data, join the other ranks, build the run, train and export."""
     from .process import lifeline
 
+    begun = time.monotonic()
     lifeline.hold()
     from .prepare import prepare_plan
 
@@ -131,7 +132,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
             fit(run)
             watchdog.beat("export")
             run.records.export()
-            for line in summarize(plan, run.progress.step):
+            for line in summarize(plan, run.progress, time.monotonic() - begun):
                 worker.say(line)
         except Stopped as error:
             stopped = error

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..config.plan import Plan
+from ..config.plan import LOG_DIR, Plan
 from ..config.run import RunConfig
 
-LOG_DIR = "logs"
 FAILURE_FILE = "failure.json"
 WORKER_MODULE = "dist_ft.worker"
 

@@ -24,6 +24,7 @@ RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 EXPORT = "model"
+LOG_DIR = "logs"
 FAILURE_FILE = "failure.json"
 RECORD_FILE = "record.json"  # what a start found: versions, devices, estimated memory, accounts of the data
 REPORT_FILE = "report.html"

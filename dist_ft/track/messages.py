@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..config.plan import EXPORT, METRICS_FILE, Plan
+from ..config.plan import EXPORT, METRICS_FILE, REPORT_FILE, Plan
 from ..config.train import TrainConfig
 from ..state import Progress
 from .jsonl import read_evaluations, read_metrics
@@ -69,12 +71,27 @@ def describe_saves(train: TrainConfig, *, evaluates: bool) -> str:
     )
 
 
-def summarize(plan: Plan, step: int) -> Iterator[str]:
-    """Summarize a finished run: first and last evaluation, spent privacy budget, and the path of the model."""
+def summarize(plan: Plan, progress: Progress, seconds: float) -> Iterator[str]:
+    """Summarize a finished run: time, evaluations, best step, spent privacy budget, and what to do with the model.
+
+    Args:
+        plan: Plan of the run.
+        progress: Progress at the end of the run.
+        seconds: Time since this start of the run.
+    """
     before, after = read_evaluations(plan.run_dir / METRICS_FILE)
     changes = [f"{name} {before[name]:.4f} → {after[name]:.4f}" for name in after if name in before and name != "step"]
-    yield f"trained {step} steps" + (": " + ", ".join(changes) if changes else "")
+    took = datetime.timedelta(seconds=round(seconds))
+    yield f"trained {progress.step} steps, {took} since this start" + (": " + ", ".join(changes) if changes else "")
+    if progress.best_step is not None:
+        name = plan.config.train.metric_for_best_model
+        yield f"best evaluation at step {progress.best_step}: eval/{name} {progress.best_score:.4f}"
     spent = [line["train/epsilon"] for line in read_metrics(plan.run_dir / METRICS_FILE) if "train/epsilon" in line]
     if spent:
         yield f"privacy budget spent on the rows of data.train: epsilon {spent[-1]:.3f}"
     yield f"model saved in {plan.run_dir / EXPORT}; the reloaded model has the same logits"
+    if plan.config.track.report:
+        yield f"report: {plan.run_dir / REPORT_FILE}"
+    run = shlex.quote(f"run={plan.run_dir}")
+    merge = "" if plan.config.method.whole else " merge=true"
+    yield f"next: dist-ft generate {run}, or dist-ft export {run}{merge} out=FOLDER"

@@ -5,13 +5,19 @@ from __future__ import annotations
 import datetime
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from ..protocols import Tracker
 from ..state import Metrics
+
+PROGRESS_LOG = "progress.log"  # in the folder of logs
+ETA_WIDTH = 9  # 123:45:06
+LEAST_BAR = 8  # characters
 
 
 def open_progress(total_steps: int, *, after_step: int, file: TextIO) -> Tracker:
@@ -27,17 +33,30 @@ def open_progress(total_steps: int, *, after_step: int, file: TextIO) -> Tracker
     return Lines(total_steps, file=file)
 
 
+def open_log_of_progress(total_steps: int, folder: Path) -> Tracker:
+    """Build a tracker that appends a plain line per logged step to progress.log in the folder of logs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Lines(total_steps, file=(folder / PROGRESS_LOG).open("a", encoding="utf-8"), owns_file=True)
+
+
 class Bar:
-    """Tracker with a rich progress bar and the metrics of the last logged step; evaluations are printed above it."""
+    """Tracker with a rich progress bar and the metrics of the last logged step; evaluations are printed above it.
+
+    Steps and remaining time are always shown. Of the metrics, those that fit are shown, the most important first. The
+    bar ends with the last step, so that what is printed afterwards stands below it.
+    """
 
     def __init__(self, total_steps: int, *, after_step: int, console: Console) -> None:
+        self._total_steps = total_steps
+        whole = Column(no_wrap=True)
         self._progress = Progress(
-            TextColumn("train"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("train", table_column=whole),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=whole),
+            TextColumn("eta", table_column=whole),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
+            TextColumn("{task.fields[numbers]}", table_column=whole),
+            expand=True,
             console=console,
             refresh_per_second=4,
             redirect_stdout=False,  # stdout and stderr of the worker go to its log file
@@ -50,8 +69,18 @@ class Bar:
         """Advance the bar, or print an evaluation above it."""
         if evaluation := format_evaluation(metrics):
             self._progress.console.print(f"step {step}  {evaluation}", markup=False, highlight=False)
-        if numbers := "  ".join(format_training(metrics)):
-            self._progress.update(self._task, completed=step, numbers=numbers)
+        if numbers := list(format_training(metrics)):
+            self._progress.update(self._task, completed=step, numbers=self._fitting(numbers))
+        if step == self._total_steps and numbers:
+            self._progress.stop()
+
+    def _fitting(self, numbers: list[str]) -> str:
+        """Return as many of the numbers, in their order, as fit beside the bar."""
+        steps = 2 * len(str(self._total_steps)) + 1
+        room = self._progress.console.width - len("train") - LEAST_BAR - steps - len("eta") - ETA_WIDTH - 5
+        while numbers and len("  ".join(numbers)) > room:
+            numbers = numbers[:-1]
+        return "  ".join(numbers)
 
     def close(self) -> None:
         """Stop updating the bar and leave it on the screen."""
@@ -61,8 +90,9 @@ class Bar:
 class Lines:
     """Tracker that prints one line of plain text per logged step, without control characters."""
 
-    def __init__(self, total_steps: int, *, file: TextIO) -> None:
+    def __init__(self, total_steps: int, *, file: TextIO, owns_file: bool = False) -> None:
         self._total_steps = total_steps
+        self._owns_file = owns_file
         self._step_times_s: list[float] = []
         self._file = file
 
@@ -76,15 +106,17 @@ class Lines:
         print(f"step {step}/{self._total_steps}", *filter(None, words), sep="  ", file=self._file, flush=True)
 
     def close(self) -> None:
-        """Do nothing; the caller closes the file."""
+        """Close the file, if it belongs to this tracker."""
+        if self._owns_file:
+            self._file.close()
 
 
 def format_training(metrics: Metrics) -> Iterator[str]:
-    """Format those of loss, learning rate, tokens/s and peak memory that are in the metrics of a training step."""
+    """Format those of loss, tokens/s, learning rate and peak memory that a training step has, the important first."""
     for name, text in (
         ("train/loss", "loss {:.4f}"),
-        ("train/learning_rate", "lr {:.2e}"),
         ("perf/tokens_per_second", "{:,.0f} tokens/s"),
+        ("train/learning_rate", "lr {:.2e}"),
     ):
         if name in metrics:
             yield text.format(metrics[name])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config.plan import METRICS_FILE, Plan
+from ..config.plan import LOG_DIR, METRICS_FILE, Plan
 from ..process.place import Worker
 from ..protocols import Tracker
 from ..state import Progress
 from .compose import NullTracker, Trackers
 from .jsonl import JsonLines
-from .progress import open_progress
+from .progress import open_log_of_progress, open_progress
 from .report import open_report
 from .secrets import shown_settings
 
@@ -45,7 +45,8 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
         )
     lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
     shown = open_progress(steps, after_step=progress.step, file=worker.terminal)
-    return Trackers([lines, shown, wandb, open_report(config.track, plan.run_dir)]), identity
+    logged = open_log_of_progress(steps, plan.run_dir / LOG_DIR)
+    return Trackers([lines, shown, logged, wandb, open_report(config.track, plan.run_dir)]), identity
 
 
 def _changes(progress: Progress) -> dict[str, Any]:
