@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config.method import LoraKeys, MethodChoice
 from .config.plan import START_FILE, Plan
 from .config.run import RunConfig
 from .errors import RequestError
-from .method.adapter import Adapter
-from .method.bitfit import Bitfit
-from .method.freeze import Freeze
-from .method.full import Full
-from .method.ia3 import Ia3
-from .method.ln_tuning import LnTuning
-from .method.lora import Lora
-from .method.p_tuning import PTuning
-from .method.prefix import Prefix
-from .method.prompt import Prompt
 from .model.attention import AttentionChoice
 from .model.load import attention_of, load_model
 from .model.moe.policy import apply_policy, route_method
@@ -32,22 +23,23 @@ from .model.noise import add_embedding_noise
 from .optim.adamw import build_adamw
 from .privacy.mechanism import Privacy
 from .process.place import Worker
-from .protocols import Engine, Method, OptimFactory, Task
+from .protocols import Begins, Engine, Method, OptimFactory, Task
 from .state import Anatomy, Architecture, Beat, BuiltModel, Facts, unwatched
 from .task.table import TASKS
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "full": Full,
-    "freeze": Freeze,
-    "bitfit": Bitfit,
-    "ln_tuning": LnTuning,
-    "ia3": Ia3,
-    "prompt": Prompt,
-    "prefix": Prefix,
-    "p_tuning": PTuning,
-    "adapter": Adapter,
-    "lora": Lora,
-    "qlora": Lora,
+# Method → module in `method`, and class. Modules are imported when they are needed: peft takes seconds to import.
+METHODS = {
+    "full": ("full", "Full"),
+    "freeze": ("freeze", "Freeze"),
+    "bitfit": ("bitfit", "Bitfit"),
+    "ln_tuning": ("ln_tuning", "LnTuning"),
+    "ia3": ("ia3", "Ia3"),
+    "prompt": ("prompt", "Prompt"),
+    "prefix": ("prefix", "Prefix"),
+    "p_tuning": ("p_tuning", "PTuning"),
+    "adapter": ("adapter", "Adapter"),
+    "lora": ("lora", "Lora"),
+    "qlora": ("lora", "Lora"),
 }
 
 
@@ -85,10 +77,16 @@ def build_task(config: RunConfig, facts: Facts, attention: AttentionChoice) -> T
 
 
 def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
-    """Build the method; it stores files that a resumed run needs in `run_dir`."""
-    method = METHODS[config.method.name](config.method)
-    if isinstance(method, Lora) and run_dir is not None:
-        method.start_file = run_dir / START_FILE
+    """Build the method of a run."""
+    return method_of(config.method, run_dir)
+
+
+def method_of(choice: MethodChoice, run_dir: Path | None = None) -> Method:
+    """Build the method of a choice of the group `method`; lora stores files that a resumed run needs in `run_dir`."""
+    module, name = METHODS[choice.name]
+    build = getattr(importlib.import_module(f".method.{module}", __package__), name)
+    stores = isinstance(choice, LoraKeys) and run_dir is not None
+    method: Method = build(choice, run_dir / START_FILE) if stores else build(choice)
     return method
 
 
@@ -167,7 +165,7 @@ class ModelRecipe:
         anatomy = load_model(config.model, self.folder, self.attention, self.architecture, weights=weights)
         torch.manual_seed(config.train.seed)  # and so are the weights that the method adds
         model = self._routed_method(anatomy).apply(anatomy)
-        if weights and isinstance(self.method, Lora):
+        if weights and isinstance(self.method, Begins):
             self.method.begin(model, getattr(torch, config.model.dtype), tick)
         if config.train.neftune_noise_alpha:
             assert anatomy.embeddings is not None, "transformers' models have input embeddings"
@@ -188,7 +186,7 @@ class ModelRecipe:
     def _routed_method(self, anatomy: Anatomy) -> Method:
         """Build the method with the routers among its targets if `moe.router` requires it."""
         routed = route_method(self.config.method, self.config.moe, anatomy)
-        return self.method if routed is self.config.method else METHODS[routed.name](routed)
+        return self.method if routed is self.config.method else method_of(routed)
 
 
 def keep_masters(model: nn.Module, *, weights: bool, tick: Beat = unwatched) -> None:

@@ -10,6 +10,7 @@ from .state import (
     Anatomy,
     Architecture,
     Batch,
+    Beat,
     BuiltModel,
     Example,
     Facts,
@@ -26,6 +27,7 @@ from .state import (
 
 if TYPE_CHECKING:  # torch is slow to import, and planning does not need it
     import numpy as np
+    import torch
     from torch import Tensor, nn
 
     from .config.method import MethodChoice
@@ -74,6 +76,13 @@ class Method(Protocol):
     def config(self) -> MethodChoice: ...
     def apply(self, anatomy: Anatomy) -> nn.Module: ...
     def export(self, model: nn.Module, weights: Weights, out: Path) -> None: ...
+
+
+@runtime_checkable
+class Begins(Protocol):
+    """A method that initializes its weights from those of the loaded model."""
+
+    def begin(self, model: nn.Module, dtype: torch.dtype, tick: Beat) -> None: ...
 
 
 class Engine(Protocol):

@@ -12,7 +12,6 @@ from ..config.method import LoraKeys
 from ..config.plan import CHECKPOINTS, REFERENCE_FILE, START_FILE, Plan
 from ..config.run import settings_of
 from ..errors import RequestError, TrainingError
-from ..method.start import read_start
 from ..prepare import Prepared
 from ..process import comm
 from ..process.place import Place, Worker
@@ -157,6 +156,8 @@ def settle_start(plan: Plan, place: Place) -> None:
         return
     method = plan.config.method
     if isinstance(method, LoraKeys) and method.moves_base and (start := _settle(plan, START_FILE)):
+        from ..method.start import read_start  # imports peft
+
         read_start(start)
     _settle(plan, REFERENCE_FILE)  # not required: it is computed again from the initial model if it is missing
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -93,6 +92,8 @@ def open_export(
         base = open_base(config, model_dir, architecture, **options)
         if is_bottleneck(folder):
             return load_adapter(base, folder)
+        import peft  # takes seconds
+
         return peft.PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
     try:
         model, report = auto_class(architecture).from_pretrained(

@@ -17,7 +17,7 @@ from dist_ft.config.model import ModelConfig
 from dist_ft.errors import RequestError
 from dist_ft.export.merge import main as export_again
 from dist_ft.export.opened import open_export
-from dist_ft.families import METHODS
+from dist_ft.families import method_of
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.state import CAUSAL_LM, Architecture
 from tests.dist.cases import metrics_of
@@ -60,9 +60,7 @@ def assert_only_meant_learn(
     config = read_method(settings)
     model = getattr(transformers, architecture.auto_class).from_pretrained(base)
     before = {bits(tensor) for tensor in model.state_dict().values()}
-    meant = {
-        n for n, p in METHODS[config.name](config).apply(find_anatomy(model)).named_parameters() if p.requires_grad
-    }
+    meant = {n for n, p in method_of(config).apply(find_anatomy(model)).named_parameters() if p.requires_grad}
     for where, run_dir in runs.items():
         trained = torch.load(run_dir / "weights.pt", weights_only=True)
         assert set(trained) == meant, where

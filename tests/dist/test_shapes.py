@@ -16,7 +16,7 @@ import pytest
 import transformers
 
 from dist_ft.errors import RequestError
-from dist_ft.families import METHODS
+from dist_ft.families import method_of
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.state import Architecture
 from dist_ft.testing.spawn import spawn
@@ -187,4 +187,4 @@ def test_what_cannot_work_is_refused_with_the_reason(shape: str, method: str, ba
     model = getattr(transformers, architecture_of(shape).auto_class).from_pretrained(bases[shape])
     settings = read_method(CASES[method])
     with pytest.raises(RequestError, match=REFUSED[shape, method]):
-        METHODS[settings.name](settings).apply(find_anatomy(model))
+        method_of(settings).apply(find_anatomy(model))

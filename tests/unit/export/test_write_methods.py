@@ -16,7 +16,7 @@ from dist_ft.errors import TrainingError
 from dist_ft.export.merge import merge
 from dist_ft.export.opened import open_export
 from dist_ft.export.probe import compare, probe_model
-from dist_ft.families import METHODS
+from dist_ft.families import method_of
 from tests.exports import TOKENS, Case
 from tests.samples import given
 
@@ -54,7 +54,7 @@ MERGEABLE = ["ln_tuning", "ia3"]
 
 
 def case_of(folder: Path, out: Path, settings: dict[str, Any], dtype: str = "float32") -> Case:
-    return Case(folder, out, METHODS[settings["name"]](TypeAdapter(MethodConfig).validate_python(settings)), dtype)
+    return Case(folder, out, method_of(TypeAdapter(MethodConfig).validate_python(settings)), dtype)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

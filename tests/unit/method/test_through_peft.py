@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dist_ft.config.method import MethodConfig
 from dist_ft.errors import RequestError
-from dist_ft.families import METHODS
+from dist_ft.families import method_of
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.task.batches import tokens
 from dist_ft.testing import tiny
@@ -25,7 +25,7 @@ llama, gpt2, bloom = (partial(tiny.build, name) for name in ("llama", "gpt2", "b
 
 
 def method(name: str, **settings: Any) -> Any:
-    return METHODS[name](TypeAdapter(MethodConfig).validate_python({"name": name, **settings}))
+    return method_of(TypeAdapter(MethodConfig).validate_python({"name": name, **settings}))
 
 
 def trained(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from dist_ft.config.method import MethodConfig
 from dist_ft.errors import RequestError
-from dist_ft.families import METHODS
+from dist_ft.families import method_of
 from dist_ft.method.through_peft import task_type_of
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.quantization.linear import QuantizedLinear
@@ -40,7 +40,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 def apply(choice: dict[str, Any], model: Any) -> Any:
     config = METHOD.validate_python(choice)
-    return METHODS[config.name](config).apply(find_anatomy(model))
+    return method_of(config).apply(find_anatomy(model))
 
 
 @pytest.mark.parametrize("name", CHOICES)

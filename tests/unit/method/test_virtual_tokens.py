@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dist_ft.config.method import MethodConfig
 from dist_ft.config.task import SequenceClassificationConfig, TokenClassificationConfig
 from dist_ft.errors import RequestError
-from dist_ft.families import METHODS
+from dist_ft.families import method_of
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.model.load import find_task_head
 from dist_ft.state import Anatomy, Facts
@@ -53,9 +53,9 @@ def anatomy_of(model: Any) -> Anatomy:
     return find_anatomy(model, task_head=find_task_head(model))
 
 
-def method_of(name: str) -> Any:
+def virtual(name: str) -> Any:
     given = {"name": name, "num_virtual_tokens": VIRTUAL}
-    return METHODS[name](TypeAdapter(MethodConfig).validate_python(given))
+    return method_of(TypeAdapter(MethodConfig).validate_python(given))
 
 
 def batch_of(kind: str, rows: list[list[int]]) -> Any:
@@ -73,7 +73,7 @@ def batch_of(kind: str, rows: list[list[int]]) -> Any:
 @pytest.mark.parametrize(("shape", "kind", "name"), CASES)
 def test_padding_changes_nothing_and_all_of_it_learns(shape: str, kind: str, name: str, tmp_path: Path) -> None:
     """Logits of padded rows are those of each row alone; prompts stand in front of the row's own embeddings."""
-    method, model = method_of(name), build(shape, kind)
+    method, model = virtual(name), build(shape, kind)
     adapted = method.apply(anatomy_of(model))
     task = TASKS[kind]
     together = task._logits(adapted, batch_of(kind, ROWS))
@@ -103,23 +103,23 @@ def test_padding_changes_nothing_and_all_of_it_learns(shape: str, kind: str, nam
 def test_a_class_read_from_the_last_token_is_refused(shape: str, name: str) -> None:
     """transformers finds the last token by its id; given embeddings it takes the last place, padding or not."""
     with pytest.raises(RequestError, match="would read the class of shorter rows from padding"):
-        method_of(name).apply(anatomy_of(build(shape, "Sequence")))
+        virtual(name).apply(anatomy_of(build(shape, "Sequence")))
 
 
 def test_a_model_that_takes_no_keys_and_values_is_refused() -> None:
     with pytest.raises(RequestError, match="does not accept past_key_values"):
-        method_of("prefix").apply(anatomy_of(tiny.build("modernbert")))
+        virtual("prefix").apply(anatomy_of(tiny.build("modernbert")))
 
 
 def test_a_model_whose_width_peft_does_not_find_is_refused() -> None:
     with pytest.raises(RequestError, match=r"peft does not support it for DistilBert.*token_dim"):
-        method_of("prompt").apply(anatomy_of(build("distilbert", "Sequence")))
+        virtual("prompt").apply(anatomy_of(build("distilbert", "Sequence")))
 
 
 @pytest.mark.parametrize("name", ["prompt", "p_tuning"])
 def test_all_rows_before_an_encoder_decoder_are_read(name: str) -> None:
     """peft's default is as many again for the decoder, which it never puts there."""
-    model = method_of(name).apply(find_anatomy(tiny.build("t5")))
+    model = virtual(name).apply(find_anatomy(tiny.build("t5")))
     ids = torch.arange(3, 9)[None]
     prompts: list[torch.Tensor] = []
     model.prompt_encoder["default"].register_forward_hook(lambda module, given, found: prompts.append(found))

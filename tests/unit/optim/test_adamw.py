@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from dist_ft.config.method import MethodConfig
 from dist_ft.config.optim import OptimConfig
-from dist_ft.families import METHODS
+from dist_ft.families import method_of
 from dist_ft.model.anatomy import find_anatomy
 from dist_ft.optim.adamw import build_adamw
 from dist_ft.testing import tiny
@@ -20,7 +20,7 @@ from dist_ft.testing import tiny
 def decayed(settings: dict[str, Any]) -> tuple[set[str], set[str], Any]:
     """Names of the parameters that a step with zero gradients decays, names of all trainable ones, and the model."""
     config = TypeAdapter(MethodConfig).validate_python(settings)
-    model = METHODS[config.name](config).apply(find_anatomy(tiny.build("llama")))
+    model = method_of(config).apply(find_anatomy(tiny.build("llama")))
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for parameter in learned.values():
         parameter.data.fill_(1.0)
