@@ -60,9 +60,9 @@ def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
     logits = _logits(model, batch)
     result = _loss(logits, batch)
     right = logits.argmax(dim=-1) == batch.targets
-    documents = int(batch.documents.max()) + 1 if batch.supervised else 0
-    targets = torch.bincount(batch.documents, minlength=documents)
-    hits = torch.bincount(batch.documents[right], minlength=documents)
+    none = batch.documents.new_zeros(len(batch.samples))  # counted by additions: a bincount would wait for the device
+    targets = none.index_add(0, batch.documents, torch.ones_like(batch.documents))
+    hits = none.index_add(0, batch.documents, right.long())
     counts = {
         "correct_tokens": right.sum(),
         "exact_rows": ((hits == targets) & (targets > 0)).sum(),
@@ -133,5 +133,5 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _loss(logits: Tensor, batch: Batch) -> LossSum:
     losses = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
-    weight = torch.tensor(float(batch.supervised), device=losses.device)
+    weight = losses.new_full((), float(batch.supervised))
     return LossSum(losses.sum(), weight, losses=losses)
