@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config.method import LoraKeys, MethodChoice
+from .config.method import LoraKeys, MethodConfig
 from .config.plan import START_FILE, Plan
 from .config.run import RunConfig
 from .errors import RequestError
@@ -81,12 +81,12 @@ def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:
     return method_of(config.method, run_dir)
 
 
-def method_of(choice: MethodChoice, run_dir: Path | None = None) -> Method:
+def method_of(choice: MethodConfig, run_dir: Path | None = None) -> Method:
     """Build the method of a choice of the group `method`; lora stores files that a resumed run needs in `run_dir`."""
     module, name = METHODS[choice.name]
     build = getattr(importlib.import_module(f".method.{module}", __package__), name)
-    stores = isinstance(choice, LoraKeys) and run_dir is not None
-    method: Method = build(choice, run_dir / START_FILE) if stores else build(choice)
+    stored = (run_dir / START_FILE,) if run_dir is not None and isinstance(choice, LoraKeys) else ()
+    method: Method = build(choice, *stored)
     return method
 
 
