@@ -39,7 +39,7 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
             config.track,
             run_dir=plan.run_dir,
             run_name=config.run_name,
-            settings=shown_settings(config) | _changes(progress),
+            settings=_settings(plan, progress),
             run_id=progress.tracker_id,
             warn=worker.say,
         )
@@ -49,6 +49,7 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
     return Trackers([lines, shown, logged, wandb, open_report(config.track, plan.run_dir)]), identity
 
 
-def _changes(progress: Progress) -> dict[str, Any]:
-    """Return the changes that were accepted when the run was resumed, to log with the configuration."""
-    return {"accepted_changes": list(progress.accepted)} if progress.accepted else {}
+def _settings(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Return the configuration to log, with the changes that were accepted when the run was resumed."""
+    changes = {"accepted_changes": list(progress.accepted)} if progress.accepted else {}
+    return shown_settings(plan.config) | changes
