@@ -11,7 +11,8 @@ from types import SimpleNamespace as Some
 from dist_ft.track.trackers import build_tracker
 
 worker = Some(place=Some(is_main=True), terminal=sys.stderr)
-plan = Some(config=Some(track=Some(wandb="off")), run_dir=Path(sys.argv[1]))
+plan = Some(config=Some(track=Some(wandb="off", report=False)), run_dir=Path(sys.argv[1]))
+(plan.run_dir / "logs").mkdir()
 tracker, identity = build_tracker(plan, Some(step=0, tracker_id="kept"), 3, worker)
 tracker.log({"train/loss": 1.0}, step=1)
 tracker.close()
