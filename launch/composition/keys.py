@@ -59,7 +59,7 @@ def valid_keys(config: Mapping[str, Any]) -> list[str]:
     return keys
 
 
-def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.75) -> str | None:
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.76) -> str | None:
     """Return the closest match to `word`; None if no name is similar.
 
     Only last parts are compared, because names with the same section look similar whatever they mean. Of equally
