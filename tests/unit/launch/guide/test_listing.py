@@ -43,7 +43,7 @@ def test_a_group_that_does_not_exist() -> None:
     [
         ("method.r", ["type integer ≥ 1", "default 16", "only with method=lora, method=qlora"]),
         ("train.seed", ["type integer ≥ 0", "default 0"]),
-        ("model.dtype", ["type float32 or bfloat16", "default float32"]),
+        ("model.dtype", ["type auto or float32 or bfloat16", "default auto"]),
         ("launch.hostfile", ["type text", "default required", "only with launch=deepspeed"]),
         ("optim.betas", ["type list of number ≥ 0 and ≤ 1", "default [0.9, 0.999]"]),
         ("train.save_minutes", ["type number > 0 or auto or null", "default auto"]),

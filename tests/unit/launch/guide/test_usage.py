@@ -14,7 +14,7 @@ def test_help_lists_the_words_of_the_command(name: str, capsys: pytest.CaptureFi
         cli.main([name, "--help"])
     text = capsys.readouterr().out
     for key, field in getattr(options, str(cli.COMMANDS[name][3])).model_fields.items():
-        default = "" if field.default is None else str(field.default)
+        default = "" if field.is_required() or field.default is None else str(field.default)
         line = next(line for line in text.splitlines() if line.startswith(f"  {key}="))
         assert line.lower().startswith(f"  {key}={default}".lower()), line
         assert (field.description or "").split()[0] in text
