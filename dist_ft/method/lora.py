@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.method import LoraKeys
 from ..errors import Problem, RequestError
+from ..model.direct import is_used_directly
 from ..model.moe.adapted import merge_on_demand
 from ..model.quantization.packed import find_packed
 from ..state import Anatomy, Beat, Weights, unwatched
@@ -233,6 +234,11 @@ def _check_parameters(config: LoraKeys, model: nn.Module) -> None:
         if not any(name == want or name.endswith("." + want) for name in names):
             way_out = f"the model's fused parameters are {', '.join(fused[:6])}" if fused else "use target_modules"
             problems.append(Problem(key, f"{want!r} matches no parameter", way_out))
+        owners = (name.rpartition(".") for name in names if name == want or name.endswith("." + want))
+        outside = next((f"{owner}.{own}" for owner, _, own in owners if is_used_directly(model, owner, own)), None)
+        if outside:
+            rule = f"the parent of {outside} computes with it without calling its module, which an adapter cannot see"
+            problems.append(Problem(key, rule, "leave it out"))
     for setting in ("use_dora", "lora_dropout"):
         if config.target_parameters and getattr(config, setting):
             rule = f"adapters of parameters (fused experts, routers) cannot have method.{setting}"

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..process import comm
 from ..state import Anatomy
+from .direct import is_used_directly
 from .moe.find import find_mixtures
 from .reach import find_idle, lies_in
 
@@ -30,7 +31,10 @@ def find_anatomy(model: nn.Module, *, task_head: Iterable[str] = (), new_token_i
         linears=tuple(
             name
             for name, module in reached
-            if isinstance(module, nn.Linear | Conv1D) and id(module) in inside and not lies_in(name, routers)
+            if isinstance(module, nn.Linear | Conv1D)
+            and id(module) in inside
+            and not lies_in(name, routers)
+            and not is_used_directly(model, name)
         ),
         norms=tuple(name for name, module in reached if _is_norm(module) and not lies_in(name, routers)),
         mixtures=tuple(mixtures),

@@ -89,7 +89,7 @@ def _refuse_the_rest(anatomy: Anatomy, scheme: str, packed: list[nn.Module]) -> 
     unpacked = sum(size for size, _ in left)
     if unpacked > UNPACKED_SHARE * total or not packed:
         rule = (
-            f"{unpacked / 2**20:,.2f} of the blocks' {total / 2**20:,.2f} MiB are neither linear layers nor fused "
-            f"experts ({', '.join(sorted({kind for _, kind in left}))}) and cannot be stored in {scheme}"
+            f"{unpacked / 2**20:,.2f} of the blocks' {total / 2**20:,.2f} MiB are neither called linear layers nor "
+            f"fused experts ({', '.join(sorted({kind for _, kind in left}))}) and cannot be stored in {scheme}"
         )
         raise RequestError.of("model.quantization", rule, "set model.quantization=none, and shard with engine=fsdp")
