@@ -25,7 +25,7 @@ def is_used_directly(model: nn.Module, name: str, parameter: str = "weight") -> 
 
 
 @functools.cache
-def _read_of_children(kind: type[nn.Module], parameter: str) -> frozenset[str]:
+def _read_of_children(kind: type, parameter: str) -> frozenset[str]:
     """Return the attributes whose `parameter` the methods of a class read."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
