@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,8 @@ PROPERTIES = {"dtype", "device", "shape", "size", "ndim", "requires_grad", "is_m
 def is_used_directly(model: nn.Module, name: str, parameter: str = "weight") -> bool:
     """Return whether the parent of the module `name` computes with one of its parameters without calling it."""
     parent, _, attribute = name.rpartition(".")
-    return attribute in _read_of_children(type(model.get_submodule(parent)), parameter)
+    kind: Any = type(model.get_submodule(parent))
+    return attribute in _read_of_children(kind, parameter)
 
 
 @functools.cache
