@@ -7,6 +7,7 @@ heads): such values are given here. Sizes do not matter, because the product bui
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 # the default configuration fails its own validation; every attention mask gives NaN
 INVALID = {"gemma4_assistant", "prophetnet"}
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "models.md"  # has the tables that tests compute
 CAUSAL: tuple[str, ...] = tuple(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in INVALID)
 # for every configuration that has such a key without a value
 USUAL: dict[str, Any] = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,10 +18,9 @@ from transformers import PreTrainedModel
 from dist_ft.model.attention import AttentionChoice, choose_attention
 from dist_ft.model.miniature import build_miniature, draw_weights
 
-from .library import CAUSAL, class_of, published
+from .library import CAUSAL, DOCUMENT, class_of, published
 
 LENGTHS = (3, 14, 9, 1)
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 
 
 class Found(NamedTuple):

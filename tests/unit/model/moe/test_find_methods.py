@@ -24,8 +24,7 @@ from dist_ft.model.quantize import quantize
 from dist_ft.state import Anatomy
 from tests.samples import lora
 
-from ..library import CAUSAL, class_of, published
-from ..test_isolation import DOCUMENT
+from ..library import CAUSAL, DOCUMENT, class_of, published
 
 IDS = torch.arange(1, 25).view(2, 12)
 MOST_BLOCKS = 12  # some classes cannot be built with a few layers, and take long
