@@ -86,7 +86,7 @@ class SlurmLauncher:
 
     def has_bfloat16(self, config: RunConfig) -> bool:
         """Return whether the job asks for GPUs; those of clusters compute in bfloat16 (Ampere and later)."""
-        return slurm_config(config).gpus_per_node != 0
+        return self._gpus > 0
 
     def render(self, plan: Plan) -> Rendered:
         """Render `job.sbatch`."""

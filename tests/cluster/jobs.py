@@ -32,7 +32,7 @@ def run_cli(code: str, words: Sequence[str], env: dict[str, str]) -> subprocess.
 def identity_of(run: subprocess.CompletedProcess[str]) -> str:
     """Return the id of the job that `dist-ft submit` printed."""
     assert run.returncode == 0, run.stderr
-    found = re.match(r"job (\d+):", run.stdout)
+    found = re.search(r"^job (\d+):", run.stdout, re.MULTILINE)
     assert found, run.stdout
     return found[1]
 
