@@ -81,7 +81,7 @@ def assert_exports_agree(
     """Loaded again, all exports give the same logits. A run compares its own with the trained model besides."""
     reference = None
     for where, run_dir in runs.items():
-        loaded = open_export(run_dir / "model", ModelConfig(name_or_path=base), base, architecture)
+        loaded = open_export(run_dir / "model", ModelConfig(name_or_path=base, dtype="float32"), base, architecture)
         with torch.no_grad():
             logits = loaded.eval()(**inputs).logits
         reference = logits if reference is None else reference
