@@ -17,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV ?= $(shell command -v uv > /dev/null && [ -z "$$($(PYTHON) -m pip config list 2> /dev/null)" ] && command -v uv)
 ifeq ($(UV),)
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check --progress-bar off install $(PIP_FLAGS)
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off $(PIP_FLAGS)
 else
 INSTALL := $(UV) pip install --python $(BIN)/python $(PIP_FLAGS)
 endif

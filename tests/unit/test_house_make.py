@@ -4,6 +4,7 @@ import os
 import pty
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ def make(tmp_path):
         'case "$*" in\n'
         f'  "-m venv"*) mkdir -p .venv/bin && cp {python} .venv/bin/python ;;\n'
         '  "-m pip config list") cat pip.conf 2> /dev/null ;;\n'
-        f'  "-m pip"*) echo "$*" >> commands; cat {tmp_path}/pip.txt; [[ -z $FAILS ]] || exit 1 ;;\n'
+        f'  "-m pip"*) {sys.executable} "$@" --help > /dev/null || exit 2  # pip itself judges the options\n'
+        f'    echo "$*" >> commands; cat {tmp_path}/pip.txt; [[ -z $FAILS ]] || exit 1 ;;\n'
         "esac\n"
     )
     python.chmod(0o755)
