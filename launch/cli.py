@@ -176,24 +176,22 @@ def data(options: argparse.Namespace) -> int:
 def outcome(options: argparse.Namespace) -> int:
     """Run `eval`, `generate` or `export` on the folder of a run."""
     from ..config.plan import read_plan
-    from ..config.strict import Strict
     from ..errors import RequestError
-    from ..process.options import EvaluateOptions, ExportOptions, GenerateOptions, read_words
+    from ..process import options as kinds
     from .process import run_module
 
     runs = [word.partition("=")[2] for word in options.words if word.startswith("run=")]
     if len(runs) != 1 or not runs[0]:
         raise RequestError.of("run", "must be given exactly once", f"use `dist-ft {options.command} run=runs/NAME`")
-    commands: dict[str, tuple[str, type[Strict]]] = {
-        "eval": ("dist_ft.assess.evaluate", EvaluateOptions),
-        "generate": ("dist_ft.assess.generate", GenerateOptions),
-        "export": ("dist_ft.export.merge", ExportOptions),
-    }
-    module, kind = commands[options.command]
+    module = {
+        "eval": "dist_ft.assess.evaluate",
+        "generate": "dist_ft.assess.generate",
+        "export": "dist_ft.export.merge",
+    }[options.command]
     # reports a wrong folder or word before the slow imports of the module, which reads the words again
     read_plan(runs[0])
     rest = [word for word in options.words if not word.startswith("run=")]
-    read_words(kind, rest)
+    kinds.read_words(getattr(kinds, options.own_words), rest)
     # Use the given path and not the one in the plan, because the folder may have been moved since.
     return run_module([module, _run_file(runs[0]), *rest])
 

@@ -23,6 +23,7 @@ from ..config.plan import (
     EXIT_FILE,
     FAILURE_FILE,
     JOB_FILE,
+    LOG_DIR,
     METRICS_FILE,
     RUN_FILE,
     STOP_FILE,
@@ -34,7 +35,7 @@ from ..errors import DistFtError, RequestError, Stopped
 from ..process.options import CancelOptions, LogsOptions, StatusOptions, read_words
 from ..process.owner import find_owner
 from ..process.stop import REPEAT_S
-from .launcher import LOG_DIR
+from ..report.folder import read_object
 from .slurm.queue import QUEUED, cancel_job, find_job
 
 CAUSE = "dist-ft cancel"
@@ -96,7 +97,7 @@ def find_status(run_dir: Path) -> Status:
     total = f" of {train.max_steps}" if train.max_steps else f", epoch {last.get('epoch', 0):.2f}"
     total += "" if train.max_steps else f" of {train.num_train_epochs:g}"
     code = _number(run_dir / EXIT_FILE)
-    code = _read_json(run_dir / FAILURE_FILE).get("exit_code") if code is None else code
+    code = read_object(run_dir / FAILURE_FILE).get("exit_code") if code is None else code
     state, where = _find_state(plan, run_dir, code)
     updated = (run_dir / METRICS_FILE).stat().st_mtime if last else None
     code = None if state in ("queued", "running") else code
@@ -104,7 +105,7 @@ def find_status(run_dir: Path) -> Status:
 
 
 def _find_state(plan: Plan, run_dir: Path, code: int | None) -> tuple[str, str]:
-    identity = _read_json(run_dir / JOB_FILE).get("job") if plan.config.launch.name == "slurm" else None
+    identity = read_object(run_dir / JOB_FILE).get("job") if plan.config.launch.name == "slurm" else None
     job = find_job(identity) if identity else None
     where = f"job {identity}, {job.said if job else 'of which SLURM says nothing here'}" if identity else ""
     if job is not None and job.is_active:
@@ -157,7 +158,7 @@ def status_lines(run: Status, now: float) -> Iterator[str]:
     newest = next(iter(saved_steps(run.folder / CHECKPOINTS)), None)
     yield f"  saved   {newest.name.replace('-', ' ') if newest else 'nothing yet'}"
     if run.code:
-        for line in str(_read_json(run.folder / FAILURE_FILE).get("report", "no report")).splitlines():
+        for line in str(read_object(run.folder / FAILURE_FILE).get("report", "no report")).splitlines():
             yield f"  {line}"
 
 
@@ -191,7 +192,7 @@ def _find_log(folder: Path, rank: int | None) -> tuple[Path, Callable[[str], str
         if not file.exists():
             raise RequestError.of("rank", f"{file} does not exist", f"see {folder / LOG_DIR}")
         return file, str
-    if identity := _read_json(folder / JOB_FILE).get("job"):
+    if identity := read_object(folder / JOB_FILE).get("job"):
         return folder / LOG_DIR / f"job-{identity}.log", str
     return folder / METRICS_FILE, show_metrics  # the output of a command in the foreground is where it was started
 
@@ -219,7 +220,7 @@ def cancel(options: CancelOptions) -> int:
     status = find_status(folder)
     if not status.is_active:
         raise RequestError.of(str(folder), f"does not run ({status.state})", "see `dist-ft status`")
-    if identity := _read_json(folder / JOB_FILE).get("job"):
+    if identity := read_object(folder / JOB_FILE).get("job"):
         if options.now or status.state == "queued":
             cancel_job(identity)
             print(f"{folder}: job {identity} is cancelled")
@@ -269,13 +270,6 @@ def _last_step(run_dir: Path) -> dict[str, Any]:
             with contextlib.suppress(ValueError, AttributeError):
                 if "train/loss" in (found := json.loads(line)):
                     return dict(found)
-    return {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
     return {}
 
 

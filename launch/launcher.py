@@ -12,7 +12,6 @@ from typing import Protocol
 from ..config.plan import LOG_DIR, Plan
 from ..config.run import RunConfig
 
-FAILURE_FILE = "failure.json"
 WORKER_MODULE = "dist_ft.worker"
 
 

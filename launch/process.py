@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.plan import CHECKPOINTS, STOP_FILE, saved_steps
+from ..config.plan import CHECKPOINTS, FAILURE_FILE, LOG_DIR, STOP_FILE, saved_steps
 from ..errors import DistFtError, Problem, Stopped, TrainingError
 from ..process.stop import REPEAT_S, accepted_signals
 from .forward import stopped_before_workers
-from .launcher import FAILURE_FILE, LOG_DIR, Rendered
+from .launcher import Rendered
 from .machine.environ import child_environment
 
 PASSED_ON = (0, 2, 3, 4, 75)

@@ -6,7 +6,6 @@ Versions, devices, the estimated memory of a rank, the accounts of the data and 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.fingerprints import versions
 from ..config.plan import RECORD_FILE, Plan
 from ..data.order.proportions import proportions
 from ..data.store.opened import Split
@@ -27,7 +27,6 @@ from ..process.place import Worker
 from ..state import BuiltModel
 from .model import estimate_parts
 
-LIBRARIES = ("dist-ft", "torch", "transformers", "peft", "deepspeed", "datasets", "tokenizers", "accelerate")
 ACCOUNT = (  # of a ledger: counts, without the places of rows
     "rows_of_source", "rows_read", "rows_kept", "repeated", "augmented", "tokens", "samples", "supervised_tokens",
     "tokens_left_over", "longest", "layout", "formats",
@@ -48,7 +47,7 @@ def record_start(plan: Plan, prepared: Prepared, built: BuiltModel, worker: Work
         return
     content = {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": {**versions(), **({"CUDA of torch": torch.version.cuda} if torch.version.cuda else {})},
         "platform": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "devices": dict(Counter(devices)),
         "memory": [asdict(part) for part in estimate_parts(plan, built)],
@@ -68,19 +67,6 @@ def record_start(plan: Plan, prepared: Prepared, built: BuiltModel, worker: Work
 def name_of(device: torch.device) -> str:
     """Return the model of a GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, of the libraries that are installed, and of CUDA if torch uses it."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["CUDA of torch"] = torch.version.cuda
-    return found
 
 
 def account(split: Split) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...config.launch import SlurmConfig
-from ...config.plan import EXIT_FILE, JOB_FILE, Plan
+from ...config.plan import EXIT_FILE, JOB_FILE, LOG_DIR, Plan
 from ...config.run import RunConfig
 from ...errors import MachineError, Problem, RequestError
-from ..launcher import LOG_DIR, Job, Rendered, write_rendered
+from ..launcher import Job, Rendered, write_rendered
 from ..machine.environ import Site, child_environment
 from .queue import has_gpus
 from .script import container_mounts, read_template, render_script, requeues, slurm_config, step_words

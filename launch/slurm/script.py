@@ -9,10 +9,10 @@ import string
 from pathlib import Path
 
 from ...config.launch import SlurmConfig
-from ...config.plan import Plan
+from ...config.plan import LOG_DIR, Plan
 from ...config.run import RunConfig
 from ..composition.paths import SLURM_DIR
-from ..launcher import LOG_DIR, WORKER_MODULE
+from ..launcher import WORKER_MODULE
 from ..machine.environ import Site
 
 TEMPLATE = SLURM_DIR / "train.sbatch"
