@@ -226,7 +226,9 @@ def judge(run: Run, step: int, loss: float, norm: float) -> bool:
     rule = f"loss is {loss}, gradient norm {norm}"
     if run.skipped > 1:
         rule += f", after {run.skipped - 1} steps in a row that were skipped"
-    way_out = "lower optim.learning_rate, inspect the rows of this step, or set train.on_nonfinite=skip"
+    way_out = "lower optim.learning_rate, or inspect the rows of this step"
+    if run.config.on_nonfinite == "stop" and not math.isfinite(norm):
+        way_out += "; train.on_nonfinite=skip skips such steps"
     raise TrainingError.of(f"step {step}", rule, way_out)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from ..config.plan import CHECKPOINTS, read_plan
 from ..config.run import RunConfig
@@ -14,7 +13,6 @@ from ..pretrained.source import find_model
 from .batch import AUTO
 
 DTYPE = "model.dtype"
-Dtype = Literal["float32", "bfloat16"]
 
 
 def settle_dtype(config: RunConfig, origins: Mapping[str, str], *, bfloat16: bool) -> tuple[RunConfig, dict[str, str]]:
@@ -30,7 +28,10 @@ def settle_dtype(config: RunConfig, origins: Mapping[str, str], *, bfloat16: boo
     """
     if config.model.dtype != "auto":
         return config, dict(origins)
-    dtype, reason = _resumed(config) or _by_devices(bfloat16=bfloat16) or _stored(config)
+    found: tuple[str, str] | None = _resumed(config)
+    if found is None:
+        found = ("bfloat16", "the GPUs of the workers compute in it") if bfloat16 else _stored(config)
+    dtype, reason = found
     model = config.model.model_copy(update={"dtype": dtype})
     return config.model_copy(update={"model": model}), {**origins, DTYPE: f"{AUTO}: {reason}"}
 
@@ -45,19 +46,13 @@ def _resumed(config: RunConfig) -> tuple[str, str] | None:
         return None
 
 
-def _by_devices(*, bfloat16: bool) -> tuple[Dtype, str] | None:
-    return ("bfloat16", "the GPUs of the workers compute in it") if bfloat16 else None
-
-
-def _stored(config: RunConfig) -> tuple[Dtype, str]:
+def _stored(config: RunConfig) -> tuple[str, str]:
     """Return the dtype of the checkpoint; float32 for float16, in which no engine trains, and where it is not known."""
     if config.model.from_scratch:
         return "float32", "the weights are initialized, and no GPU computes in bfloat16"
     stored = _stored_name(config)
-    if stored == "bfloat16":
-        return "bfloat16", "that of the checkpoint"
-    if stored == "float32":
-        return "float32", "that of the checkpoint"
+    if stored in ("bfloat16", "float32"):
+        return stored, "that of the checkpoint"
     return "float32", f"the checkpoint has {stored}" if stored else "the checkpoint names no dtype"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -11,8 +12,6 @@ from dist_ft.errors import RequestError
 from dist_ft.launch.composition.compose import compose, list_groups
 from dist_ft.launch.composition.paths import CONF_DIR
 from dist_ft.launch.composition.schema import file_schema
-
-jsonschema = pytest.importorskip("jsonschema")
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pytest
 from dist_ft.launch import cli
 from dist_ft.launch.guide.completion import SHELLS
 
-pytest.importorskip("argcomplete")
 ROOT = Path(__file__).resolve().parents[4]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -68,7 +69,6 @@ def test_wrong_answers_write_nothing(words: list[str], place: str, capsys: pytes
     "words", [[], ["data=rows.jsonl", "method=full", "gpus=2"], ["task=reward", "data=rows.jsonl", "method=qlora"]]
 )
 def test_the_file_fits_its_schema_and_the_schema_is_strict(words: list[str]) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     assert cli.main(["init", *words, "out=a.yaml"]) == 0
     schema = json.loads(Path("dist-ft.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
