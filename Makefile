@@ -26,7 +26,7 @@ define SHOW
 awk -v terminal=$$(test -t 2 && echo 1 || echo 0) ' \
 	{ gsub(/^ +/, "") } \
 	/^(Collecting|Downloading|Building|Preparing)/ { shown = $$1 " " $$2 " " $$3 " " $$4; sub(/ \(from.*/, "", shown) } \
-	/^Installing collected packages/ { shown = "Installing " NF - 3 " packages" } \
+	/^Installing collected packages/ { shown = "Installing " NF - 3 " package" (NF > 4 ? "s" : "") } \
 	/^(Collecting|Downloading|Building|Preparing|Installing)/ { \
 		if (terminal) printf "\r  %.70s\033[K", shown; \
 		else if (/Installing|[0-9][0-9]\.[0-9] MB/) print "  " shown; \
