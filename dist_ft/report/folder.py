@@ -43,7 +43,7 @@ class RunFolder:
 
     path: Path
     plan: Plan
-    status: str  # complete, stopped, failed, running, interrupted or planned
+    status: str  # planned, running, finished, stopped, failed or ended (killed, without a report)
     curves: Mapping[str, Curve]
     record: Mapping[str, Any]  # see inspect/record.py
     failure: Mapping[str, Any]
@@ -103,10 +103,10 @@ def find_status(
         started = started.replace(tzinfo=datetime.timezone.utc)
     card = path / EXPORT / "README.md"
     if card.exists() and card.stat().st_mtime >= started.timestamp():  # and not the export of an earlier start
-        return "complete"
+        return "finished"
     if is_owned(path):
         return "running"
-    return "interrupted" if record or has_steps else "planned"
+    return "ended" if record or has_steps else "planned"
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from .tables import Table
 
 HERE = Path(__file__).parent
 STATES = {
-    "complete": "the model is exported, and was loaded again with the same logits",
+    "finished": "the model is exported, and was loaded again with the same logits",
     "running": "this page is written again about every minute; reload it",
     "stopped": "stopped on request; the same command goes on",
     "failed": "see the cause below",
-    "interrupted": "no process of the run is left; the same command goes on from the last checkpoint",
+    "ended": "no process of the run is left; the same command goes on from the last checkpoint",
     "planned": "no worker has started yet",
 }
 

@@ -95,7 +95,7 @@ def test_a_signal_in_any_phase_loses_no_step(
     assert "exit_code" not in output and "Traceback" not in output
     assert phase != "step" or status_in_report(job.run_dir) == "stopped"
     finish(start("", engine, *words))
-    assert phase != "step" or status_in_report(job.run_dir) == "complete"
+    assert phase != "step" or status_in_report(job.run_dir) == "finished"
     weights, lines = outcome(job.run_dir)
     wanted, wanted_lines = whole(engine)
     assert lines == wanted_lines

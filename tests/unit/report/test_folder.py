@@ -23,7 +23,7 @@ OWN = (
 
 def test_a_run_that_some_process_owns_is_running(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    assert read_folder(run).status == "interrupted"
+    assert read_folder(run).status == "ended"
     owner = subprocess.Popen([sys.executable, "-c", OWN, str(run)], stdout=subprocess.PIPE)
     try:
         assert owner.stdout is not None and owner.stdout.readline()
@@ -31,7 +31,7 @@ def test_a_run_that_some_process_owns_is_running(tmp_path: Path) -> None:
     finally:
         owner.kill()
         owner.communicate()
-    assert read_folder(run).status == "interrupted"
+    assert read_folder(run).status == "ended"
 
 
 @pytest.mark.parametrize(("code", "status"), [(75, "stopped"), (4, "failed"), (130, "failed")])
@@ -47,9 +47,9 @@ def test_an_export_of_an_earlier_start_does_not_complete_a_run(tmp_path: Path) -
     finish(run)
     card = run / "model" / "README.md"
     assert card.stat().st_mtime > time.time() - 60
-    assert read_folder(run).status == "complete"
+    assert read_folder(run).status == "finished"
     os.utime(card, (0, 1_700_000_000))
-    assert read_folder(run).status == "interrupted"
+    assert read_folder(run).status == "ended"
 
 
 def test_a_planned_run_and_files_that_are_torn(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     differences = {row[0]: row[1:] for row in page.table_with("key")[1:]}
     assert differences["method.r"] == ["4", "8"] and "method.name" not in differences
     results = {row[0]: row[1:] for table in page.tables for row in table}
-    assert results["status"] == ["complete", "interrupted"] and results["step"] == ["60", "40"]
+    assert results["status"] == ["finished", "ended"] and results["step"] == ["60", "40"]
     assert results["eval/loss"] == ["1.4", "1.6"]
     assert results["perf/peak_memory_bytes"] == ["5.50 GiB", "5.50 GiB"]
 

@@ -21,7 +21,7 @@ def test_the_command_writes_one_run_or_several(
     for name in ("a", "b"):
         write_run(tmp_path / "runs" / name)
     assert cli.main(["report", "run=runs/a"]) == 0
-    assert status_in_report(tmp_path / "runs" / "a") == "interrupted"
+    assert status_in_report(tmp_path / "runs" / "a") == "ended"
     assert cli.main(["report", "run=runs/a", "run=runs/b/run.yaml"]) == 0
     assert "a · b" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert cli.main(["report", "run=runs/a", "run=runs/b", "out=other.html"]) == 0
@@ -72,7 +72,7 @@ def test_beside_the_training_it_imports_no_torch_and_outlives_a_stop(tmp_path: P
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert status_in_report(run) == "interrupted"
+    assert status_in_report(run) == "ended"
 
 
 def test_a_run_that_is_no_run_ends_with_the_exit_code_of_the_error(tmp_path: Path) -> None:
