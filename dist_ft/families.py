@@ -16,7 +16,7 @@ from .config.method import LoraKeys, MethodConfig
 from .config.plan import START_FILE, Plan
 from .config.run import RunConfig
 from .errors import RequestError
-from .model.attention import AttentionChoice
+from .model.attention.choice import AttentionChoice
 from .model.load import attention_of, load_model
 from .model.moe.policy import apply_policy, route_method
 from .model.noise import add_embedding_noise

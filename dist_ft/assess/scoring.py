@@ -19,7 +19,7 @@ from ..data.store.opened import Split
 from ..errors import RequestError
 from ..export.opened import find_export, open_base, open_export
 from ..families import architecture_of, choose_attention
-from ..model.attention import AttentionChoice
+from ..model.attention.choice import AttentionChoice
 from ..prepare import Prepared
 from ..process.sums import Sums
 from ..protocols import LossFn, Task

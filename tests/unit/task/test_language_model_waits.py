@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ft.model.anatomy import find_anatomy
-from dist_ft.model.attention import DOCUMENTS
+from dist_ft.model.attention.documents import DOCUMENTS
 from dist_ft.task.batches.tokens import collate_documents, sum_losses, sum_scores
 from dist_ft.testing.tiny import build
 from tests.samples import lora, samples_of
