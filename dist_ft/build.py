@@ -34,6 +34,7 @@ from .families import (
     build_task,
     choose_attention,
     optim_factory,
+    settle_head,
 )
 from .inspect.record import record_start
 from .loop import Records, Run, Training, Validation
@@ -72,6 +73,7 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     method = build_method(config, plan.run_dir)
     recipe = ModelRecipe(config, prepared.model_dir, attention, architecture, method)
     built = build_model(plan, recipe, worker, privacy)
+    loss = settle_head(config, task, built.anatomy.model)
     room = describe_room(plan, built.model) if start.progress.step < steps else None
     record_start(plan, prepared, built, worker)
     cost, routing = count_step_cost(built), build_routing(config.moe, config.method, built.anatomy)
@@ -83,7 +85,7 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     validation = build_validation(plan, prepared, task, worker)
     for line in (
         *describe(plan, attention, worker.device, progress, steps),
-        *filter(None, [room]),
+        *filter(None, [loss, room]),
         *describe_parts(plan, prepared, built.anatomy, routing, privacy, steps),
     ):
         worker.say(line)

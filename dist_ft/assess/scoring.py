@@ -85,6 +85,13 @@ def open_model(
     return model.to(device), attention
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model of transformers inside peft's wrapper."""
+    unwrapped: Any = getattr(model, "get_base_model", lambda: model)
+    inner: nn.Module = unwrapped()
+    return inner
+
+
 def render_table(found: Mapping[str, Metrics]) -> Table:
     """Render a table with one row per metric and one column per model."""
     table = Table(box=None)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from ..model.head import OutputHead
+
 
 MEANS = (  # means over pairs, with the metric names of TRL
     "rewards/chosen",
@@ -49,6 +51,7 @@ class Preference(Task):
         padding_free: Whether to concatenate documents without padding; requires a model whose attention separates them.
     """
 
+    head: OutputHead | None = None  # computes losses in chunks if set
     uses_facts: ClassVar[bool] = False
 
     def __init__(self, config: PreferenceConfig, facts: Facts | None = None, *, padding_free: bool) -> None:
@@ -132,7 +135,7 @@ class Preference(Task):
         """Return the log-probabilities of the chosen and the rejected answers, `[pairs, 2]` float64."""
         from .batches import tokens
 
-        return _in_pairs(tokens.sum_log_probabilities(model, batch))
+        return _in_pairs(tokens.sum_log_probabilities(model, batch, self.head))
 
     def _ratios(self, found: Tensor, batch: Batch) -> Tensor:
         """Return the log-probabilities minus those of the reference model, `[pairs, 2]` float64."""
