@@ -15,6 +15,7 @@ from .checkpoint.resume import choose_start, describe_room, restore, resume, sav
 from .checkpoint.saver import Saver
 from .config.plan import CHECKPOINTS, EXPORT, Plan
 from .config.run import RunConfig
+from .data.order.ahead import Ahead, Batches
 from .data.order.interleave import MixedOrder
 from .data.order.loader import Loader, split_batches
 from .data.order.order import Order, PoissonOrder, total_steps
@@ -53,7 +54,7 @@ from .privacy.rules import MIXES_ROWS, takes_rows_together
 from .process import comm
 from .process.place import Place, Worker
 from .protocols import Engine, Task
-from .state import Anatomy, BuiltModel, Progress
+from .state import Anatomy, Batch, BuiltModel, Progress
 from .task.by_set import LossBySet, ScoreBySet
 from .task.routed import RoutedTask
 from .track.messages import describe
@@ -192,12 +193,14 @@ def build_training(
     config, place, split = plan.config, worker.place, prepared.train
     if split.parts:
         task = LossBySet(task, split.sizes)
-    loader = build_loader(plan, task, split, place, order)
+    batches: Batches = build_loader(plan, task, split, place, order).step
+    if worker.device.type == "cuda":
+        batches = Ahead(batches, Batch.pinned, steps).step
     meter = Meter(worker.device, place.world_size, cost)
     return Training(
         task=task if routing is None else RoutedTask(task, routing),
         engine=engine,
-        batches=loader.step,
+        batches=batches,
         learning_rate=partial(learning_rate, config.optim, total_steps=steps),
         epoch_at=order.epoch_at,
         total_steps=steps,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...process.comm import send
+
 
 @dataclass(frozen=True)
 class Boundaries:
@@ -33,18 +35,13 @@ class Boundaries:
     def ends(self) -> Tensor:
         """Cumulative lengths from 0 to T, `[documents + 1]` int32 on the device."""
         ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return self.send(ends)
+        return send(ends, self.device)
 
     @cached_property
     def documents(self) -> Tensor:
         """Number of the document of each token, `[T]` int32 on the device."""
         numbers = torch.arange(len(self.lengths), dtype=torch.int32)
-        return self.send(numbers.repeat_interleave(torch.tensor(self.lengths)))
-
-    def send(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to the device without a wait; only a copy from pinned memory overlaps with the device."""
-        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
-        return tensor.to(self.device, non_blocking=True)
+        return send(numbers.repeat_interleave(torch.tensor(self.lengths)), self.device)
 
 
 _latest: Boundaries | None = None
