@@ -43,6 +43,7 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
     (r".*token_id|.*token_index|.*padding_idx", _at_most(VOCABULARY - 1)),
     # attention
     (r".*window(_size|_len)?|sliding_window_size|attention_chunk_size|index_topk|local_attention", _window),
+    (r"floor_scale", _window),  # Llama 4 scales queries by their place in the row, in steps of so many tokens
     (r"index_block_size|index_topk_blocks", _at_most(2)),
     (r"(swa_)?num_key_value_heads|num_kv_heads|num_query_groups", _at_most(HEADS // 2)),
     (

@@ -163,3 +163,10 @@ def test_a_model_that_cannot_be_made_small_gets_padded_rows() -> None:
 
 if __name__ == "__main__":
     print(table_of(measure_all()))
+
+
+def test_queries_that_are_scaled_by_their_place_in_the_row_are_noticed() -> None:
+    """Llama 4 does so in steps of 8192 tokens, which is more than a miniature has unless its steps are small too."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "no_rope_layers": [0, 1]}
+    plain, scaled = (choose("llama4_text", **layers, attn_temperature_tuning=tuned) for tuned in (False, True))
+    assert plain.padding_free and not scaled.padding_free
