@@ -168,6 +168,7 @@ def train_step(run: Run, step: int) -> Metrics:
     """
     training, started = run.training, time.perf_counter()
     micros = training.batches(step)
+    data_wait_s = time.perf_counter() - started
     for hook in training.hooks:
         hook.before_step(micros)
     own = [(m.loss_weight, m.supervised, m.tokens, m.squared_lengths) for m in micros]
@@ -188,8 +189,7 @@ def train_step(run: Run, step: int) -> Metrics:
     for i, micro in enumerate(micros, start=1):
         run.beat(f"step {step}, micro-batch {i} of {len(micros)}")
         sums.add(training.engine.forward_backward(micro, training.task.loss, weight, last=i == len(micros)))
-    rate = training.learning_rate(step)
-    stats = training.engine.step(rate)
+    stats = training.engine.step(rate := training.learning_rate(step))
     totals = sums.total()
     mean = float(totals.loss / weight) if supervised else 0.0
     skips = judge(run, step, mean, stats.grad_norm)
@@ -203,7 +203,7 @@ def train_step(run: Run, step: int) -> Metrics:
         **({"train/update_skipped": 1.0} if skips else {}),
         **stats.metrics,
     }
-    info = StepInfo(step, time.perf_counter() - started, int(tokens), int(squared_lengths))
+    info = StepInfo(step, time.perf_counter() - started, int(tokens), int(squared_lengths), data_wait_s)
     for hook in training.hooks:
         metrics |= hook.after_step(info)
     return metrics

@@ -30,10 +30,11 @@ class Meter:
         """Do nothing; the loop measures the time."""
 
     def after_step(self, info: StepInfo) -> Metrics:
-        """Return throughput, step time, peak memory and, if the device's peak is known, MFU."""
+        """Return throughput, step time, wait for data, peak memory and, if the device's peak is known, MFU."""
         metrics = {
             "perf/tokens_per_second": info.tokens / info.step_time_s,
             "perf/step_time_s": info.step_time_s,
+            "perf/data_wait_share": info.data_wait_s / info.step_time_s,
             "perf/peak_memory_bytes": float(peak_memory_bytes(self.device)),
         }
         if self.peak is not None:

@@ -35,6 +35,7 @@ MEASURES: Mapping[str, Measure] = {
     "train/epsilon": Measure(UPDATES, "Spent privacy budget", "epsilon"),
     "perf/tokens_per_second": Measure(SPEED, "Throughput of all workers", "tokens/s"),
     "perf/step_time_s": Measure(SPEED, "Time per step", "s"),
+    "perf/data_wait_share": Measure(SPEED, "Share of a step spent waiting for data", "%", 100.0),
     "perf/peak_memory_bytes": Measure(SPEED, "Peak memory of rank 0", "GiB", 2.0**-30),
     "perf/mfu": Measure(SPEED, "Model FLOPs utilization", "%", 100.0),
     "moe/load_max": Measure(EXPERTS, "Load of the busiest expert", "× mean"),
