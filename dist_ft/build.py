@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .assess.reference import refer_to_start
@@ -195,7 +196,7 @@ def build_training(
         task = LossBySet(task, split.sizes)
     batches: Batches = build_loader(plan, task, split, place, order).step
     if worker.device.type == "cuda":
-        batches = Ahead(batches, Batch.pinned, steps).step
+        batches = Ahead(batches, Batch.pinned, steps, partial(torch.cuda.set_device, worker.device)).step
     meter = Meter(worker.device, place.world_size, cost)
     return Training(
         task=task if routing is None else RoutedTask(task, routing),

@@ -19,13 +19,16 @@ class Ahead:
         batches: Returns the micro-batches of a step.
         ready: Prepares a micro-batch for the copy to the device, such as by pinning its memory.
         last: The last step.
+        begin: Called first in the thread, which otherwise would open its pinned memory on the first GPU of the machine.
     """
 
-    def __init__(self, batches: Batches, ready: Callable[[Batch], Batch], last: int) -> None:
+    def __init__(
+        self, batches: Batches, ready: Callable[[Batch], Batch], last: int, begin: Callable[[], None] | None = None
+    ) -> None:
         self.batches = batches
         self.ready = ready
         self.last = last
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches", initializer=begin)
         self.expected: tuple[int, Future[list[Batch]]] | None = None
 
     def step(self, step: int) -> list[Batch]:

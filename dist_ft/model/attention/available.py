@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls, restore_flash_attention_impl
+from torch.nn import attention
 from transformers import PreTrainedConfig
 
 from . import kernels
@@ -35,6 +35,7 @@ PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn", "pip install flash-attn --no-build-isolation"),
     "flex_attention": ("triton", "triton", "pip install triton"),
 }
+TAKES_OTHERS = hasattr(attention, "restore_flash_attention_impl")  # later than torch 2.10
 NEEDED = ("scale", "window_size", "enable_gqa")  # parameters of varlen_attn that its first versions lack
 LENGTHS, WINDOW = (3, 130, 61), 64  # of the trial
 TOLERANCE = 2e-2  # of a norm; rounding to bfloat16 gives some 4e-3, another mask or scale at least 1e-1
@@ -85,7 +86,7 @@ def why_missing(kernel: str, device: torch.device, dtype: torch.dtype) -> str | 
         module, package, source = PACKAGES[kernel]
         if not _is_there(module):
             return f"needs the {package} package ({source})"
-    if kernel in ACTIVATED and ACTIVATED[kernel] not in list_flash_attention_impls():
+    if kernel in ACTIVATED and not (TAKES_OTHERS and ACTIVATED[kernel] in attention.list_flash_attention_impls()):
         return f"is not known to torch {torch.__version__}"
     if DOCUMENTS[kernel] == "documents_varlen":
         from torch.nn.attention.varlen import varlen_attn
@@ -107,16 +108,23 @@ def why_not(kernel: str, heads: Heads, device: torch.device, dtype: torch.dtype)
         return missing
     if lacks := sorted(LACKS[kernel] & heads.asks):
         return f"has no {' and no '.join(lacks)}"
-    restore_flash_attention_impl(_raise_warn=False)
+    _activate(None)
     try:
-        if kernel in ACTIVATED:
-            activate_flash_attention_impl(ACTIVATED[kernel])
+        _activate(ACTIVATED.get(kernel))
         wrong = _try(KERNELS[DOCUMENTS[kernel]], heads, device, dtype)
     except Exception as error:  # a kernel can fail in any way on a GPU that it was not built for
         wrong = f"failed on this GPU ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
-    if wrong and kernel in ACTIVATED:
-        restore_flash_attention_impl(_raise_warn=False)
+    if wrong:
+        _activate(None)
     return wrong
+
+
+def _activate(implementation: str | None) -> None:
+    """Replace torch's FlashAttention by another implementation; by its own one if None."""
+    if implementation is not None:
+        attention.activate_flash_attention_impl(implementation)
+    elif TAKES_OTHERS and attention.current_flash_attention_impl() is not None:
+        attention.restore_flash_attention_impl()
 
 
 def _try(kernel: kernels.Kernel, heads: Heads, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -30,13 +30,20 @@ class Made:
 
 def test_the_next_step_is_made_in_a_thread() -> None:
     made = Made()
-    ahead = Ahead(made.step, lambda batch: f"{batch}!", last=3)  # type: ignore[arg-type,return-value]
+    begun: list[int] = []
+    ahead = Ahead(
+        made.step,
+        lambda batch: f"{batch}!",  # type: ignore[arg-type,return-value]
+        last=3,
+        begin=lambda: begun.append(threading.get_ident()),
+    )
     assert ahead.step(1) == ["1a!", "1b!"]
     assert made.next.wait(10), "the next step begins without being asked for"
     assert ahead.step(2) == ["2a!", "2b!"] and ahead.step(3) == ["3a!", "3b!"]
     ahead.thread.shutdown()
     assert made.steps == [1, 2, 3], "each step once, and none behind the last"
     assert made.threads[0] == threading.get_ident() and made.threads[1] != made.threads[0]
+    assert begun == [made.threads[1]], "the thread sets its GPU"
 
 
 def test_any_other_step_is_made_when_it_is_asked_for() -> None:
