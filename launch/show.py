@@ -14,7 +14,7 @@ from ..config.plan import CHECKPOINTS, Plan, saved_steps
 from .composition.compose import compose
 from .composition.file import LEFT_OUT
 from .composition.written import write_config
-from .launcher import Rendered
+from .launcher import GPUS, Rendered
 
 
 def show_plan(plan: Plan, rendered: Rendered) -> None:
@@ -84,8 +84,8 @@ def auto_lines(plan: Plan) -> Iterator[str]:
 
 
 def adapted_lines(plan: Plan) -> Iterator[str]:
-    """Yield the dtype and the batch sizes that were adapted to the workers, with the reason."""
-    for key in (DTYPE, GLOBAL, MICRO):
+    """Yield the keys that were adapted to the workers, with the reason."""
+    for key in (GPUS, DTYPE, GLOBAL, MICRO):
         if plan.origins.get(key, "").startswith(AUTO):
             yield f"{key} → {value_of(plan.config, key)} ({plan.origins[key].removeprefix(f'{AUTO}: ')})"
 

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -70,7 +71,7 @@ def saved_steps(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: dict[str, str]) -> Plan:
+def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: Mapping[str, str]) -> Plan:
     """Build the plan for `nodes * workers_per_node` workers, whose micro-batches divide the global batch."""
     world_size = nodes * workers_per_node
     steps, rest = divmod(config.train.global_batch_size, world_size * config.train.per_device_train_batch_size)
@@ -83,7 +84,7 @@ def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: 
         accumulation_steps=steps,
         git_sha=_git_sha(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        origins=origins,
+        origins=dict(origins),
     )
 
 
