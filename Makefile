@@ -34,7 +34,7 @@ awk -v terminal=$$(test -t 2 && echo 1 || echo 0) ' \
 	END { if (terminal) printf "\r\033[K" }'
 endef
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
 TESTS ?= tests
 
 # make the programs of .venv available without activating it
