@@ -149,9 +149,7 @@ def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:
     Launchers replace the exit code of a worker by 1, or by that of the signal with which they killed the other
     workers. The code in `failure.json` therefore takes precedence.
     """
-    if status == 0:
-        return 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # also of a worker that left with code 0
         return int(json.loads(failure_file.read_text(encoding="utf-8"))["exit_code"])
     if status in PASSED_ON:
         return status

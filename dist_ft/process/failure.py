@@ -1,7 +1,8 @@
 """Failure reports: only the first failure of a run is shown.
 
 The worker that fails first claims `failure.json` in the run's folder and prints the report. A rank that fails as a
-consequence finds the file claimed and prints nothing; its traceback is in its log.
+consequence finds the file claimed and prints nothing; its traceback is in its log. A rank that lost a connection waits
+for the report of the rank at its other end, which is the cause, or of that rank's monitor (monitor.py).
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ import os
 import time
 import traceback
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ..config.plan import FAILURE_FILE
 from ..errors import DistFtError, Stopped, TrainingError
-from .place import Place
+
+if TYPE_CHECKING:
+    from .place import Place
+
+OTHERS_S = 2.0  # how long a rank waits for a report of the cause
+STOPPED_S = 0.6  # the same for a rank that is asked to stop, which launchers do when another one has died
+POLL_S = 0.05
+LOST = (  # words of gloo, NCCL and the store for it, in lower case
+    "by peer", "broken pipe", "socket closed", "got 0 bytes", "connection was likely closed", "remote process exited"
+)  # fmt: skip
 
 
 def forget(run_dir: Path, started: float) -> None:
@@ -27,15 +37,45 @@ def forget(run_dir: Path, started: float) -> None:
             path.unlink()
 
 
-def report(error: BaseException, code: int | None = None, *, place: Place, run_dir: Path, terminal: TextIO) -> int:
-    """Log `error`, print it if it is the first failure of the run, and return its exit code, unless `code` is given."""
+def report(
+    error: BaseException,
+    code: int | None = None,
+    *,
+    place: Place,
+    run_dir: Path,
+    terminal: TextIO,
+    patience_s: float = 0.0,
+) -> int:
+    """Log `error`, print it if it is the first failure of the run, and return its exit code, unless `code` is given.
+
+    Args:
+        error: What ended this rank.
+        code: Exit code of this rank.
+        place: Place of this rank.
+        run_dir: Folder of the run.
+        terminal: Stream to which the report is printed.
+        patience_s: Seconds to wait for a report of the cause; `OTHERS_S` if the error is a lost connection.
+    """
     print("".join(traceback.format_exception(error)), flush=True)
+    if has_lost_connection(error):
+        patience_s = OTHERS_S
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and not (run_dir / FAILURE_FILE).exists():
+        time.sleep(POLL_S)
     if code is None:
         code = error.exit_code if isinstance(error, DistFtError) else TrainingError.exit_code
     text = describe(error, place, run_dir)
     if claim(run_dir, place, code, text, error.problems[0].where if isinstance(error, Stopped) else None):
         print(text, file=terminal, flush=True)
     return code
+
+
+def has_lost_connection(error: BaseException) -> bool:
+    """Return whether an error, or what it was raised from, is a connection to another rank that was closed."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return any(words in str(cause).lower() for cause in causes for words in LOST)
 
 
 def describe(error: BaseException, place: Place, run_dir: Path) -> str:
