@@ -3,9 +3,9 @@
     python benchmarks/checkpoint.py --gib 1 --repeats 5 --folder /a/disk
 
 The state is that of a full fine-tuning: float32 weights and both moments, in tensors of a few MiB. One process saves it
-again and again; between two saves, as between two steps, every tensor changes. The first save of each kind, which also
-allocates the copy, is listed apart. What the background thread takes from a computation beside it is measured by matrix
-products: how much slower they are while a checkpoint is written.
+again and again; between two saves, as between two steps, every tensor changes. The first save of each kind is listed
+apart; the memory of its copy is reserved before, as in a run. What the background thread takes from a computation
+beside it is measured by matrix products: how much slower they are while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def products(seconds: float) -> float:
 def measure(state: NamedState, folder: Path, *, asynchronous: bool, repeats: int) -> list[tuple[float, float]]:
     """Return for each save how long it is waited for, and how long it takes until the checkpoint is published."""
     saver, found = Saver(folder, asynchronous=asynchronous), []
+    saver.reserve(state)
+    saver._copies._wait()  # a run has minutes for it
     for step in range(1, repeats + 2):
         for tensor in state.tensors.values():
             tensor.add_(1.0)

@@ -237,6 +237,8 @@ def build_records(
     place = worker.place
     tracker, tracker_id = build_tracker(plan, progress, steps, worker)
     saver = Saver(plan.run_dir / CHECKPOINTS, asynchronous=plan.config.train.async_save, tick=worker.tick)
+    if plan.config.train.saves_on_the_way and progress.step < steps:
+        saver.reserve(engine.state())
     records = Records(
         tracker=tracker,
         save=partial(save_checkpoint, plan, engine, saver, worker),
