@@ -87,6 +87,16 @@ def test_a_rank_that_stops_answering_is_named_in_time(start, fault: str, engine:
     job.assert_gone(record["time"])
 
 
+def test_a_slow_rank_is_named_and_waited_for(start) -> None:
+    job = start("", "ddp", "train.max_steps=22", slow="dist_ft.data.order.loader:Loader.step:0.2:1")
+    output, _ = job.process.communicate(timeout=100)
+    assert job.process.returncode == 0, output
+    named = [line for line in output.splitlines() if "is slow: loading data took" in line]
+    assert len(named) == 1 and named[0].startswith("dist-ft: rank 1 on "), output
+    last = json.loads((job.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["perf/slowest_rank_ratio"] > 1.5 and last["perf/load_time_s"] > 0.2
+
+
 SLOW_S = 0.5  # for each tensor, of which the model has 20 and a checkpoint 60: far longer than the watchdog waits
 LOAD = "transformers.core_model_loading:set_param_for_module"
 SAVE = "torch.distributed.checkpoint.filesystem:_write_item"

@@ -4,7 +4,8 @@ DIST_FT_FAULT=KIND:RANK:WHEN makes rank RANK fail before step WHEN, or when it h
 is `raise`, `kill` (SIGKILL), `crash` (SIGSEGV), `exit` (os._exit), `stop` (SIGSTOP), `hang`, `lock` (hang with Python's
 lock held), or `memory` (out of memory).
 
-DIST_FT_SLOW=MODULE:FUNCTION:SECONDS,... delays each call of these functions; FUNCTION may be CLASS.METHOD.
+DIST_FT_SLOW=MODULE:FUNCTION:SECONDS[:RANK],... delays each call of these functions, on one rank or on all; FUNCTION may
+be CLASS.METHOD.
 """
 
 import ctypes
@@ -79,7 +80,9 @@ def faults():
         else:
             found[when] = [functools.partial(fail_at_import, kind=kind, rank=int(rank))]
     for entry in filter(None, os.environ.get("DIST_FT_SLOW", "").split(",")):
-        module, name, seconds = entry.split(":")
+        module, name, seconds, *rank = entry.split(":")
+        if rank and rank != [os.environ.get("RANK")]:
+            continue
         found.setdefault(module, []).append(functools.partial(delay, name=name, seconds=float(seconds)))
     return found
 
