@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> int:
         partial(report, place=place, run_dir=plan.run_dir, terminal=terminal, patience_s=patience_s),
         partial(find_request, plan.run_dir / STOP_FILE, time_to_stop(plan, started)) if place.is_main else lambda: None,
     )
-    about = (place.rank, place.world_size, place.host, str(plan.run_dir))
-    PULSE.start(About(*about, timeout_s=plan.config.train.timeout_s, parent=os.getppid()))
+    PULSE.start(About.of(plan, place, PULSE.launcher))
     try:
         train(plan, place, terminal)
     except BaseException as error:  # a rank that ends must end the run with an exit code

@@ -8,6 +8,7 @@ for the report of the rank at its other end, which is the cause, or of that rank
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 import time
@@ -29,6 +30,16 @@ LOST = (  # words of gloo, NCCL and the store for it, in lower case
 )  # fmt: skip
 
 
+class Kind(str, enum.Enum):
+    """What ended a run, by which a launcher decides whether to start it again."""
+
+    ERROR = "error"  # told by this package, or memory that does not suffice: it would happen again
+    EXCEPTION = "exception"  # of Python or a library
+    LOST = "lost connection"
+    DIED = "died"
+    HUNG = "hung"
+
+
 def forget(run_dir: Path, started: float) -> None:
     """Remove the report of an earlier start; a report newer than `started` (Unix time) is from another rank."""
     path = run_dir / FAILURE_FILE
@@ -44,6 +55,7 @@ def report(
     place: Place,
     run_dir: Path,
     terminal: TextIO,
+    kind: Kind | None = None,
     patience_s: float = 0.0,
 ) -> int:
     """Log `error`, print it if it is the first failure of the run, and return its exit code, unless `code` is given.
@@ -54,6 +66,7 @@ def report(
         place: Place of this rank.
         run_dir: Folder of the run.
         terminal: Stream to which the report is printed.
+        kind: What `error` is; found by its type if None.
         patience_s: Seconds to wait for a report of the cause; `OTHERS_S` if the error is a lost connection.
     """
     print("".join(traceback.format_exception(error)), flush=True)
@@ -64,8 +77,8 @@ def report(
         time.sleep(POLL_S)
     if code is None:
         code = error.exit_code if isinstance(error, DistFtError) else TrainingError.exit_code
-    text = describe(error, place, run_dir)
-    if claim(run_dir, place, code, text, error.problems[0].where if isinstance(error, Stopped) else None):
+    text, cause = describe(error, place, run_dir), error.problems[0].where if isinstance(error, Stopped) else None
+    if claim(run_dir, place, code, text, kind or kind_of(error), cause):
         print(text, file=terminal, flush=True)
     return code
 
@@ -78,6 +91,17 @@ def has_lost_connection(error: BaseException) -> bool:
     return any(words in str(cause).lower() for cause in causes for words in LOST)
 
 
+def kind_of(error: BaseException) -> Kind:
+    """Return what an error of this process is."""
+    if has_lost_connection(error):
+        return Kind.LOST
+    return Kind.ERROR if isinstance(error, DistFtError) or _is_out_of_memory(error) else Kind.EXCEPTION
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error)
+
+
 def describe(error: BaseException, place: Place, run_dir: Path) -> str:
     """Return the text of the report: what failed, on which rank, and how to fix it."""
     if isinstance(error, DistFtError):
@@ -87,7 +111,7 @@ def describe(error: BaseException, place: Place, run_dir: Path) -> str:
         f"  {type(error).__name__}: {str(error).strip() or 'no message'}",
         f"    → traceback and all output of this rank: {run_dir / 'logs' / f'rank-{place.rank}.log'}",
     ]
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
+    if _is_out_of_memory(error):
         lines.append(
             "    → to reduce memory: lower train.per_device_train_batch_size or task.max_length, or set "
             "model.gradient_checkpointing=true, engine=fsdp or engine=zero3"
@@ -97,7 +121,9 @@ def describe(error: BaseException, place: Place, run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def claim(run_dir: Path, place: Place, exit_code: int, text: str, cause: str | None = None) -> bool:
+def claim(
+    run_dir: Path, place: Place, exit_code: int, text: str, kind: Kind = Kind.ERROR, cause: str | None = None
+) -> bool:
     """Write failure.json if it does not exist yet; return whether this is the first failure of the run.
 
     Args:
@@ -105,9 +131,11 @@ def claim(run_dir: Path, place: Place, exit_code: int, text: str, cause: str | N
         place: Place of this rank.
         exit_code: Exit code of the run.
         text: Report for the user.
+        kind: What ended the run.
         cause: What stopped the run, by which a batch script decides whether to requeue it; None for a failure.
     """
-    record = {"rank": place.rank, "host": place.host, "exit_code": exit_code, "time": time.time(), "report": text}
+    where = {"rank": place.rank, "host": place.host, "exit_code": exit_code, "time": time.time()}
+    record = {**where, "kind": kind.value, "report": text}
     record |= {"cause": cause} if cause else {}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,20 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..config.plan import Plan
+    from .place import Place
 
 MOST_INTERVAL_S = 1.0  # between two heartbeats
 JUDGED_BY_OTHERS_S = 0.3  # after a death: who kills a whole run kills the monitor too, within this time
 TOLD = (2, 3, 4, 75)  # exit codes of workers that have reported why they end
+BEGIN_S = 3.0  # after which a worker that has not told about itself is judged, too
 BOARD_BYTES = 4096
 FATAL = "Fatal Python error: "  # of faulthandler
 PIDFD_GET_INFO, PIDFD_INFO_EXIT = 0xC040FF0B, 1 << 3  # linux/pidfd.h, since Linux 6.15
@@ -42,7 +49,13 @@ class About:
     host: str
     run_dir: str
     timeout_s: float
-    parent: int  # process id of the launcher
+    launcher: int  # process id
+
+    @classmethod
+    def of(cls, plan: Plan, place: Place, launcher: int) -> About:
+        """Describe the worker at `place`, whose parent is process `launcher`."""
+        run_dir, timeout_s = str(plan.run_dir), plan.config.train.timeout_s
+        return cls(place.rank, place.world_size, place.host, run_dir, timeout_s, launcher)
 
     @property
     def interval_s(self) -> float:
@@ -66,14 +79,22 @@ def read(board: mmap.mmap) -> str:
     return board[:].partition(b"\0")[0].decode(errors="replace") or "start"
 
 
-def main(pipe: int, worker: int, board: mmap.mmap) -> None:
-    """Read the heartbeats of process `worker` from `pipe`, and end this process after it."""
+def main(pipe: int, worker: int, board: mmap.mmap, launcher: int) -> None:
+    """Monitor process `worker`, see `Monitor`, and end this process after it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they stop the worker, and the monitor ends with it
     try:
-        Monitor(pipe, worker, board).run()
+        Monitor(pipe, worker, board, partial(find_about, launcher)).run()
     finally:
         os._exit(0)
+
+
+def find_about(launcher: int) -> About:
+    """Find out about the worker that this process was forked from, by its arguments and environment."""
+    from ..config.plan import read_plan
+    from .place import find_place
+
+    return About.of(read_plan(sys.argv[1]), find_place(), launcher)
 
 
 class Monitor:
@@ -83,10 +104,11 @@ class Monitor:
         pipe: File descriptor that ends with the worker.
         worker: Its process id.
         board: Memory in which it says what it does.
+        find: Finds out about a worker that ends or stops before it has told it.
     """
 
-    def __init__(self, pipe: int, worker: int, board: mmap.mmap) -> None:
-        self.pipe, self.worker, self.board = pipe, worker, board
+    def __init__(self, pipe: int, worker: int, board: mmap.mmap, find: Callable[[], About]) -> None:
+        self.pipe, self.worker, self.board, self.find = pipe, worker, board, find
         self.about: About | None = None
         self.pulse: dict[str, Any] = {"progress": 0, "stack": [], "shared": False}
         self.has_left = False
@@ -103,10 +125,16 @@ class Monitor:
                 break
             if ready == [self._handle]:  # a child of the worker may hold the other end of the pipe
                 break
+            if self.about is None and time.monotonic() - self._heard_at > BEGIN_S:
+                self._find_about()
             if self.about is not None and self._judge(self.about):
                 return
-        if self.about is not None and not self.has_left:
-            self._report_death(self.about)
+        if not self.has_left:
+            self._report_death()
+
+    def _find_about(self) -> None:
+        self.about = self.find()
+        self._heard_at = self._moved_at = time.monotonic()
 
     def _read(self) -> bool:
         """Take in what the worker has told; return False at its end."""
@@ -141,15 +169,18 @@ class Monitor:
             return False
         rule = f"rank {about.rank} on {about.host} at {read(self.board)}" + self._last_seen()
         way_out = "check the log of that rank; increase train.timeout_s if this can take so long"
-        _report(about, f"{what} for {about.timeout_s:g} s", rule, way_out)
+        _report(about, "HUNG", f"{what} for {about.timeout_s:g} s", rule, way_out)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.worker, signal.SIGKILL)  # a stopped process handles no other signal
         return True
 
-    def _report_death(self, about: About) -> None:
+    def _report_death(self) -> None:
         code = _exit_code(self.worker, self._handle)
+        if code in TOLD:
+            return
         time.sleep(JUDGED_BY_OTHERS_S)
-        if code in TOLD or not _runs(about.parent):  # it ended with its launcher, see lifeline.py
+        about = self.about or self.find()
+        if not _runs(about.launcher):  # it ended with its launcher, see lifeline.py
             return
         log = Path(about.run_dir) / "logs" / f"rank-{about.rank}.log"
         crash = read_crash(log)
@@ -158,7 +189,7 @@ class Monitor:
         if code == -signal.SIGKILL:
             way_out = f"check memory use and dmesg: the kernel kills processes when memory runs out; {way_out}"
         rule = f"{describe_end(code)} at {read(self.board)}, without a report" + frames
-        _report(about, f"rank {about.rank} on {about.host}", rule, way_out)
+        _report(about, "DIED", f"rank {about.rank} on {about.host}", rule, way_out)
 
     def _last_seen(self) -> str:
         lines = [f"\n      {frame}" for frame in self.pulse["stack"]]
@@ -196,7 +227,7 @@ def read_crash(log: Path) -> list[str]:
     return [FATAL + first, *frames]
 
 
-def _report(about: About, where: str, rule: str, way_out: str) -> None:
+def _report(about: About, kind: str, where: str, rule: str, way_out: str) -> None:
     # Loaded only now, so that a monitor needs little memory.
     from ..errors import TrainingError
     from . import failure
@@ -205,7 +236,7 @@ def _report(about: About, where: str, rule: str, way_out: str) -> None:
     place = Place(about.rank, about.world_size, host=about.host)
     run_dir, error = Path(about.run_dir), TrainingError.of(where, rule, way_out)
     text = failure.describe(error, place, run_dir)
-    if failure.claim(run_dir, place, error.exit_code, text):
+    if failure.claim(run_dir, place, error.exit_code, text, failure.Kind[kind]):
         print(text, file=sys.stderr, flush=True)
 
 

@@ -34,6 +34,7 @@ class Pulse:
         progress: Number of phases and of ticks inside them.
         shared: Whether the ranks watch each other (watchdog.py), so that the monitor need not judge whether this rank
             makes progress.
+        launcher: Process id of the parent of this process.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class Pulse:
         self.phase = "start"
         self.progress = 0
         self.shared = False
+        self.launcher = os.getppid()
         self._main = threading.main_thread().ident
         self._pipe: int | None = None  # to the monitor
         self._board = mmap.mmap(-1, monitor.BOARD_BYTES)  # shared with the monitor
@@ -69,7 +71,7 @@ class Pulse:
         worker = os.getpid()
         if os.fork() == 0:
             os.close(self._pipe)
-            monitor.main(heard, worker, self._board)
+            monitor.main(heard, worker, self._board, self.launcher)
         os.close(heard)
         os.set_blocking(self._pipe, False)
 

@@ -188,5 +188,12 @@ class Watchdog:
 
     def _end(self, error: DistFtError, place: Place, patience_s: float = 0.0) -> None:
         """Report an error of the rank at `place` and end this process."""
-        code = failure.report(error, place=place, run_dir=self.run_dir, terminal=self.terminal, patience_s=patience_s)
+        code = failure.report(
+            error,
+            place=place,
+            run_dir=self.run_dir,
+            terminal=self.terminal,
+            kind=failure.Kind.HUNG,
+            patience_s=patience_s,
+        )
         os._exit(code)  # the main thread is blocked in a collective and cannot be interrupted

@@ -14,6 +14,7 @@ import pytest
 from tests.reports import status_in_report
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
+DEADLINE_S = 5
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1"])
@@ -60,7 +61,19 @@ def test_a_rank_that_dies_is_named_before_its_neighbours_connection(start, fault
     assert all(word in output for word in (f"rank {rank} on ", *words)), output
 
 
-DEADLINE_S = 5
+@pytest.mark.parametrize(("fault", "engine"), [("kill:0:4", "ddp"), ("hang:1:4", "zero1")])
+def test_workers_start_again_from_the_newest_checkpoint(start, fault: str, engine: str) -> None:
+    words = ["train.restarts=2", f"train.timeout_s={DEADLINE_S}"]
+    words += ["train.save_steps=2", "train.max_steps=6", "train.async_save=false"]
+    job = start(fault, engine, *words)
+    output, _ = job.process.communicate(timeout=120)
+    assert job.process.returncode == 0, output
+    assert "restart 1 of 2 (train.restarts), from step 2" in output and "restart 2" not in output, output
+    assert output.count("dist-ft: training failed") == 1 and not (job.run_dir / "failure.json").exists()
+    lines = (job.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert (job.run_dir / "model" / "config.json").exists()
+    job.assert_gone(time.time())
 
 
 @pytest.mark.parametrize(
@@ -72,6 +85,7 @@ DEADLINE_S = 5
         ("lock:0:3", "ddp", ["no heartbeat", "at step 2, micro-batch 1 of 1", "sitecustomize.py"]),
         ("stop:0:torch", "ddp", ["no heartbeat", "at the preparation of data and model"]),
         ("hang:1:dist_ft.build", "zero1", ["no progress", "sitecustomize.py"]),
+        ("stop:1:dist_ft.config.plan", "ddp", ["no heartbeat", "at start"]),
     ],
 )
 def test_a_rank_that_stops_answering_is_named_in_time(start, fault: str, engine: str, words) -> None:

@@ -2,7 +2,7 @@
 
 DIST_FT_FAULT=KIND:RANK:WHEN makes rank RANK fail before step WHEN, or when it has imported a module of that name. KIND
 is `raise`, `kill` (SIGKILL), `crash` (SIGSEGV), `exit` (os._exit), `stop` (SIGSTOP), `hang`, `lock` (hang with Python's
-lock held), or `memory` (out of memory).
+lock held), or `memory` (out of memory). It fails once, and no more when the run is started again.
 
 DIST_FT_SLOW=MODULE:FUNCTION:SECONDS[:RANK],... delays each call of these functions, on one rank or on all; FUNCTION may
 be CLASS.METHOD.
@@ -21,7 +21,10 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "crash": signal.SIGSE
 
 
 def fail(kind):
-    pathlib.Path(os.environ["DIST_FT_FAULT_MARK"]).write_text(f"{os.getpid()} {time.time()}")
+    mark = pathlib.Path(os.environ["DIST_FT_FAULT_MARK"])
+    if mark.exists():
+        return
+    mark.write_text(f"{os.getpid()} {time.time()}")
     if kind == "raise":
         raise ValueError("injected fault")
     if kind == "memory":

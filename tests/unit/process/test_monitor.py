@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from dist_ft.process import monitor
 from dist_ft.process.monitor import BOARD_BYTES, About, Monitor, describe_end, interval, read, read_crash, write
 
 TIMEOUT_S = 0.8
@@ -33,8 +34,11 @@ class Watched:
         )
         self.worker.stdout.readline()
         heard, self.pipe = os.pipe()
-        self.monitor = Monitor(heard, self.worker.pid, board := mmap.mmap(-1, BOARD_BYTES))
+        self.monitor = Monitor(heard, self.worker.pid, board := mmap.mmap(-1, BOARD_BYTES), self.find)
         write(board, "step 3")
+
+    def find(self) -> About:
+        return About(1, 2, "host-1", str(self.folder), TIMEOUT_S, os.getpid())
 
     def about(self, parent: int) -> None:
         self.tell(asdict(About(1, 2, "host-1", str(self.folder), TIMEOUT_S, parent)))
@@ -100,6 +104,20 @@ def test_a_worker_that_dies_is_named_with_its_signal(watched: Watched, number: s
     assert "nfs.py:3 read" in report and "rank-1.log" in report
 
 
+def test_a_worker_that_stops_or_dies_before_it_has_told_about_itself_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "BEGIN_S", 0.1)
+    for name, words in (("a", "no heartbeat for 0.8 s: rank 1 on host-1"), ("b", "rank 1 on host-1: was killed by")):
+        one = Watched(tmp_path / name)
+        if name == "b":
+            one.worker.kill()
+        report = one.report()
+        assert report is not None and words in report
+        one.worker.wait()
+        os.close(one.pipe)
+
+
 def test_a_worker_that_left_says_so(watched: Watched) -> None:
     watched.tell({"left": True})
     assert watched.report() is None
@@ -111,11 +129,12 @@ def test_exit_codes_of_workers_that_reported_are_no_deaths(tmp_path: Path, code:
         [sys.executable, "-c", f"import os; os.read(0, 1); os._exit({code})"], stdin=subprocess.PIPE
     )
     heard, pipe = os.pipe()
-    monitor = Monitor(heard, worker.pid, mmap.mmap(-1, BOARD_BYTES))
-    os.write(pipe, json.dumps(asdict(About(0, 1, "a", str(tmp_path), 60, os.getpid()))).encode() + b"\n")
+    about = About(0, 1, "a", str(tmp_path), 60, os.getpid())
+    one = Monitor(heard, worker.pid, mmap.mmap(-1, BOARD_BYTES), lambda: about)
+    os.write(pipe, json.dumps(asdict(about)).encode() + b"\n")
     assert worker.stdin is not None
     worker.stdin.close()
-    monitor.run()
+    one.run()
     assert worker.wait() == code and not (tmp_path / "failure.json").exists()
     os.close(pipe)
 
