@@ -260,6 +260,7 @@ class StepInfo:
     step_time_s: float
     tokens: int  # without padding
     squared_lengths: int  # see `Batch.squared_lengths`
+    load_time_s: float = 0.0  # of this rank, for its micro-batches
 
 
 @dataclass

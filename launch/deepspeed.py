@@ -11,7 +11,7 @@ from ..config.launch import HostfileConfig
 from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, Problem, RequestError
-from . import process
+from . import restarts
 from .hosts import check_hosts, choose_hosts, read_hostfile, sweep_hosts
 from .launcher import WORKER_MODULE, Rendered, Workers, shell_lines, write_rendered
 from .machine.environ import Site, export_lines
@@ -112,7 +112,7 @@ class HostfileLauncher:
         rendered = self.render(plan)
         write_rendered(plan, rendered)
         # DeepSpeed's front end kills the workers of all hosts when it receives a signal.
-        return process.run(rendered, plan.run_dir, sweep=lambda: sweep_hosts(hosts, plan.run_file), by_file=True)
+        return restarts.run(plan, rendered, sweep=lambda: sweep_hosts(hosts, plan.run_file), by_file=True)
 
     def _own_path(self) -> dict[str, str]:
         """Return PYTHONPATH for the launcher itself, because the script unsets it; only if it needs no quoting."""

@@ -12,7 +12,7 @@ from ..config.launch import LocalConfig
 from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, RequestError
-from . import process
+from . import restarts
 from .launcher import WORKER_MODULE, Rendered, Workers, shell_lines, write_rendered
 from .machine.environ import Site, export_lines
 from .machine.ports import port_problem
@@ -75,7 +75,7 @@ class LocalLauncher:
             raise MachineError(problem)
         rendered = self.render(plan)
         write_rendered(plan, rendered)
-        return process.run(rendered, plan.run_dir)
+        return restarts.run(plan, rendered)
 
     def _environment(self, plan: Plan) -> dict[str, str]:
         threads = self.site.environment.get("OMP_NUM_THREADS") or str(self.site.threads(plan.world_size))

@@ -64,6 +64,7 @@ def run(
     sweep: Callable[[], None] | None = None,
     by_file: bool = False,
     grace_s: float = GRACE_S,
+    signals: Signals | None = None,
 ) -> int:
     """Run a rendered command and return the exit code of the run.
 
@@ -75,6 +76,7 @@ def run(
         sweep: Ends processes on other hosts; called after a run that failed, was stopped or was killed.
         by_file: Whether workers are asked to stop by a file in the run's folder, because the command would kill them.
         grace_s: Seconds between a failure and SIGKILL.
+        signals: Records the signals that this process receives; a new one if None.
 
     Returns:
         0 on success, the exit code of the first worker that failed, 75 if a signal stopped the run and it can go on
@@ -86,7 +88,7 @@ def run(
     mark = uuid.uuid4().hex
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     env = child_environment({**rendered.env, MARK: mark})
-    signals = Signals()
+    signals = signals or Signals()
 
     def ask() -> None:
         print(f"dist-ft: {signals.name}: saving a checkpoint and stopping; a second signal ends the run at once")
@@ -149,9 +151,7 @@ def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:
     Launchers replace the exit code of a worker by 1, or by that of the signal with which they killed the other
     workers. The code in `failure.json` therefore takes precedence.
     """
-    if status == 0:
-        return 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # also of a worker that left with code 0
         return int(json.loads(failure_file.read_text(encoding="utf-8"))["exit_code"])
     if status in PASSED_ON:
         return status

@@ -237,6 +237,18 @@ READ_WHEN = [
         for key in ("runtime", "mounts", "python")
     ),
     ReadWhen(
+        "train.restarts",
+        lambda c: c.launch.name != "slurm" or not c.train.restarts,
+        "SLURM starts jobs again",
+        "set launch.requeue=true, or remove it",
+    ),
+    ReadWhen(
+        "train.restarts",
+        lambda c: c.train.resume == "auto" or not c.train.restarts,
+        "workers that start again go on from the newest checkpoint only with train.resume=auto",
+        "remove train.resume, or train.restarts",
+    ),
+    ReadWhen(
         "launch.port",
         lambda c: not (isinstance(c.launch, LocalConfig) and c.launch.workers_per_node == 1),
         "a single worker needs no rendezvous",

@@ -107,6 +107,10 @@ UNREAD = {
         ["train.accept_changes=[data]", "train.resume=never"],
         ["train.accept_changes=[data]"],
     ),
+    "train.restarts": (
+        ["train.restarts=3", "launch=slurm", "launch.workers_per_node=1"],
+        ["train.restarts=3"],
+    ),
     "train.neftune_noise_alpha": (
         ["task=seq2seq", "train.neftune_noise_alpha=5"],
         ["train.neftune_noise_alpha=5"],
@@ -133,6 +137,11 @@ def test_a_set_key_that_nothing_reads_is_a_problem(key):
     assert list(problems) == [f"{key} (command line)"]
     assert problems[f"{key} (command line)"].startswith("has no effect: ")
     assert found(*read) == {}
+
+
+def test_restarts_need_a_resume_that_goes_on():
+    problems = found("train.restarts=3", "train.resume=never")
+    assert "only with train.resume=auto" in problems["train.restarts (command line)"]
 
 
 def test_the_table_names_real_keys_and_each_has_a_case():
