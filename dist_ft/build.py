@@ -15,6 +15,7 @@ from .checkpoint.resume import choose_start, describe_room, restore, resume, sav
 from .checkpoint.saver import Saver
 from .config.plan import CHECKPOINTS, EXPORT, Plan
 from .config.run import RunConfig
+from .data.order.ahead import Ahead, Batches
 from .data.order.interleave import MixedOrder
 from .data.order.loader import Loader, split_batches
 from .data.order.order import Order, PoissonOrder, total_steps
@@ -34,6 +35,7 @@ from .families import (
     build_task,
     choose_attention,
     optim_factory,
+    settle_head,
 )
 from .inspect.record import record_start
 from .loop import Records, Run, Training, Validation
@@ -52,7 +54,7 @@ from .privacy.rules import MIXES_ROWS, takes_rows_together
 from .process import comm
 from .process.place import Place, Worker
 from .protocols import Engine, Hook, Task
-from .state import Anatomy, BuiltModel, Progress
+from .state import Anatomy, Batch, BuiltModel, Progress
 from .task.by_set import LossBySet, ScoreBySet
 from .task.routed import RoutedTask
 from .track.messages import describe
@@ -73,6 +75,7 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     method = build_method(config, plan.run_dir)
     recipe = ModelRecipe(config, prepared.model_dir, attention, architecture, method)
     built = build_model(plan, recipe, worker, privacy)
+    loss = settle_head(config, task, built.anatomy.model)
     room = describe_room(plan, built.model) if start.progress.step < steps else None
     record_start(plan, prepared, built, worker)
     cost, routing = count_step_cost(built), build_routing(config.moe, config.method, built.anatomy)
@@ -84,7 +87,7 @@ def build(plan: Plan, prepared: Prepared, worker: Worker) -> Run:
     validation = build_validation(plan, prepared, task, worker)
     for line in (
         *describe(plan, attention, worker.device, progress, steps),
-        *filter(None, [room]),
+        *filter(None, [loss, room]),
         *describe_parts(plan, prepared, built.anatomy, routing, privacy, steps),
     ):
         worker.say(line)
@@ -191,7 +194,9 @@ def build_training(
     config, place, split = plan.config, worker.place, prepared.train
     if split.parts:
         task = LossBySet(task, split.sizes)
-    loader = build_loader(plan, task, split, place, order)
+    batches: Batches = build_loader(plan, task, split, place, order).step
+    if worker.device.type == "cuda":
+        batches = Ahead(batches, Batch.pinned, steps).step
     pace = Pace(worker)
     hooks: list[Hook] = [Meter(worker.device, place.world_size, cost), pace]
     if routing is not None:
@@ -199,7 +204,7 @@ def build_training(
     return Training(
         task=task if routing is None else RoutedTask(task, routing),
         engine=engine,
-        batches=loader.step,
+        batches=batches,
         learning_rate=partial(learning_rate, config.optim, total_steps=steps),
         epoch_at=order.epoch_at,
         total_steps=steps,

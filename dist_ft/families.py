@@ -16,14 +16,15 @@ from .config.method import LoraKeys, MethodConfig
 from .config.plan import START_FILE, Plan
 from .config.run import RunConfig
 from .errors import RequestError
-from .model.attention import AttentionChoice
+from .model.attention.choice import AttentionChoice
+from .model.head import OutputHead, attach_head
 from .model.load import attention_of, load_model
 from .model.moe.policy import apply_policy, route_method
 from .model.noise import add_embedding_noise
 from .optim.adamw import build_adamw
 from .privacy.mechanism import Privacy
 from .process.place import Worker
-from .protocols import Begins, Engine, Method, OptimFactory, Task
+from .protocols import Begins, Engine, HasHead, Method, OptimFactory, Task
 from .state import Anatomy, Architecture, Beat, BuiltModel, Facts, unwatched
 from .task.table import TASKS
 
@@ -74,6 +75,37 @@ def build_task(config: RunConfig, facts: Facts, attention: AttentionChoice) -> T
     if max(config.train.per_device_train_batch_size, config.train.per_device_eval_batch_size) > 1:
         raise RequestError.of(sizes[0], attention.why_single, "set " + " ".join(f"{key}=1" for key in sizes))
     return task
+
+
+def settle_head(config: RunConfig, task: Task, model: Any) -> str | None:
+    """Let the head of the model compute the losses of the task in chunks, if `train.chunked_loss` asks for it.
+
+    Args:
+        config: Configuration of the run.
+        task: Task, which is given the head.
+        model: Model of transformers after its method was applied, inside the wrappers of methods.
+
+    Returns:
+        What was decided and why, in words; None for a task that does not predict tokens.
+
+    Raises:
+        RequestError: `train.chunked_loss=true` is not possible with this model.
+    """
+    if not isinstance(task, HasHead):
+        return None
+    if config.train.chunked_loss is False:
+        return "loss from all logits at once (train.chunked_loss=false)"
+    if config.privacy.is_on:
+        return "loss from all logits at once: each row of a private run has a gradient of its own"
+    found: tuple[OutputHead | None, str]
+    if config.engine.name == "zero3" and any(True for _ in model.get_output_embeddings().children()):
+        found = None, "zero3 gathers the parts of an adapted head one by one"
+    else:
+        found = attach_head(model, always=config.train.chunked_loss is True)
+    task.head, reason = found
+    if task.head is None and config.train.chunked_loss is True:
+        raise RequestError.of("train.chunked_loss", reason, "set train.chunked_loss=auto")
+    return f"loss in chunks: {reason}" if task.head else f"loss from all logits at once: {reason}"
 
 
 def build_method(config: RunConfig, run_dir: Path | None = None) -> Method:

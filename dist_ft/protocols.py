@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # torch is slow to import, and planning does not need it
     from torch import Tensor, nn
 
     from .config.method import MethodChoice
+    from .model.head import OutputHead
 
 LossFn = Callable[["nn.Module", Batch], LossSum]
 OptimFactory = Callable[[Iterable[tuple[str, "nn.Parameter"]]], Any]
@@ -67,6 +68,13 @@ class Refers(Protocol):
     """A task whose loss needs log-probabilities under the initial model, which assess/reference.py computes once."""
 
     def refer(self, model: nn.Module, batch: Batch) -> LossSum: ...  # one prediction per sample with its `values`
+
+
+@runtime_checkable
+class HasHead(Protocol):
+    """A task that predicts tokens, whose losses the head of the model may compute in chunks (model/head.py)."""
+
+    head: OutputHead | None
 
 
 class Method(Protocol):

@@ -210,15 +210,23 @@ class Batch:
         return sum(length * length for length in lengths)
 
     def to(self, device: Any) -> Batch:
-        """Return the micro-batch with its tensors on `device`."""
-        moved = {k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in self.inputs.items()}
+        """Return the micro-batch with its tensors on `device`; the host does not wait for the copies to a GPU."""
+        source = self.pinned() if str(device).startswith("cuda") else self
+        return source._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Return the micro-batch in page-locked memory, from which copies to a GPU run beside everything else."""
+        return self._map(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        inputs = {name: change(value) if hasattr(value, "to") else value for name, value in self.inputs.items()}
         return replace(
             self,
-            inputs=moved,
-            targets=self.targets.to(device),
-            positions=self.positions.to(device),
-            documents=self.documents.to(device),
-            reference=None if self.reference is None else self.reference.to(device),
+            inputs=inputs,
+            targets=change(self.targets),
+            positions=change(self.positions),
+            documents=change(self.documents),
+            reference=None if self.reference is None else change(self.reference),
         )
 
     def without_targets(self) -> Batch:

@@ -20,7 +20,7 @@ from ..config.plan import REFERENCE_FILE, read_plan
 from ..config.run import RunConfig
 from ..data.store.opened import Split
 from ..export.opened import find_export, find_trained_run
-from ..families import build_task
+from ..families import build_task, settle_head
 from ..prepare import Prepared, describe_data, prepare
 from ..process.command import run_command, split_run
 from ..process.options import EvaluateOptions, read_words
@@ -30,7 +30,17 @@ from ..task.table import TASKS
 from .abilities import find_abilities, show_abilities
 from .forgetting import measure_forgetting, render_forgetting
 from .reference import name_of, read_references, values_of, write_references
-from .scoring import Evaluation, evaluate_model, find_split, open_model, render_table, total, write_lines, write_result
+from .scoring import (
+    Evaluation,
+    base_of,
+    evaluate_model,
+    find_split,
+    open_model,
+    render_table,
+    total,
+    write_lines,
+    write_result,
+)
 
 
 def evaluate_run(
@@ -45,6 +55,7 @@ def evaluate_run(
     for which in wanted:
         model, attention = open_model(which, config, prepared, run_dir, device)
         task = build_task(config, prepared.facts, attention)
+        settle_head(config, task, base_of(model))
         found[which] = evaluate_model(model, task, split, config.train.per_device_eval_batch_size)
         del model  # keep only one model in memory
     return found
@@ -62,6 +73,7 @@ def refer_to_base(config: RunConfig, prepared: Prepared, run_dir: Path, split: S
     if name_of(split) not in held:
         model, attention = open_model("base", config, prepared, run_dir, device)
         task = build_task(config, prepared.facts, attention)
+        settle_head(config, task, base_of(model))
         assert isinstance(task, Refers)
         found = total(model, task, task.refer, split, config.train.per_device_eval_batch_size)
         held[name_of(split)] = values_of(found.predictions)

@@ -19,7 +19,7 @@ from ..data.store.opened import Split
 from ..errors import RequestError
 from ..export.opened import find_export, open_base, open_export
 from ..families import architecture_of, choose_attention
-from ..model.attention import AttentionChoice
+from ..model.attention.choice import AttentionChoice
 from ..prepare import Prepared
 from ..process.sums import Sums
 from ..protocols import LossFn, Task
@@ -83,6 +83,13 @@ def open_model(
         return open_base(config.model, prepared.model_dir, architecture, **options).to(device), attention
     model = open_export(find_export(run_dir), config.model, prepared.model_dir, architecture, **options)
     return model.to(device), attention
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model of transformers inside peft's wrapper."""
+    unwrapped: Any = getattr(model, "get_base_model", lambda: model)
+    inner: nn.Module = unwrapped()
+    return inner
 
 
 def render_table(found: Mapping[str, Metrics]) -> Table:

@@ -78,6 +78,7 @@ CONVERSATION = (
     "train_on_eos",
     "one_row_per_turn",
 )
+LANGUAGE_MODELING = ("causal_lm", "instruction", "masked_lm", "seq2seq", "preference")
 TOKENIZED = "tokenized rows are used unchanged"
 NO_VALIDATION = "there is no validation data"
 GIVE_VALIDATION = "set data.validation, or remove it"
@@ -211,6 +212,12 @@ READ_WHEN = [
         lambda c: c.task.name != "seq2seq",
         "NEFTune is not supported with encoder-decoder models",
         "remove it; model.dropout is supported with every task",
+    ),
+    ReadWhen(
+        "train.chunked_loss",
+        lambda c: c.task.name in LANGUAGE_MODELING and not c.privacy.is_on,
+        "only language modeling without differential privacy computes losses in chunks",
+        "remove it",
     ),
     *(
         ReadWhen(f"privacy.{key}", lambda c: c.privacy.is_on, NO_PRIVACY, ASK_PRIVACY)

@@ -29,7 +29,20 @@ class ModelConfig(Strict):
     quantization: Literal["none", "nf4", "int8"] | None = Field(
         None, description="Format of frozen linear layers. Defaults to nf4 for method=qlora and to none otherwise."
     )
-    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    attn_implementation: Literal[
+        "auto",
+        "varlen",
+        "flash_attention_4",
+        "flash_attention_3",
+        "flash_attention_2",
+        "flex_attention",
+        "sdpa",
+        "eager",
+    ] = Field(
+        "auto",
+        description="Attention kernel. `auto`: on GPUs the first of flash_attention_4, flash_attention_3, varlen (of "
+        "torch itself), flash_attention_2 and flex_attention that computes the model, otherwise sdpa or eager.",
+    )
     dropout: Share | None = Field(None, description="Sets all dropout rates. Defaults to the model's own rates.")
     gradient_checkpointing: bool = Field(False, description="Recompute each block's activations in the backward pass.")
     trust_remote_code: bool = Field(False, description="Run Python code from the model folder. Review it first.")

@@ -36,6 +36,7 @@ MAY_CHANGE = {
         "num_train_epochs",
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
+        "chunked_loss",
         "logging_steps",
         "eval_steps",
         "save_steps",

@@ -34,6 +34,11 @@ class TrainConfig(Strict):
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Scale of the noise added to embeddings in training (NEFTune); usually 5 to 15."
     )
+    chunked_loss: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compute head and cross-entropy in chunks of tokens, so that not all logits exist at a time, and "
+        "again in the backward. `auto`: for micro-batches whose logits take more than 256 MiB, if the model allows it.",
+    )
     logging_steps: Count = 1
     eval_steps: Count | None = Field(
         None, description="Steps between evaluations; also evaluates before the first and after the last step."

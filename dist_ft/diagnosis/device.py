@@ -91,19 +91,18 @@ def _why_no_gpu() -> Finding:
 
 def _flash_attention() -> Finding:
     version = installed("flash-attn") if importlib.util.find_spec("flash_attn") else None
-    falls_back = "attention uses torch SDPA"
+    falls_back = "attention uses the kernels of torch"
     if not torch.cuda.is_available():
         there = f"{version}, but it" if version else "it"
         return note("FlashAttention", f"{there} needs a GPU; {falls_back}")
     if version is None:
-        way_out = "pip install flash-attn --no-build-isolation (compiled from source if there is no wheel)"
-        return note("FlashAttention", f"the flash-attn package is not installed; {falls_back}", way_out)
+        return ok("FlashAttention", "that of torch; the flash-attn package is not installed, and rarely needed")
     if torch.cuda.get_device_capability()[0] < 8:
         return note("FlashAttention", f"{version} needs compute capability 8.0 or later; {falls_back}")
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
         way_out = "reinstall it for this torch: pip install --force-reinstall --no-deps flash-attn --no-build-isolation"
-        # a problem, since runs select FlashAttention whenever the package is installed
+        # a problem, since padded rows take it whenever the package is installed
         return problem("FlashAttention", f"{version} cannot be imported: {str(error).splitlines()[0]}", way_out)
-    return ok("FlashAttention", f"{version}; used with model.dtype=bfloat16")
+    return ok("FlashAttention", f"that of torch, and flash-attn {version} for what torch's lacks")

@@ -48,7 +48,7 @@ class Share:
 def build_meta(config: RunConfig, model_dir: str, facts: Facts) -> BuiltModel:
     """Build the run's model with the method applied on the meta device, that is without weights."""
     architecture = architecture_of(config, facts)
-    attention = attention_of(config.model, model_dir, torch.device("cpu"), architecture)
+    attention = attention_of(config.model, model_dir, torch.device("cpu"), architecture, "auto")
     return ModelRecipe(config, model_dir, attention, architecture, build_method(config)).build_meta()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .attention.documents import REFERENCE, asking
 from .miniature import VOCABULARY, WINDOW, build_miniature, draw_weights
 
 LENGTHS = (4 * WINDOW + 1, 2 * WINDOW + 1, 2 * WINDOW - 1, 3)  # more and less padding than a window
@@ -33,6 +34,8 @@ class Isolation:
 
     documents: str | None  # several documents concatenated in one row
     padding: str | None  # several rows, padded to the longest
+    one_call: str | None = None  # why kernels that compute all documents in one call would change logits
+    asks: frozenset[str] = frozenset()  # what attention does besides a softmax over scaled scores
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,19 @@ def _prove(question: _Question, kernel: str, by_document: str | None) -> Isolati
     else:
         return Isolation(unproven, None)
     seen: str | None = f"{name} passes no lengths of documents to its attention"
+    one_call, asks = seen, frozenset[str]()
     if by_document is not None:
         seen = _see_each_other(model, kernel, by_document, documents)
+        with asking() as asked:
+            one_call = _see_each_other(model, kernel, REFERENCE, documents)
+        asks = frozenset(asked)
     if seen is None and exact:
-        return Isolation(None, None)
+        return Isolation(None, None, one_call, asks)
     for seed in range(1, DRAWS):  # sparse attention may select padding with some weights and not with others
         if exact:
             draw_weights(model, seed)
             exact = _pads_exactly(model, documents)
-    return Isolation(seen, None if exact else f"padding changes the logits of {name}")
+    return Isolation(seen, None if exact else f"padding changes the logits of {name}", one_call, asks)
 
 
 def _pads_exactly(model: PreTrainedModel, documents: Tensor) -> bool:

@@ -16,7 +16,7 @@ from ..config.model import ModelConfig
 from ..errors import MachineError, Problem, RequestError
 from ..state import CAUSAL_LM, Anatomy, Architecture
 from .anatomy import find_anatomy
-from .attention import AttentionChoice, choose_attention
+from .attention.choice import AttentionChoice, choose_attention
 from .noise import set_dropout
 from .quantization.stored import forget_stored, read_dequantized, settle_dequantized
 from .quantize import quantize_parts
@@ -45,12 +45,25 @@ def load_settings(config: ModelConfig, folder: str, architecture: Architecture) 
     return settings
 
 
-def attention_of(config: ModelConfig, folder: str, device: torch.device, architecture: Architecture) -> AttentionChoice:
-    """Choose the attention implementation and the layout of micro-batches for this model on this device."""
+def attention_of(
+    config: ModelConfig, folder: str, device: torch.device, architecture: Architecture, requested: str | None = None
+) -> AttentionChoice:
+    """Choose the attention implementation and the layout of micro-batches for this model on this device.
+
+    Args:
+        config: The `model` group.
+        folder: The model's files.
+        device: Where the model computes.
+        architecture: What the task needs of the model.
+        requested: Instead of `model.attn_implementation`, for a model that is built where the run does not compute.
+    """
+    settings = load_settings(config, folder, architecture)
+    if config.dropout is not None:
+        set_dropout(settings, config.dropout)
     return choose_attention(
-        config.attn_implementation,
+        requested or config.attn_implementation,
         _model_class(config, folder, architecture),
-        load_settings(config, folder, architecture),
+        settings,
         device,
         getattr(torch, config.dtype),
         causal=architecture.auto_class == CAUSAL_LM.auto_class,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import RequestError
+from ..process.comm import send
 
 
 def set_dropout(settings: PreTrainedConfig, rate: float) -> None:
@@ -55,7 +56,7 @@ def add_embedding_noise(model: nn.Module, embeddings: nn.Module, alpha: float) -
         is_known = bool(lengths) and lengths[0].shape == output.shape[:2]  # not of a decoder or a prompt encoder
         if not module.training or not is_known:
             return output
-        reach = alpha / (lengths[0].to(output.device) * output.shape[-1]).float().sqrt()
+        reach = alpha / (send(lengths[0], output.device) * output.shape[-1]).float().sqrt()
         return output + (torch.rand_like(output, dtype=torch.float32) * 2 - 1).mul(reach[..., None]).to(output.dtype)
 
     model.register_forward_pre_hook(see, with_kwargs=True)

@@ -100,6 +100,12 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device; the host does not wait, for which the memory must be page-locked."""
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
+
+
 class Agreement:
     """Agreement of all ranks on the call at which they stop, without waiting for each other.
 

@@ -12,7 +12,7 @@ OF = "@"  # in NAME@SET, separates the name of a sum from that of its data set (
 
 
 class Sums:
-    """Accumulator of the results of micro-batches, in float64 on the CPU."""
+    """Accumulator of the results of micro-batches, in float64 on their device, where nothing waits for them."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -22,13 +22,25 @@ class Sums:
         """Add the result of a micro-batch."""
         self.predictions.extend(result.predictions)
         for name, value in flatten(result).items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+            added = value.detach().double()
+            self.sums[name] = self.sums[name] + added if name in self.sums else added
 
     def total(self) -> LossSum:
-        """Return the sums over all ranks, without predictions; every rank must call this."""
+        """Return the sums over all ranks on the CPU, without predictions; every rank must call this."""
         names = sorted(self.sums)
-        found = dict(zip(names, comm.total(torch.stack([self.sums[name] for name in names])), strict=True))
+        found = dict(zip(names, comm.total(self._read(names)), strict=True))
         return LossSum(found.pop("loss"), found.pop("weight"), found)
+
+    def _read(self, names: list[str]) -> Tensor:
+        """Copy the sums to the CPU, with one copy for each device that they are on."""
+        devices = {self.sums[name].device for name in names}
+        read = {
+            name: value
+            for device in devices
+            for own in [[name for name in names if self.sums[name].device == device]]
+            for name, value in zip(own, torch.stack([self.sums[name] for name in own]).cpu(), strict=True)
+        }
+        return torch.stack([read[name] for name in names])
 
 
 def losses_of_parts(totals: LossSum) -> Metrics:

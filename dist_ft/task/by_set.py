@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..process.comm import send
 from ..process.sums import OF, flatten
 from ..protocols import Task
 from ..state import Batch, LossSum, Metrics, Row
@@ -38,14 +39,15 @@ class LossBySet(WrappedTask):
         if result.losses is None:
             return result
         documents = batch.documents if result.documents is None else result.documents
-        numbers = _set_numbers(batch, self.sizes).to(documents.device)[documents]
+        numbers = send(_set_numbers(batch, self.sizes), documents.device)[documents]
         weights = torch.ones_like(result.losses) if result.weights is None else result.weights
+        # A selection by a mask would wait for the device.
+        none = torch.zeros(len(self.sizes), dtype=torch.float64, device=documents.device)
+        losses = none.index_add(0, numbers, result.losses.detach().double())
+        totals = none.index_add(0, numbers, weights.detach().double())
         counts = dict(result.counts)
-        losses = result.losses.detach().double()
         for number, name in enumerate(self.sizes):
-            here = numbers == number
-            counts[f"loss{OF}{name}"] = losses[here].sum()
-            counts[f"weight{OF}{name}"] = weights[here].double().sum()
+            counts[f"loss{OF}{name}"], counts[f"weight{OF}{name}"] = losses[number], totals[number]
         return replace(result, counts=counts)
 
 

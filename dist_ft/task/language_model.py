@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from ..model.head import OutputHead
+
 
 class LanguageModelTask(Task):
     """Base class of the tasks that train a causal language model with next-token prediction.
@@ -29,6 +31,7 @@ class LanguageModelTask(Task):
         padding_free: Whether to concatenate documents without padding; requires a model whose attention separates them.
     """
 
+    head: OutputHead | None = None  # computes losses in chunks if set
     uses_facts: ClassVar[bool] = False
     answers: ClassVar[bool]  # whether documents are answers to prompts, for which exact_match is meaningful
 
@@ -95,13 +98,13 @@ class LanguageModelTask(Task):
         """Compute the sum of the token losses and the number of supervised tokens."""
         from .batches import tokens
 
-        return tokens.sum_losses(model, batch)
+        return tokens.sum_losses(model, batch, self.head)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
         """Compute the loss and the counts that `metrics` needs."""
         from .batches import tokens
 
-        return tokens.sum_scores(model, batch)
+        return tokens.sum_scores(model, batch, self.head)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """Compute `loss`, `perplexity`, `token_accuracy` and, for answers to prompts, `exact_match`.

@@ -17,6 +17,8 @@ from .batches.masks import draw_masks, share_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..model.head import OutputHead
+
 
 WORDS = "word_ids"  # token column: index of the token's word in its row; -1 for special tokens
 
@@ -36,6 +38,7 @@ class MaskedLM(Task):
         seed: Seed of the masks, `train.seed`.
     """
 
+    head: OutputHead | None = None  # computes losses in chunks if set
     uses_facts: ClassVar[bool] = True
     uses_seed: ClassVar[bool] = True
 
@@ -107,15 +110,14 @@ class MaskedLM(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """Compute the sum of the cross-entropy over the selected tokens, in float32, and the number of these tokens."""
-        return _loss(_logits(model, batch), batch)
+        return _sum(self._losses(model, batch, judged=False)[0], batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
         """Compute the loss and count the selected tokens that are predicted correctly."""
         from dataclasses import replace
 
-        logits = _logits(model, batch)
-        right = (logits.argmax(dim=-1) == batch.targets).sum()
-        return replace(_loss(logits, batch), counts={"correct_tokens": right})
+        losses, right = self._losses(model, batch, judged=True)
+        return replace(_sum(losses, batch), counts={"correct_tokens": right.sum()})
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """Compute `loss`, `perplexity` and `token_accuracy` over the selected tokens.
@@ -125,6 +127,16 @@ class MaskedLM(Task):
         from .batches.tokens import metrics_of
 
         return metrics_of(totals, exact=False)
+
+    def _losses(self, model: nn.Module, batch: Batch, *, judged: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss of each selected token, `[n]` float32, and, if `judged`, whether it is predicted, `[n]`."""
+        from torch.nn import functional
+
+        if self.head is not None:
+            width = batch.inputs["input_ids"].shape[1]
+            return self.head.token_losses(model, batch, width=width, judged=judged)
+        logits = _logits(model, batch)
+        return functional.cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(dim=-1) == batch.targets
 
     def _encode(self, row: Row, tokenizer: Any, **options: Any) -> Sequence[Example]:
         if self.facts.mask_id is None:
@@ -182,8 +194,5 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits.flatten(0, 1)[batch.positions].float()
 
 
-def _loss(logits: Tensor, batch: Batch) -> LossSum:
-    from torch.nn import functional
-
-    losses = functional.cross_entropy(logits, batch.targets, reduction="none")
-    return LossSum(losses.sum(), losses.new_tensor(float(batch.supervised)), losses=losses)
+def _sum(losses: Tensor, batch: Batch) -> LossSum:
+    return LossSum(losses.sum(), losses.new_full((), float(batch.supervised)), losses=losses)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from ..model.head import OutputHead
+
 
 MEANS = (  # means over pairs, with the metric names of TRL
     "rewards/chosen",
@@ -49,6 +51,7 @@ class Preference(Task):
         padding_free: Whether to concatenate documents without padding; requires a model whose attention separates them.
     """
 
+    head: OutputHead | None = None  # computes losses in chunks if set
     uses_facts: ClassVar[bool] = False
 
     def __init__(self, config: PreferenceConfig, facts: Facts | None = None, *, padding_free: bool) -> None:
@@ -121,7 +124,7 @@ class Preference(Task):
         found = self._log_probabilities(model, batch)
         pairs = zip(batch.samples[::2], found.tolist(), strict=True)
         predictions = [{"sample": sample, "values": values} for sample, values in pairs]
-        return LossSum(found.new_zeros(()), found.new_tensor(batch.loss_weight), predictions=predictions)
+        return LossSum(found.new_zeros(()), found.new_full((), batch.loss_weight), predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """Compute `loss` and the metrics in `MEANS`; before the first step, rewards, margins and accuracies are 0."""
@@ -132,7 +135,7 @@ class Preference(Task):
         """Return the log-probabilities of the chosen and the rejected answers, `[pairs, 2]` float64."""
         from .batches import tokens
 
-        return _in_pairs(tokens.sum_log_probabilities(model, batch))
+        return _in_pairs(tokens.sum_log_probabilities(model, batch, self.head))
 
     def _ratios(self, found: Tensor, batch: Batch) -> Tensor:
         """Return the log-probabilities minus those of the reference model, `[pairs, 2]` float64."""
@@ -146,7 +149,8 @@ class Preference(Task):
         kind, beta, share = self.config.loss_type, self.config.beta, self.config.label_smoothing
         ratios = self._ratios(found, batch)
         if kind == "ipo":
-            means = ratios / _in_pairs(batch.documents.bincount(minlength=ratios.numel()))
+            counts = batch.documents.new_zeros(ratios.numel())  # a bincount would wait for the device
+            means = ratios / _in_pairs(counts.index_add(0, batch.documents, torch.ones_like(batch.documents)))
             losses = (means[:, 0] - means[:, 1] - 1 / (2 * beta)).square()
         else:
             margins = beta * (ratios[:, 0] - ratios[:, 1])
@@ -158,7 +162,7 @@ class Preference(Task):
             else:
                 losses = (1 - share) * right + share * wrong
         chosen = torch.arange(0, 2 * len(losses), 2, device=losses.device)  # a loss is assigned to its chosen document
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses, documents=chosen)
+        return LossSum(losses.sum(), losses.new_full((), batch.loss_weight), losses=losses, documents=chosen)
 
 
 def _in_pairs(values: Tensor) -> Tensor:

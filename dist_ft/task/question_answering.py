@@ -233,4 +233,4 @@ def _loss(logits: Tensor, batch: Batch) -> LossSum:
 
     both = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
     losses = both.view(-1, 2).sum(dim=1) / 2
-    return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses)
+    return LossSum(losses.sum(), losses.new_full((), batch.loss_weight), losses=losses)

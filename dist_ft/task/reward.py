@@ -144,4 +144,4 @@ class Reward(Task):
 
         losses = -logsigmoid(scores[:, 0] - scores[:, 1])
         losses = losses + self.config.center_rewards_coefficient * scores.sum(dim=1).square()
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses)
+        return LossSum(losses.sum(), losses.new_full((), batch.loss_weight), losses=losses)

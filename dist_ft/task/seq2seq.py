@@ -18,6 +18,8 @@ from ..state import Architecture, Batch, Example, Facts, Layout, LossSum, Metric
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..model.head import OutputHead
+
 
 class Seq2Seq(Task):
     """The task `seq2seq`, whose samples are two sequences: the source and the target.
@@ -28,6 +30,7 @@ class Seq2Seq(Task):
         padding_free: Ignored; this task always pads.
     """
 
+    head: OutputHead | None = None  # computes losses in chunks if set
     uses_facts: ClassVar[bool] = True
 
     def __init__(self, config: Seq2SeqConfig, facts: Facts, *, padding_free: bool = False) -> None:
@@ -91,15 +94,13 @@ class Seq2Seq(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         """Compute the sum of the cross-entropy over the target tokens, and the number of target tokens."""
-        return self._loss(self._logits(model, batch), batch)
+        return _sum(self._losses(model, batch, judged=False)[0], batch)
 
     def score(self, model: nn.Module, batch: Batch) -> LossSum:
         """Compute the loss, count correct tokens, and generate the text of each row if `task.metrics` are set."""
-        logits = self._logits(model, batch)
-        right = (logits.argmax(dim=-1) == batch.targets).sum()
-        found = self._loss(logits, batch)
+        losses, right = self._losses(model, batch, judged=True)
         predictions = self._generate(model, batch) if self.config.metrics else []
-        return replace(found, counts={"right": right}, predictions=predictions)
+        return replace(_sum(losses, batch), counts={"right": right.sum()}, predictions=predictions)
 
     def metrics(self, totals: LossSum, rows: Sequence[Row]) -> Metrics:
         """Compute `loss`, `perplexity`, `token_accuracy` and those of `task.metrics`; see `scores/texts.py`."""
@@ -138,17 +139,17 @@ class Seq2Seq(Task):
             labels = [*(labels[: limits[1] - 1] if limits else labels), eos]
         return [{"input_ids": ids}, {"input_ids": labels}]
 
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the logits of the target tokens, `[n, vocab_size]` float32."""
-        logits: Tensor = model(**batch.inputs).logits
-        return logits.flatten(0, 1)[batch.positions].float()
-
-    def _loss(self, logits: Tensor, batch: Batch) -> LossSum:
+    def _losses(self, model: nn.Module, batch: Batch, *, judged: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss of each target, `[n]` float32, and, if `judged`, whether it is the most probable token."""
         from torch.nn import functional
 
         smoothing = self.config.label_smoothing
+        if self.head is not None:
+            width = batch.inputs["decoder_input_ids"].shape[1]
+            return self.head.token_losses(model, batch, width=width, smoothing=smoothing, judged=judged)
+        logits = model(**batch.inputs).logits.flatten(0, 1)[batch.positions].float()
         losses = functional.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses)
+        return losses, logits.argmax(dim=-1) == batch.targets
 
     def _generate(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         import torch
@@ -174,6 +175,10 @@ class Seq2Seq(Task):
             {"sample": sample, "origin": sample, "prediction": text.strip(), "label": label.strip()}
             for sample, text, label in zip(batch.samples, texts, given, strict=False)
         ]
+
+
+def _sum(losses: Tensor, batch: Batch) -> LossSum:
+    return LossSum(losses.sum(), losses.new_full((), batch.loss_weight), losses=losses)
 
 
 def _texts(row: Row) -> tuple[str, str]:

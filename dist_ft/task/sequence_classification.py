@@ -187,4 +187,4 @@ class SequenceClassification(Task):
                 logits, batch.targets, weights, reduction="none", label_smoothing=self.config.label_smoothing
             )
             shares = torch.ones_like(losses) if weights is None else weights[batch.targets]
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses, weights=shares)
+        return LossSum(losses.sum(), losses.new_full((), batch.loss_weight), losses=losses, weights=shares)

@@ -194,4 +194,4 @@ class TokenClassification(Task):
 
         smoothing = self.config.label_smoothing
         losses = functional.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
-        return LossSum(losses.sum(), losses.new_tensor(batch.loss_weight), losses=losses)
+        return LossSum(losses.sum(), losses.new_full((), batch.loss_weight), losses=losses)

@@ -15,7 +15,7 @@ from .jsonl import read_evaluations, read_metrics
 if TYPE_CHECKING:
     import torch
 
-    from ..model.attention import AttentionChoice
+    from ..model.attention.choice import AttentionChoice
 
 
 def describe(

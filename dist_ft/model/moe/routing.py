@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,14 @@ from ...process import comm
 from ...protocols import Engine, LossFn
 from ...state import Anatomy, Batch, Beat, LossSum, Metrics, Mixture, RouterForm, StepInfo
 from .policy import resolve_aux_loss_coef, resolve_policy
+
+
+class Output(NamedTuple):
+    """What a router gave for N tokens; padding is among them and counts nothing, since a selection would wait."""
+
+    logits: Tensor  # [N, experts] float32
+    chosen: Tensor  # [N, top_k]
+    real: Tensor  # [N] float32: 1 for a token, 0 for padding
 
 
 class Routing:
@@ -63,6 +71,7 @@ class Routing:
         self.tokens = 0.0  # N of the global batch
         self.weight = 0.0  # by which the engine divides the loss of the global batch
         self.alone = True  # one micro-batch per rank and step
+        self.device = torch.device("cpu")  # of the routers, known from their first outputs
         self.clear()
         watched = {m.router for m in self.mixtures} | {form.logits_of for form in self.forms}
         for name in sorted(watched):
@@ -73,10 +82,12 @@ class Routing:
         return zip(self.mixtures, self.forms, strict=True)
 
     def clear(self) -> None:
-        """Reset the sums per layer and expert, which are float64 on the CPU."""
+        """Reset the sums per layer and expert, which are float64 on the device of the routers."""
         shape = (len(self.experts), max(self.experts))
-        self.counts, self.masses = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-        self.entropies, self.squares = torch.zeros(shape[0]).double(), torch.zeros(shape[0]).double()
+        self.counts, self.masses = (torch.zeros(shape, dtype=torch.float64, device=self.device) for _ in range(2))
+        self.entropies, self.squares = (
+            torch.zeros(shape[0], dtype=torch.float64, device=self.device) for _ in range(2)
+        )
 
     def survey(self, micros: Sequence[Batch], engine: Engine, loss: LossFn, beat: Beat) -> None:
         """Count the routing of a step with these micro-batches in advance, if it is needed. Collective."""
@@ -85,17 +96,17 @@ class Routing:
         self.tokens, self.weight = comm.total(sums).tolist()
         self.shares, self.alone = None, len(micros) == 1
         if self.aux_loss_coef and not self.alone:
-            counts = torch.zeros_like(self.counts)
+            counts: list[Tensor] = []
 
             def count(model: nn.Module, batch: Batch) -> LossSum:
                 result, outputs = self._watch(model, batch, loss)
-                counts.add_(self._counts(outputs))
+                counts.append(self._counts(outputs))
                 return result
 
             for i, micro in enumerate(micros, start=1):
                 beat(f"routing of micro-batch {i} of {len(micros)}")
                 engine.evaluate(micro, count)
-            self._set_shares(counts)
+            self._set_shares(torch.stack(counts).sum(dim=0))
 
     def loss(self, model: nn.Module, batch: Batch, loss: LossFn) -> LossSum:
         """Compute `loss` of the micro-batch and add the gradient of the routers' losses.
@@ -107,6 +118,7 @@ class Routing:
         counts = self._counts(outputs)
         if self.aux_loss_coef and self.alone:
             self._set_shares(counts.clone())
+        self._move(counts.device)
         self.counts += counts
         extra = self._extra(outputs)
         if not (self.aux_loss_coef or self.z_loss_coef):
@@ -125,7 +137,7 @@ class Routing:
     def metrics(self) -> Metrics:
         """Return `moe/*` of the step's global batch. Collective."""
         columns = [self.counts, self.masses, self.entropies[:, None], self.squares[:, None]]
-        sums = comm.total(torch.cat(columns, dim=1))
+        sums = comm.total(torch.cat(columns, dim=1).cpu())
         width = self.counts.shape[1]
         counts, masses = sums[:, :width], sums[:, width : 2 * width]
         entropies, squares = sums[:, -2] / self.tokens, sums[:, -1] / self.tokens
@@ -154,8 +166,14 @@ class Routing:
 
         return watch
 
-    def _watch(self, model: nn.Module, batch: Batch, loss: LossFn) -> tuple[LossSum, list[tuple[Tensor, Tensor]]]:
-        """Return the loss and, per layer without padding, logits `[N, experts]` and chosen experts `[N, top_k]`."""
+    def _move(self, device: torch.device) -> None:
+        """Keep the sums on the device that computes the routers."""
+        if device != self.device:
+            self.device = device
+            self.clear()
+
+    def _watch(self, model: nn.Module, batch: Batch, loss: LossFn) -> tuple[LossSum, list[Output]]:
+        """Return the loss and, for each layer, what its router gave."""
         self.seen = {}
         try:
             result = loss(model, batch)
@@ -163,7 +181,6 @@ class Routing:
         finally:
             self.seen = None
         mask = batch.inputs.get("attention_mask")
-        real = None if mask is None else mask.flatten().bool()
         outputs = []
         for (output, source), (mixture, form) in zip(seen, self.measured(), strict=True):
             logits = (source if form.logits_at is None else source[form.logits_at]).reshape(-1, mixture.num_experts)
@@ -171,15 +188,23 @@ class Routing:
                 chosen = logits.detach().topk(mixture.top_k, dim=-1).indices
             else:
                 chosen = output[form.indices_at].reshape(-1, mixture.top_k)
-            if real is not None:
-                logits, chosen = logits[real], chosen[real]
-            outputs.append((logits.float(), chosen))
+            logits = logits.float()
+            if mask is None:
+                real = torch.ones_like(logits[:, 0])
+            else:
+                real = mask.flatten().float()
+                logits = logits.masked_fill(real[:, None] == 0, 0.0)  # no gradient, whatever padding gave
+            outputs.append(Output(logits, chosen, real))
         return result, outputs
 
-    def _counts(self, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        width = max(self.experts)
-        rows = [torch.bincount(chosen.flatten(), minlength=width) for _, chosen in outputs]
-        return torch.stack(rows).double().cpu()
+    def _counts(self, outputs: list[Output]) -> Tensor:
+        """Return how many tokens chose each expert, `[layers, experts]`; a bincount would wait for the device."""
+        counted = []
+        for output in outputs:
+            none = torch.zeros(max(self.experts), dtype=torch.float64, device=output.chosen.device)
+            tokens = output.real.double()[:, None].expand(output.chosen.shape)
+            counted.append(none.index_add(0, output.chosen.flatten(), tokens.flatten()))
+        return torch.stack(counted)
 
     def _set_shares(self, counts: Tensor) -> None:
         self.shares = comm.total(counts) / self.tokens
@@ -188,26 +213,26 @@ class Routing:
         """Return the coefficients of the summed probabilities in the balance loss, `[layers, experts]`."""
         if not self.per_layer:
             shares = shares.mean(dim=0, keepdim=True).expand_as(shares)
-        experts = torch.tensor(self.experts, dtype=torch.float64)[:, None]
-        return shares * experts / (self.tokens * len(self.experts))
+        rows = [share * experts for share, experts in zip(shares, self.experts, strict=True)]
+        return torch.stack(rows) / (self.tokens * len(self.experts))
 
-    def _extra(self, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _extra(self, outputs: list[Output]) -> Tensor:
         """Return this micro-batch's share of the scaled routers' losses, and add to the sums for metrics."""
         weights = None if self.shares is None else self._weights(self.shares)
-        extra = torch.zeros((), device=outputs[0][0].device)
-        for i, ((logits, _), form) in enumerate(zip(outputs, self.forms, strict=True)):
+        extra = torch.zeros((), device=outputs[0].logits.device)
+        for i, ((logits, _, real), form) in enumerate(zip(outputs, self.forms, strict=True)):
             if form.sigmoid:  # as DeepSeek-V3 (2024), eq. 18
                 scores = logits.sigmoid()
                 probabilities = scores / scores.sum(dim=-1, keepdim=True)
             else:
                 probabilities = logits.softmax(dim=-1)
-            mass = probabilities.sum(dim=0)
-            square = logits.logsumexp(dim=-1).square().sum()
+            mass = (probabilities * real[:, None]).sum(dim=0)
+            square = (logits.logsumexp(dim=-1).square() * real).sum()
             experts = self.experts[i]
             with torch.no_grad():
-                self.masses[i, :experts] += mass.double().cpu()
-                self.squares[i] += square.double().cpu()
-                self.entropies[i] += torch.special.entr(probabilities).sum().double().cpu()
+                self.masses[i, :experts] += mass.double()
+                self.squares[i] += square.double()
+                self.entropies[i] += (torch.special.entr(probabilities) * real[:, None]).sum().double()
             if weights is not None:
                 extra = extra + self.aux_loss_coef * (mass * weights[i, :experts].to(mass)).sum()
             if self.z_loss_coef:

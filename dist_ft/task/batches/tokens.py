@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch.nn import functional
 
 from ...data.read.formats import IGNORED_LABEL
 from ...state import Batch, LossSum, Metrics, Sample
+
+if TYPE_CHECKING:
+    from ...model.head import OutputHead
 
 
 def collate_documents(samples: Sequence[Sample]) -> Batch:
@@ -46,20 +49,18 @@ def collate_padded(samples: Sequence[Sample]) -> Batch:
     return _with_targets({"input_ids": ids, "attention_mask": mask}, samples, origins, sum(lengths))
 
 
-def sum_losses(model: nn.Module, batch: Batch) -> LossSum:
+def sum_losses(model: nn.Module, batch: Batch, head: OutputHead | None = None) -> LossSum:
     """Compute the sum of the cross-entropy over all targets, in float32, and the number of targets."""
-    return _loss(_logits(model, batch), batch)
+    return _sum(_token_losses(model, batch, head)[0], batch)
 
 
-def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
+def sum_scores(model: nn.Module, batch: Batch, head: OutputHead | None = None) -> LossSum:
     """Compute the loss and count correctly predicted tokens and documents whose tokens are all predicted correctly.
 
     Greedy decoding from a prompt generates exactly the answer if and only if, with teacher forcing, every token of the
     answer is the most probable one. Therefore, exact matches are counted without generating text.
     """
-    logits = _logits(model, batch)
-    result = _loss(logits, batch)
-    right = logits.argmax(dim=-1) == batch.targets
+    losses, right = _token_losses(model, batch, head, judged=True)
     none = batch.documents.new_zeros(len(batch.samples))  # counted by additions: a bincount would wait for the device
     targets = none.index_add(0, batch.documents, torch.ones_like(batch.documents))
     hits = none.index_add(0, batch.documents, right.long())
@@ -68,15 +69,15 @@ def sum_scores(model: nn.Module, batch: Batch) -> LossSum:
         "exact_rows": ((hits == targets) & (targets > 0)).sum(),
         "rows": (targets > 0).sum(),
     }
-    return replace(result, counts=counts)
+    return replace(_sum(losses, batch), counts=counts)
 
 
-def sum_log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+def sum_log_probabilities(model: nn.Module, batch: Batch, head: OutputHead | None = None) -> Tensor:
     """Return the sum of the log-probabilities of the targets of each document, `[documents]` float64.
 
     The sums are in float64, because preference losses take small differences between large sums.
     """
-    losses = functional.cross_entropy(_logits(model, batch).float(), batch.targets, reduction="none").double()
+    losses = _token_losses(model, batch, head)[0].double()
     return -losses.new_zeros(len(batch.samples)).index_add(0, batch.documents, losses)
 
 
@@ -131,7 +132,21 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return padded[:, -width:].flatten(0, 1)[batch.positions]
 
 
-def _loss(logits: Tensor, batch: Batch) -> LossSum:
-    losses = functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+def _token_losses(
+    model: nn.Module, batch: Batch, head: OutputHead | None, *, judged: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each target, `[targets]` float32, and, if `judged`, whether it is the most probable token.
+
+    Few logits are computed at once, all others by the head in chunks; padded rows by the head only at the targets.
+    """
+    if head is not None and ("document_lengths" not in batch.inputs or head.divides(batch.supervised)):
+        width = batch.inputs["input_ids"].shape[1]
+        return head.token_losses(model, batch, width=width, judged=judged, use_cache=False)
+    logits = _logits(model, batch)
+    right = logits.argmax(dim=-1) == batch.targets if judged else batch.targets.new_empty(0)
+    return functional.cross_entropy(logits.float(), batch.targets, reduction="none"), right
+
+
+def _sum(losses: Tensor, batch: Batch) -> LossSum:
     weight = losses.new_full((), float(batch.supervised))
     return LossSum(losses.sum(), weight, losses=losses)

@@ -115,6 +115,10 @@ UNREAD = {
         ["task=seq2seq", "train.neftune_noise_alpha=5"],
         ["train.neftune_noise_alpha=5"],
     ),
+    "train.chunked_loss": (
+        ["task=reward", "train.chunked_loss=true"],
+        ["train.chunked_loss=true"],
+    ),
     "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
     "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
     "track.group": (["track=off", "track.group=x"], ["track.group=x"]),

@@ -129,7 +129,7 @@ def test_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs a GPU" in one(device.check_kernels(), "FlashAttention").detail
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert "pip install flash-attn" in one(device.check_kernels(), "FlashAttention").remedy
+    assert "that of torch; the flash-attn package is not" in one(device.check_kernels(), "FlashAttention").detail
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(device, "installed", lambda name: "2.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))

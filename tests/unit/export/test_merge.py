@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dist_ft.errors import RequestError
 from dist_ft.export.merge import main as export_main
 from dist_ft.export.merge import merge
 from dist_ft.export.probe import compare, probe_model
+from dist_ft.inspect import model as inspection
 from tests.exports import LORAS, TOKENS, Case
 from tests.runs import move_plan
 from tests.samples import given, load_adapted, lora
@@ -50,6 +52,15 @@ def test_merging_gives_a_model_for_transformers_alone(
 def test_a_merge_in_bfloat16(full_run: Path, lora_run: Path, tmp_path: Path) -> None:
     export_main([str(lora_run / "run.yaml"), "merge=true", "dtype=bfloat16", f"out={tmp_path / 'm'}"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+
+
+def test_a_run_with_a_kernel_for_gpus_is_inspected_and_exported_without_one(lora_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(lora_run, tmp_path / "run")
+    file = move_plan(lora_run, folder)
+    file.write_text(file.read_text().replace("attn_implementation: auto", "attn_implementation: varlen"))
+    export_main([str(file), "checkpoint=step-7", f"out={tmp_path / 'm'}"])
+    assert (tmp_path / "m" / "adapter_model.safetensors").exists()
+    inspection.main([str(file)])
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dist_ft.model.attention import AttentionChoice, choose_attention
+from dist_ft.model.attention.choice import AttentionChoice, choose_attention
 from dist_ft.model.miniature import build_miniature, draw_weights
 
 from .library import CAUSAL, DOCUMENT, class_of, published

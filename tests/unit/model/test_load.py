@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
 
 from dist_ft.config.model import ModelConfig
-from dist_ft.model.attention import AttentionChoice
+from dist_ft.model.attention.choice import AttentionChoice
 from dist_ft.model.load import load_model
 from dist_ft.state import CAUSAL_LM, Architecture
 from dist_ft.testing import tiny

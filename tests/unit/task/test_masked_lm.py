@@ -19,7 +19,7 @@ from dist_ft.config.run import RunConfig
 from dist_ft.config.task import MaskedLMConfig
 from dist_ft.errors import RequestError
 from dist_ft.families import ModelRecipe, architecture_of, build_method, build_task, choose_attention
-from dist_ft.model.attention import AttentionChoice
+from dist_ft.model.attention.choice import AttentionChoice
 from dist_ft.prepare import Prepared, prepare
 from dist_ft.state import Facts, Sample
 from dist_ft.task.batches.masks import draw_masks, share_of

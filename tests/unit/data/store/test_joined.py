@@ -23,7 +23,7 @@ from dist_ft.export.card import render_card
 from dist_ft.families import build_task
 from dist_ft.inspect import rows as view
 from dist_ft.inspect.ledger import ledger_tables
-from dist_ft.model.attention import AttentionChoice
+from dist_ft.model.attention.choice import AttentionChoice
 from dist_ft.prepare import prepare
 from dist_ft.process.place import Place
 from dist_ft.state import REFERENCE, Sample

@@ -95,7 +95,7 @@ def test_the_experts_that_are_counted_are_those_that_compute(model_type: str) ->
     batch = Batch({"input_ids": ids}, targets=ids[0], positions=ids[0], documents=ids[0], tokens=11)
     with torch.no_grad():
         outputs = routing._watch(model, batch, forward)[1]
-    for mixture, (logits, chosen) in zip(anatomy.mixtures, outputs, strict=True):
+    for mixture, (logits, chosen, _) in zip(anatomy.mixtures, outputs, strict=True):
         indices, weights = given[mixture.name]
         assert mixture.form is not None and logits.shape == (11, mixture.num_experts)
         assert torch.equal(chosen.sort().values, indices.reshape(11, -1).sort().values)

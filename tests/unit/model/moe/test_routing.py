@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dist_ft.model.anatomy import find_anatomy
-from dist_ft.model.attention import DOCUMENTS
+from dist_ft.model.attention.documents import DOCUMENTS
 from dist_ft.model.moe.routing import Routing
 from dist_ft.state import Batch, LossSum
 from dist_ft.task.batches.tokens import collate_documents, collate_padded, sum_losses

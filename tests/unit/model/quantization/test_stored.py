@@ -17,7 +17,7 @@ from dist_ft.errors import MachineError, RequestError
 from dist_ft.export.opened import open_base
 from dist_ft.method.full import Full
 from dist_ft.method.lora import Lora
-from dist_ft.model.attention import AttentionChoice
+from dist_ft.model.attention.choice import AttentionChoice
 from dist_ft.model.load import load_model
 from dist_ft.model.quantization.linear import QuantizedLinear
 from dist_ft.state import CAUSAL_LM, Anatomy

@@ -47,9 +47,9 @@ def model(tiny_llama: Path) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def documents_model(tiny_llama: Path) -> nn.Module:
-    from dist_ft.model import attention
+    from dist_ft.model.attention import documents
 
-    attention.register()
+    documents.register()
     return AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="documents_eager").train()
 
 

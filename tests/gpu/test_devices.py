@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from dist_ft.launch.machine.devices import find_devices
-from dist_ft.model.attention import choose_attention
+from dist_ft.model.attention.choice import choose_attention
 from dist_ft.model.flops import peak_flops
 from dist_ft.process.place import Place, find_device, name_device
 from dist_ft.testing import tiny

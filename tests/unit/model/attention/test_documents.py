@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ft.errors import MachineError, RequestError
-from dist_ft.model.attention import DOCUMENTS, AttentionChoice, choose_attention
+from dist_ft.model.attention.choice import AttentionChoice, choose_attention
+from dist_ft.model.attention.documents import DOCUMENTS
 from dist_ft.testing import tiny
 
 LENGTHS = (9, 1, 14, 6)
@@ -66,25 +66,3 @@ def test_rows_that_would_need_a_mask_are_refused() -> None:
         model(input_ids=torch.ones(2, 7, dtype=torch.int64), attention_mask=torch.ones(2, 7, dtype=torch.int64))
     with pytest.raises(AssertionError, match="documents that fill one row"):
         model.generate(torch.randint(1, 97, (1, 7)), max_new_tokens=8, do_sample=False)
-
-
-def test_auto_says_why() -> None:
-    choice = choose("auto", tiny.build("llama"), dtype=torch.bfloat16)
-    assert (choice.kernel, choice.padding_free) == ("sdpa", True) and "needs a GPU" in choice.reason
-
-
-def test_flash_attention_by_name_without_a_gpu_is_an_error() -> None:
-    with pytest.raises(MachineError, match="needs a GPU"):
-        choose("flash_attention_2", tiny.build("llama"), dtype=torch.bfloat16)
-
-
-def test_what_the_model_lacks_is_an_error() -> None:
-    with pytest.raises(RequestError, match="has no sdpa"):
-        choose("sdpa", tiny.build("bloom"))
-
-
-def test_a_model_with_its_own_attention_gets_padded_rows() -> None:
-    choice = choose("auto", tiny.build("bloom"))
-    assert not choice.padding_free and choice.implementation == choice.kernel == "eager"
-    model = tiny.build("bloom", attn_implementation=choice.implementation)
-    assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 97)
