@@ -44,6 +44,7 @@ class Places:
     messages: Sequence[Message]
     parts: Sequence[Part]
     spans: Mapping[int, Sequence[Span]]  # by index of the part
+    blocks: Sequence[Span] | None = None  # the template's `{% generation %}` blocks, see `Renderer.with_blocks`
 
     def within(self, owner: int) -> list[Span]:
         """Return the spans of a message's parts, in the order of the text."""
@@ -140,8 +141,10 @@ class Places:
         return f"the content of a message of role {role}"
 
 
-def find_places(render: Renderer, messages: Sequence[Message], text: str) -> Places:
-    """Return where the texts of the messages and tools stand in `text`, their rendering.
+def find_places(
+    render: Renderer, messages: Sequence[Message], text: str, blocks: Sequence[Span] | None = None
+) -> Places:
+    """Return where the texts of the messages and tools stand in `text`, their rendering with these `blocks`.
 
     Raises:
         RowFault: The places cannot be proven.
@@ -163,7 +166,7 @@ def find_places(render: Renderer, messages: Sequence[Message], text: str) -> Pla
         except RowFault:  # the template refuses a marked name
             found = {i for i, part in enumerate(marker.parts) if part.kind in ("call", "tool")}
         if isinstance(found, dict):
-            return Places(text, messages, marker.parts, _with_bare(found, text, marker))
+            return Places(text, messages, marker.parts, _with_bare(found, text, marker), blocks)
         if not (new := _widened(found, bare, len(marker.parts))):
             break
         bare |= new
