@@ -124,6 +124,8 @@ def _ends_early(places: Places, turn: int, span: Span, eos: str) -> bool:
     start, stop = span
     texts = places.within(turn)
     last = max((first for first, _ in texts), default=start)
+    if places.text.find(eos, start, min(last, stop)) < 0:
+        return False
     found = (at.start() for at in re.compile(re.escape(eos)).finditer(places.text, start, min(last, stop)))
     return any(not any(first <= at < end for first, end in texts) for at in found)
 

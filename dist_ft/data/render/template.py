@@ -7,9 +7,10 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -260,7 +261,7 @@ class ChatTokenizer:
     def _closed(self, encoded: Encoded, render: Renderer, *, is_last: bool) -> Encoded:
         """Ensure that the last supervised turn ends with an end token; append EOS if the template renders none."""
         ids, labels = encoded["input_ids"], encoded["labels"]
-        end = max((i for i, label in enumerate(labels) if label != IGNORED_LABEL), default=-1) + 1
+        end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED_LABEL), 0)
         if end == 0:
             raise RowFault("the rendering has no supervised token", OWN_TEMPLATE)
         if ids[end - 1] == self.eos_id or (ids[end - 1] in self.end_ids and ends_plain_turns(render, self.closers)):
@@ -276,6 +277,8 @@ class ChatTokenizer:
         """Remove duplicate BOS tokens at the start, and EOS tokens that follow another EOS if both are supervised."""
         ids, labels = encoded["input_ids"], encoded["labels"]
         front = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
+        if front <= 1 and not any(ids[i - 1 : i] == [self.eos_id] for i in _places(ids, self.eos_id)):
+            return encoded
         kept = [
             i
             for i in range(max(0, front - 1), len(ids))
@@ -293,6 +296,15 @@ class ChatTokenizer:
 
     def _end(self, ids: list[int]) -> list[int]:
         return [*ids, self.eos_id] if self.eos_id is not None and ids[-1:] != [self.eos_id] else ids
+
+
+def _places(ids: Sequence[int], token: int | None) -> Iterator[int]:
+    """Yield the indices of a token."""
+    at = -1
+    with contextlib.suppress(ValueError):
+        while token is not None:
+            at = ids.index(token, at + 1)
+            yield at
 
 
 def _has_places(tokens: Tokens) -> bool:
