@@ -24,7 +24,7 @@ from .places import LostReasoning
 from .renderer import OWN_TEMPLATE, Message, Renderer, RenderFault, Span
 from .spans import Closers
 from .supervised import PLAIN, ends_plain_turns, supervised_spans
-from .tokens import Tokens, tokenize
+from .tokens import PlacedTokens, tokenize
 from .turns import Supervision, flag_of, without_flags
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
@@ -240,7 +240,8 @@ class ChatTokenizer:
             first = bisect.bisect_right(stops, start, min(bisect.bisect_left(starts, end), last), last)
             before = range(first, bisect.bisect_left(starts, start, first, last))
             behind = range(bisect.bisect_right(stops, stop, first, last), last)
-            if any(text[starts[i] : start].strip() for i in before) or any(text[stop : stops[i]].strip() for i in behind):
+            outside = (*(text[starts[i] : start] for i in before), *(text[stop : stops[i]] for i in behind))
+            if any(part.strip() for part in outside):
                 raise RowFault("a token spans the boundary of an assistant turn", OWN_TEMPLATE)
             labels[first:last] = ids[first:last]
             end = max(end, stop)
@@ -307,7 +308,7 @@ def _places(ids: Sequence[int], token: int | None) -> Iterator[int]:
             yield at
 
 
-def _has_places(tokens: Tokens) -> bool:
+def _has_places(tokens: PlacedTokens) -> bool:
     """Return whether at most half of the tokens stand for no character, and all are in the order of the text."""
     starts, stops = tokens.starts, tokens.stops
     if isinstance(starts, np.ndarray) and isinstance(stops, np.ndarray):
@@ -317,7 +318,7 @@ def _has_places(tokens: Tokens) -> bool:
     return ordered and sum(map(operator.eq, starts, stops)) * 2 <= len(starts)
 
 
-def _is_taken(text: str, tokens: Tokens, start: int) -> bool:
+def _is_taken(text: str, tokens: PlacedTokens, start: int) -> bool:
     """Return whether a token of the text before `start` takes white space at `start`."""
     first, last = bisect.bisect_right(tokens.stops, start), bisect.bisect_left(tokens.starts, start)
     inside = [(tokens.starts[i], tokens.stops[i]) for i in range(first, last)]

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 1 << 20  # characters
+WINDOW = 1 << 18  # characters
 OVERLAPS = (1 << 14, 1 << 17)  # characters; the second one if windows differ with the first
 _EQUAL = 1 << 11  # characters around the middle of an overlap in which both windows have the same tokens
 _LEAST = 32  # tokens in these characters
 
 
 @dataclass(frozen=True)
-class Tokens:
+class PlacedTokens:
     """The tokens of a text.
 
     Attributes:
@@ -38,7 +38,7 @@ class Tokens:
     stops: Sequence[int]
 
 
-def tokenize(tokenizer: Any, text: str) -> Tokens:
+def tokenize(tokenizer: Any, text: str) -> PlacedTokens:
     """Return the tokens of a text without those that a tokenizer adds around it.
 
     Args:
@@ -51,7 +51,7 @@ def tokenize(tokenizer: Any, text: str) -> Tokens:
                 return joined
     ids, offsets = _encode(tokenizer, text)
     starts, stops = zip(*offsets, strict=True) if ids else ((), ())
-    return Tokens(ids, starts, stops)
+    return PlacedTokens(ids, starts, stops)
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -77,23 +77,31 @@ def _calls_backend(kind: type) -> bool:
     return all(getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in names)
 
 
-def _joined(tokenizer: Any, text: str, overlap: int) -> Tokens | None:
+def _joined(tokenizer: Any, text: str, overlap: int) -> PlacedTokens | None:
     """Return the tokens of a text that is encoded in windows, or None if they differ where they overlap."""
-    pieces: list[np.ndarray] = []
+    ids: list[int] = []
+    places: list[np.ndarray] = []
+    shared: dict[int, int] = {}  # one object for each id: a list of others would take four times the memory
+
+    def add(table: np.ndarray) -> None:
+        ids.extend(map(shared.setdefault, *[table[0].tolist()] * 2))
+        places.append(table[1:])
+
     last: np.ndarray | None = None
     for start, window in _windows(tokenizer, text, overlap):
         if last is not None:
             middle = start + overlap // 2
             left, right = (_around(table, middle) for table in (last, window))
-            if len(left) < _LEAST or not np.array_equal(left, right):
+            if left.shape[1] < _LEAST or not np.array_equal(left, right):
                 return None
-            pieces.append(last[:, : np.searchsorted(last[1], middle)])
-            window = window[:, np.searchsorted(window[1], middle) :]
-        last = window
+            add(last[:, : np.searchsorted(last[1], middle)])
+            last = window[:, np.searchsorted(window[1], middle) :]
+        else:
+            last = window
     assert last is not None, "the text is longer than a window"
-    ids, starts, stops = np.concatenate([*pieces, last], axis=1)
-    shared = list(range(int(ids.max(initial=0)) + 1))  # one object for each id, as a token of its own takes 32 bytes
-    return Tokens([shared[number] for number in ids.tolist()], starts, stops)
+    add(last)
+    starts, stops = (np.concatenate([table[row] for table in places]) for row in (0, 1))
+    return PlacedTokens(ids, starts, stops)
 
 
 def _windows(tokenizer: Any, text: str, overlap: int) -> Iterator[tuple[int, np.ndarray]]:
