@@ -11,7 +11,7 @@ once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class PlacedTokens:
     """
 
     ids: list[int]
-    starts: Sequence[int]
-    stops: Sequence[int]
+    starts: Sequence[int] | np.ndarray
+    stops: Sequence[int] | np.ndarray
 
 
 def tokenize(tokenizer: Any, text: str) -> PlacedTokens:
@@ -55,9 +55,9 @@ def tokenize(tokenizer: Any, text: str) -> PlacedTokens:
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    backend = tokenizer.backend_tokenizer
+    backend, kind = tokenizer.backend_tokenizer, type(tokenizer)
     if (
-        _calls_backend(type(tokenizer))
+        _calls_backend(kind)
         and backend.truncation is None
         and backend.padding is None
         and backend.encode_special_tokens == tokenizer.split_special_tokens
@@ -69,7 +69,7 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
 
 
 @functools.cache
-def _calls_backend(kind: type) -> bool:
+def _calls_backend(kind: Hashable) -> bool:
     """Return whether a class of tokenizers encodes texts as that of transformers does."""
     from transformers import PreTrainedTokenizerFast
 
