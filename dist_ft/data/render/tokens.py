@@ -11,7 +11,7 @@ once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ def tokenize(tokenizer: Any, text: str) -> PlacedTokens:
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    backend, kind = tokenizer.backend_tokenizer, type(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    kind: Any = type(tokenizer)
     if (
         _calls_backend(kind)
         and backend.truncation is None
@@ -69,7 +70,7 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]
 
 
 @functools.cache
-def _calls_backend(kind: Hashable) -> bool:
+def _calls_backend(kind: type) -> bool:
     """Return whether a class of tokenizers encodes texts as that of transformers does."""
     from transformers import PreTrainedTokenizerFast
 

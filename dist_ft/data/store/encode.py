@@ -114,7 +114,8 @@ class RowEncoder:
                 kept.append({key: canonical[key] for key in layout.kept if key in canonical})
             for copy in augmenter.copies(canonical, number, place) if augmenter else ():
                 self._add_copy(copy, f"{place} (augmented copy)", written, ledger)
-        table = written.table(ledger)
+        table = written.table()
+        ledger.max_token_id = _largest_id(table, layout)
         return EncodedRows(table, digest_rows(table, layout), ledger, kept, augmenter.met if augmenter else set())
 
     def _find_augmenter(self) -> Augmenter | None:
@@ -192,18 +193,21 @@ class Sequences:
             self._lengths.append(length)
         ledger.rows_kept += 1
 
-    def table(self, ledger: Ledger) -> TokenTable:
-        """Return the table of all sequences, after counting its largest id in the ledger."""
+    def table(self) -> TokenTable:
+        """Return the table of all sequences."""
         columns = {name: _joined(parts) for name, parts in self._columns.items()}
         row_columns = {name: (_joined(parts), _offsets(map(len, parts))) for name, parts in self._row_columns.items()}
-        for name in self.layout.id_columns:
-            ids = columns[name] if name in columns else row_columns[name][0]
-            ledger.max_token_id = max(ledger.max_token_id, int(ids.max(initial=-1)))
         return TokenTable(columns, _offsets(self._lengths), row_columns)
 
 
 def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int32, count=sum(map(len, parts)))
+
+
+def _largest_id(table: TokenTable, layout: Layout) -> int:
+    """Return the largest token id of a table, or -1 if it is empty."""
+    columns = {**table.columns, **{name: values for name, (values, _) in table.row_columns.items()}}
+    return max(int(columns[name].max(initial=-1)) for name in layout.id_columns)
 
 
 def _offsets(lengths: Iterable[int]) -> np.ndarray:
