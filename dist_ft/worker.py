@@ -16,13 +16,16 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from .config.plan import REPORT_FILE, STOP_FILE, Plan, read_plan
 from .errors import DistFtError, MachineError, RequestError, Stopped
 from .process.failure import forget, report
 from .process.owner import own
 from .process.place import Place, Worker, find_device, find_place, time_limit
+
+if TYPE_CHECKING:
+    from .protocols import Tracker
 
 
 def main(arguments: list[str]) -> int:
@@ -65,6 +68,11 @@ def finish_report(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     if place.is_main and plan.config.track.report and (reason := write_last(plan.run_dir)):
         print(f"dist-ft: {REPORT_FILE} was not written: {reason}", file=terminal, flush=True)
+
+
+def close_tracker(tracker: Tracker, _kind: object, error: BaseException | None, _trace: object) -> None:
+    """Close the tracker of a run when it is left, with the error that ended it, as `ExitStack.push` calls it."""
+    tracker.close(error)
 
 
 def time_to_stop(plan: Plan, started: float) -> float:
@@ -127,7 +135,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     with contextlib.ExitStack() as unwatched, contextlib.closing(watchdog):
         worker = Worker(place, device, terminal, watchdog.beat, watchdog.tick, STOP)
         run = build(plan, prepared, worker)
-        unwatched.callback(run.records.tracker.close)  # an upload has a time limit of its own
+        unwatched.push(partial(close_tracker, run.records.tracker))  # an upload has a time limit of its own
         try:
             fit(run)
             watchdog.beat("export")

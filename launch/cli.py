@@ -273,11 +273,11 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Launcher]:
     """Make the plan of a run, and check this machine for commands that start it."""
     from ..checks.machine import check_machine
     from ..errors import MachineError
-    from .machine.environ import find_site
+    from .machine.environ import find_site, variable
     from .planning import plan_run
 
     made, launcher = plan_run(options.words, options.config_dir, find_site())
-    if options.command in ("train", "submit") and (faults := check_machine(made.config)):
+    if options.command in ("train", "submit") and (faults := check_machine(made.config, variable)):
         raise MachineError(*faults)
     return made, launcher
 

@@ -194,7 +194,7 @@ class Trials:
         chosen = [f"{key}={value}" for key, value in started.values.items()]
         print(f"dist-ft: {name}: {' '.join(chosen)}", flush=True)
         own = [f"run_name={self._config.run_name}-{name}", f"output_dir='{folder}'"]
-        if self._config.track.wandb != "off":
+        if self._config.track.uses_wandb:
             own.append(f"track.group={self._config.run_name}")
         words = override_words(self._search.fixed, [*chosen, *own], list_groups())
         slot = min(set(range(len(self._slots))) - {trial.slot for trial in self._running})

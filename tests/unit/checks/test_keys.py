@@ -111,6 +111,7 @@ UNREAD = {
         ["task=seq2seq", "train.neftune_noise_alpha=5"],
         ["train.neftune_noise_alpha=5"],
     ),
+    "track.wandb": (["track.to=[tensorboard]", "track.wandb=offline"], ["track.wandb=offline"]),
     "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
     "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
     "track.group": (["track=off", "track.group=x"], ["track.group=x"]),
