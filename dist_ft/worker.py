@@ -70,6 +70,17 @@ def finish_report(plan: Plan, place: Place, terminal: TextIO) -> None:
         print(f"dist-ft: {REPORT_FILE} was not written: {reason}", file=terminal, flush=True)
 
 
+def leave_out_bitsandbytes(plan: Plan, model_dir: Path) -> None:
+    """Let peft find no bitsandbytes in this process if neither the run nor the files of its model are quantized.
+
+    peft imports it where it is installed, and it imports torch's compiler: a second of processor time on each rank.
+    """
+    from .pretrained.folder import stored_scheme
+
+    if plan.config.model.quantization in (None, "none") and stored_scheme(model_dir) is None:
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # "not found", see the import system
+
+
 def close_tracker(tracker: Tracker, _kind: object, error: BaseException | None, _trace: object) -> None:
     """Close the tracker of a run when it is left, with the error that ended it, as `ExitStack.push` calls it."""
     tracker.close(error)
@@ -119,6 +130,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     from .prepare import prepare_plan
 
     prepared = prepare_plan(plan)  # before the process group exists, so that no collective times out on it
+    leave_out_bitsandbytes(plan, Path(prepared.model_dir))
     from .build import build
     from .loop import fit
     from .process import comm
