@@ -19,7 +19,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from .config.plan import REPORT_FILE, STOP_FILE, Plan, read_plan
 from .errors import DistFtError, MachineError, RequestError, Stopped
@@ -27,6 +27,9 @@ from .process.failure import STOPPED_S, forget, report
 from .process.monitor import About
 from .process.owner import own
 from .process.place import Place, Worker, find_device, find_place, time_limit
+
+if TYPE_CHECKING:
+    from .protocols import Tracker
 
 
 def main(arguments: list[str]) -> int:
@@ -71,6 +74,22 @@ def finish_report(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     if place.is_main and plan.config.track.report and (reason := write_last(plan.run_dir)):
         print(f"dist-ft: {REPORT_FILE} was not written: {reason}", file=terminal, flush=True)
+
+
+def leave_out_bitsandbytes(plan: Plan, model_dir: Path) -> None:
+    """Let peft find no bitsandbytes in this process if neither the run nor the files of its model are quantized.
+
+    peft imports it where it is installed, and it imports torch's compiler: a second of processor time on each rank.
+    """
+    from .pretrained.folder import stored_scheme
+
+    if plan.config.model.quantization in (None, "none") and stored_scheme(model_dir) is None:
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # "not found", see the import system
+
+
+def close_tracker(tracker: Tracker, _kind: object, error: BaseException | None, _trace: object) -> None:
+    """Close the tracker of a run when it is left, with the error that ended it, as `ExitStack.push` calls it."""
+    tracker.close(error)
 
 
 def time_to_stop(plan: Plan, started: float) -> float:
@@ -120,6 +139,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     PULSE.beat("the preparation of data and model")
     prepared = prepare_plan(plan)  # before the process group exists, so that no collective times out on it
+    leave_out_bitsandbytes(plan, Path(prepared.model_dir))
     from .build import build
     from .loop import fit
     from .process import comm
@@ -137,7 +157,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     with contextlib.ExitStack() as unwatched, contextlib.closing(watchdog):
         worker = Worker(place, device, terminal, PULSE.beat, PULSE.tick, STOP)
         run = build(plan, prepared, worker)
-        unwatched.callback(run.records.tracker.close)  # an upload has a time limit of its own
+        unwatched.push(partial(close_tracker, run.records.tracker))  # an upload has a time limit of its own
         try:
             fit(run)
             PULSE.beat("export")

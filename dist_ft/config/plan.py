@@ -29,6 +29,7 @@ LOG_DIR = "logs"
 FAILURE_FILE = "failure.json"
 RECORD_FILE = "record.json"  # what a start found: versions, devices, estimated memory, accounts of the data
 REPORT_FILE = "report.html"
+TRACKING_FILE = "tracking.json"  # the runs of trackers: where they are, and by which id they go on
 STOP_FILE = "stop_requested"  # written by a launcher whose signals do not reach the workers
 EXIT_FILE = "exit_code"  # of the last start; missing while it runs, and if it was killed
 JOB_FILE = "job.json"  # the id of the SLURM job of the last start

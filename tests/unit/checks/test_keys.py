@@ -119,6 +119,7 @@ UNREAD = {
         ["task=reward", "train.chunked_loss=true"],
         ["train.chunked_loss=true"],
     ),
+    "track.wandb": (["track.to=[tensorboard]", "track.wandb=offline"], ["track.wandb=offline"]),
     "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
     "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
     "track.group": (["track=off", "track.group=x"], ["track.group=x"]),
