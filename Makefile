@@ -34,6 +34,7 @@ awk -v terminal=$$(test -t 2 && echo 1 || echo 0) ' \
 	END { if (terminal) printf "\r\033[K" }'
 endef
 PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
 TESTS ?= tests
 
 # make the programs of .venv available without activating it
@@ -61,10 +62,15 @@ train: $(VENV)/runtime.stamp ## set up, run the main job, and answer three promp
 	@$(BIN)/dist-ft generate run=runs/quickstart prompts=validation:3 model=both
 
 test: dev ## run the whole test suite
+ifeq ($(TESTS),tests)
+	@$(PYTEST) tests --ignore=tests/unit
+	@$(PYTEST) tests/unit $(PARALLEL)
+else
 	@$(PYTEST) $(TESTS)
+endif
 
 check: lint ## check lint, types and import rules, and run the fast tests
-	@$(PYTEST) tests/unit -m "not slow and not gpu"
+	@$(PYTEST) tests/unit $(PARALLEL) -m "not slow and not gpu"
 
 lint: dev ## check lint, types and import rules
 	@$(BIN)/ruff check --quiet

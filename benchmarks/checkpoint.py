@@ -3,9 +3,9 @@
     python benchmarks/checkpoint.py --gib 1 --repeats 5 --folder /a/disk
 
 The state is that of a full fine-tuning: float32 weights and both moments, in tensors of a few MiB. One process saves it
-again and again; between two saves, as between two steps, every tensor changes. The first save of each kind, which also
-allocates the copy, is listed apart. What the background thread takes from a computation beside it is measured by matrix
-products: how much slower they are while a checkpoint is written.
+again and again; between two saves, as between two steps, every tensor changes. The first save of each kind is listed
+apart; the memory of its copy is reserved before, as in a run. What the background thread takes from a computation
+beside it is measured by matrix products: how much slower they are while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -43,17 +43,23 @@ def products(seconds: float) -> float:
     return count / passed
 
 
-def measure(state: NamedState, folder: Path, *, asynchronous: bool, repeats: int) -> list[tuple[float, float]]:
-    """Return for each save how long it is waited for, and how long it takes until the checkpoint is published."""
+def measure(state: NamedState, folder: Path, *, asynchronous: bool, repeats: int) -> list[tuple[float, float, float]]:
+    """Return for each save how long it is waited for, the processor time of that, and how long until it is published.
+
+    The processor time is that of the main thread, or of all threads if they are waited for.
+    """
+    clock = time.thread_time if asynchronous else time.process_time
     saver, found = Saver(folder, asynchronous=asynchronous), []
+    saver.reserve(state)
+    saver._copies._wait()  # a run has minutes for it
     for step in range(1, repeats + 2):
         for tensor in state.tensors.values():
             tensor.add_(1.0)
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), clock()
         path = saver.save(state, Progress(step, 1, "ddp", None, None, None, 0))
-        waited = time.perf_counter() - begun
+        waited, used = time.perf_counter() - begun, clock() - used
         saver._wait()
-        found.append((waited, time.perf_counter() - begun))
+        found.append((waited, used, time.perf_counter() - begun))
         shutil.rmtree(path)
     return found
 
@@ -83,16 +89,21 @@ def main() -> None:
     state = make_state(options.gib)
     size = sum(t.numel() * t.element_size() for t in state.tensors.values())
     print(f"state of {size / 2**30:.2f} GiB in {len(state.tensors)} tensors, torch {torch.__version__}")
-    print("| save | waited for, first | waited for, median of the rest | until published, median |")
-    print("| --- | --- | --- | --- |")
-    waits = {}
+    print(
+        "| save | waited for, first | waited for, median of the rest | processor time of it | until published, median |"
+    )
+    print("| --- | --- | --- | --- | --- |")
+    waits, uses = {}, {}
     for asynchronous in (False, True):
         found = measure(state, options.folder, asynchronous=asynchronous, repeats=options.repeats)
-        waits[asynchronous] = statistics.median(waited for waited, _ in found[1:])
-        published = statistics.median(whole for _, whole in found[1:])
+        waits[asynchronous] = statistics.median(waited for waited, _, _ in found[1:])
+        uses[asynchronous] = statistics.median(used for _, used, _ in found[1:])
+        published = statistics.median(whole for *_, whole in found[1:])
         name = "in the background" if asynchronous else "waited for"
-        print(f"| {name} | {found[0][0]:.3f} s | {waits[asynchronous]:.3f} s | {published:.3f} s |")
-    print(f"a step waits {waits[True] / waits[False]:.1%} of a save that is waited for")
+        times = (found[0][0], waits[asynchronous], uses[asynchronous], published)
+        print(f"| {name} | " + " | ".join(f"{seconds:.3f} s" for seconds in times) + " |")
+    print(f"a step waits {waits[True] / waits[False]:.1%} of a save that is waited for", end=", ")
+    print(f"by processor time {uses[True] / uses[False]:.1%}")
     print(f"matrix products beside it lose {slowdown(state, options.folder):.0%}")
     comm.leave()
 

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
@@ -101,8 +103,11 @@ class measured:  # noqa: N801
 
 
 def cpu_seconds() -> float:
+    """Return the CPU time of this process and of all that it started, also of those that a running one has started."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
+    ended = sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
+    running = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    return ended + sum(t.user + t.system + t.children_user + t.children_system for t in running)
 
 
 def measure(who: str, rows: Path, model: str, processes: int) -> dict[str, Any]:

@@ -54,11 +54,12 @@ from .privacy.mechanism import Privacy, agree_on_privacy, settle_seed
 from .privacy.rules import MIXES_ROWS, takes_rows_together
 from .process import comm
 from .process.place import Place, Worker
-from .protocols import Engine, Task
+from .protocols import Engine, Hook, Task
 from .state import Anatomy, Batch, BuiltModel, Progress
 from .task.by_set import LossBySet, ScoreBySet
 from .task.routed import RoutedTask
 from .track.messages import describe
+from .track.pace import Pace
 from .track.trackers import build_tracker
 
 
@@ -197,7 +198,10 @@ def build_training(
     batches: Batches = build_loader(plan, task, split, place, order).step
     if worker.device.type == "cuda":
         batches = Ahead(batches, Batch.pinned, steps, partial(torch.cuda.set_device, worker.device)).step
-    meter = Meter(worker.device, place.world_size, cost)
+    pace = Pace(worker)
+    hooks: list[Hook] = [Meter(worker.device, place.world_size, cost), pace]
+    if routing is not None:
+        hooks.append(RoutingHook(routing, engine, task.loss, worker.beat))
     return Training(
         task=task if routing is None else RoutedTask(task, routing),
         engine=engine,
@@ -205,7 +209,8 @@ def build_training(
         learning_rate=partial(learning_rate, config.optim, total_steps=steps),
         epoch_at=order.epoch_at,
         total_steps=steps,
-        hooks=[meter] if routing is None else [meter, RoutingHook(routing, engine, task.loss, worker.beat)],
+        hooks=hooks,
+        timed=pace.timed,
         may_be_empty=config.privacy.is_on,
     )
 
@@ -243,6 +248,8 @@ def build_records(
     place = worker.place
     tracker, tracker_id = build_tracker(plan, progress, steps, worker)
     saver = Saver(plan.run_dir / CHECKPOINTS, asynchronous=plan.config.train.async_save, tick=worker.tick)
+    if plan.config.train.saves_on_the_way and progress.step < steps:
+        saver.reserve(engine.state())
     records = Records(
         tracker=tracker,
         save=partial(save_checkpoint, plan, engine, saver, worker),

@@ -33,6 +33,7 @@ class Training:
     epoch_at: Callable[[int], float]
     total_steps: int
     hooks: Sequence[Hook]
+    timed: Callable[[LossFn], LossFn] = lambda loss: loss  # measures the calls of the loss
     may_be_empty: bool = False  # whether a step may have no rows (Poisson sampling)
 
 
@@ -168,14 +169,13 @@ def train_step(run: Run, step: int) -> Metrics:
     """
     training, started = run.training, time.perf_counter()
     micros = training.batches(step)
-    data_wait_s = time.perf_counter() - started
+    load_time_s = time.perf_counter() - started
     for hook in training.hooks:
         hook.before_step(micros)
     own = [(m.loss_weight, m.supervised, m.tokens, m.squared_lengths) for m in micros]
     counts = torch.tensor(own, dtype=torch.float64).sum(dim=0)
-    failed = run.records.failure() is not None
     waited_s = time.monotonic() - run.saved_at if run.rank == 0 else 0.0
-    asked = torch.tensor([run.stop.cause is not None, waited_s, failed], dtype=torch.float64)
+    asked = torch.tensor([run.stop.cause is not None, waited_s, run.records.failure() is not None], dtype=torch.float64)
     weight, supervised, tokens, squared_lengths, stop, since_save_s, failures = comm.total(torch.cat([counts, asked]))
     if failures:
         settle(run)  # raises the error on every rank
@@ -185,12 +185,12 @@ def train_step(run: Run, step: int) -> Metrics:
     if supervised == 0 and not training.may_be_empty:
         raise TrainingError.of(f"step {step}", "has no supervised token", "see `dist-ft data` for what is supervised")
     torch.manual_seed(step_seed(run.config.seed, step, run.rank))
-    sums = Sums()
+    sums, loss = Sums(), training.timed(training.task.loss)
     for i, micro in enumerate(micros, start=1):
         run.beat(f"step {step}, micro-batch {i} of {len(micros)}")
-        sums.add(training.engine.forward_backward(micro, training.task.loss, weight, last=i == len(micros)))
-    stats = training.engine.step(rate := training.learning_rate(step))
-    totals = sums.total()
+        sums.add(training.engine.forward_backward(micro, loss, weight, last=i == len(micros)))
+    rate = training.learning_rate(step)
+    stats, totals = training.engine.step(rate), sums.total()
     mean = float(totals.loss / weight) if supervised else 0.0
     skips = judge(run, step, mean, stats.grad_norm)
     metrics: dict[str, float] = {
@@ -203,7 +203,7 @@ def train_step(run: Run, step: int) -> Metrics:
         **({"train/update_skipped": 1.0} if skips else {}),
         **stats.metrics,
     }
-    info = StepInfo(step, time.perf_counter() - started, int(tokens), int(squared_lengths), data_wait_s)
+    info = StepInfo(step, time.perf_counter() - started, int(tokens), int(squared_lengths), load_time_s)
     for hook in training.hooks:
         metrics |= hook.after_step(info)
     return metrics

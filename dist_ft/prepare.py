@@ -21,8 +21,7 @@ from .data.read.folders import describe_left_out
 from .data.read.sets import ALONE, SPLITS, SplitName, key_of, name_in_mixture, sets_of
 from .data.read.sources import survey
 from .data.render.labels import describe_alike, find_labels
-from .data.render.new_tokens import NewTokens, find_new_tokens
-from .data.render.tokenizer import check_tokenizers
+from .data.render.tokenizer import NewTokens, check_tokenizers, find_new_tokens
 from .data.store.encode import Encoder
 from .data.store.identity import split_folder
 from .data.store.ledger import describe_files

@@ -112,7 +112,8 @@ class Tracker(Protocol):
     """Where metrics go."""
 
     def log(self, metrics: Metrics, *, step: int) -> None: ...
-    def close(self) -> None: ...
+    def close(self, error: BaseException | None = None) -> None:
+        """Finish; `error` is what ended the run, None if it was trained to its end or stopped on request."""
 
 
 class Hook(Protocol):

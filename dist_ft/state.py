@@ -268,7 +268,7 @@ class StepInfo:
     step_time_s: float
     tokens: int  # without padding
     squared_lengths: int  # see `Batch.squared_lengths`
-    data_wait_s: float = 0.0  # in which this rank waited for its micro-batches
+    load_time_s: float = 0.0  # of this rank, for its micro-batches
 
 
 @dataclass

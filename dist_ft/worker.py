@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from .process.pulse import Pulse
 from .process.stop import Stop
 
-STOP = Stop()
-if __name__ == "__main__":
-    STOP.listen()  # before torch is imported, which takes seconds
+STOP, PULSE = Stop(), Pulse()
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    PULSE.fork_monitor()
+    STOP.listen()
 
 import contextlib
+import faulthandler
 import math
 import os
 import sys
@@ -16,13 +19,17 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from .config.plan import REPORT_FILE, STOP_FILE, Plan, read_plan
 from .errors import DistFtError, MachineError, RequestError, Stopped
-from .process.failure import forget, report
+from .process.failure import STOPPED_S, forget, report
+from .process.monitor import About
 from .process.owner import own
 from .process.place import Place, Worker, find_device, find_place, time_limit
+
+if TYPE_CHECKING:
+    from .protocols import Tracker
 
 
 def main(arguments: list[str]) -> int:
@@ -46,10 +53,12 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     terminal = open_log(plan.run_dir, place)
     forget(plan.run_dir, started)
+    patience_s = STOPPED_S if place.world_size > 1 else 0.0
     STOP.attach(
-        partial(report, place=place, run_dir=plan.run_dir, terminal=terminal),
+        partial(report, place=place, run_dir=plan.run_dir, terminal=terminal, patience_s=patience_s),
         partial(find_request, plan.run_dir / STOP_FILE, time_to_stop(plan, started)) if place.is_main else lambda: None,
     )
+    PULSE.start(About.of(plan, place, PULSE.launcher))
     try:
         train(plan, place, terminal)
     except BaseException as error:  # a rank that ends must end the run with an exit code
@@ -65,6 +74,22 @@ def finish_report(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     if place.is_main and plan.config.track.report and (reason := write_last(plan.run_dir)):
         print(f"dist-ft: {REPORT_FILE} was not written: {reason}", file=terminal, flush=True)
+
+
+def leave_out_bitsandbytes(plan: Plan, model_dir: Path) -> None:
+    """Let peft find no bitsandbytes in this process if neither the run nor the files of its model are quantized.
+
+    peft imports it where it is installed, and it imports torch's compiler: a second of processor time on each rank.
+    """
+    from .pretrained.folder import stored_scheme
+
+    if plan.config.model.quantization in (None, "none") and stored_scheme(model_dir) is None:
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # "not found", see the import system
+
+
+def close_tracker(tracker: Tracker, _kind: object, error: BaseException | None, _trace: object) -> None:
+    """Close the tracker of a run when it is left, with the error that ended it, as `ExitStack.push` calls it."""
+    tracker.close(error)
 
 
 def time_to_stop(plan: Plan, started: float) -> float:
@@ -97,6 +122,7 @@ def open_log(run_dir: Path, place: Place) -> TextIO:
     for descriptor in (1, 2):  # C libraries write to the descriptors
         os.dup2(log, descriptor)
     os.close(log)
+    faulthandler.enable()  # a crash in C code leaves its stack in the log
     # These warnings concern this package, not the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     return terminal
@@ -108,29 +134,33 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
 
     begun = time.monotonic()
     lifeline.hold()
+    PULSE.beat("the import of libraries")
     from .prepare import prepare_plan
 
+    PULSE.beat("the preparation of data and model")
     prepared = prepare_plan(plan)  # before the process group exists, so that no collective times out on it
+    leave_out_bitsandbytes(plan, Path(prepared.model_dir))
     from .build import build
     from .loop import fit
     from .process import comm
     from .process.watchdog import Watchdog
     from .track.messages import summarize
 
+    PULSE.beat("the rendezvous with other ranks")
     timeout_s = plan.config.train.timeout_s
     device = find_device(place)
     store = comm.open_store(place, timeout_s)
     comm.join(place, store, device)
-    watchdog = Watchdog(place, comm.connect_again(store, timeout_s), timeout_s, plan.run_dir, terminal)
+    watchdog = Watchdog(place, PULSE, comm.connect_again(store, timeout_s), timeout_s, plan.run_dir, terminal)
     watchdog.start()
     stopped: Stopped | None = None
     with contextlib.ExitStack() as unwatched, contextlib.closing(watchdog):
-        worker = Worker(place, device, terminal, watchdog.beat, watchdog.tick, STOP)
+        worker = Worker(place, device, terminal, PULSE.beat, PULSE.tick, STOP)
         run = build(plan, prepared, worker)
-        unwatched.callback(run.records.tracker.close)  # an upload has a time limit of its own
+        unwatched.push(partial(close_tracker, run.records.tracker))  # an upload has a time limit of its own
         try:
             fit(run)
-            watchdog.beat("export")
+            PULSE.beat("export")
             run.records.export()
             for line in summarize(plan, run.progress, time.monotonic() - begun):
                 worker.say(line)
@@ -149,5 +179,6 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
+    PULSE.leave()
     # Threads of communication libraries sometimes abort an interpreter that exits normally.
     os._exit(code)

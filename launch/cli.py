@@ -86,9 +86,9 @@ def _in_foreground(plan: Plan, launcher: Launcher) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     """Run a hyperparameter search, one training run for each trial."""
-    from .sweep import read_words, sweep
+    from .search.command import run_sweep
 
-    return sweep(read_words(options.words), *_many(options))
+    return run_sweep(options.words, options.config_dir, _checker(options), _train_words(options))
 
 
 def stages(options: argparse.Namespace) -> int:
@@ -101,21 +101,25 @@ def stages(options: argparse.Namespace) -> int:
     def export(words: Sequence[str]) -> int:
         return run_module(["dist_ft.launch.cli", "export", *words])
 
-    return run_stages(read_stages(Path(options.file), options.words), *_many(options), export)
+    def train(words: Sequence[str]) -> int:
+        return run_module([*_train_words(options), *words])
+
+    return run_stages(read_stages(Path(options.file), options.words), _checker(options), train, export)
 
 
-def _many(options: argparse.Namespace) -> tuple[Callable[[Sequence[str]], RunConfig], Callable[[Sequence[str]], int]]:
-    """Return the functions with which `sweep` and `stages` check the arguments of a run, and train it."""
-    from .process import run_module
+def _checker(options: argparse.Namespace) -> Callable[[Sequence[str]], RunConfig]:
+    """Return the function with which `sweep` and `stages` check the arguments of a run."""
 
     def check(words: Sequence[str]) -> RunConfig:
         return _plan(argparse.Namespace(words=words, config_dir=options.config_dir, command="train"))[0].config
 
-    def train(words: Sequence[str]) -> int:
-        return run_module(["dist_ft.launch.cli", "train", *own_dir, *words])
+    return check
 
+
+def _train_words(options: argparse.Namespace) -> list[str]:
+    """Return the module and first arguments with which `sweep` and `stages` train a run."""
     own_dir = ["--config-dir", options.config_dir] if options.config_dir else []
-    return check, train
+    return ["dist_ft.launch.cli", "train", *own_dir]
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -257,12 +261,7 @@ COMMANDS: dict[str, Command] = {
     "status": (jobs, "show how a run stands, or list all runs", None, "StatusOptions"),
     "logs": (jobs, "show the output of a run", None, "LogsOptions"),
     "cancel": (jobs, "stop a run with a checkpoint", None, "CancelOptions"),
-    "list": (
-        explain.list_choices,
-        "list the choices of a group, or of all groups",
-        None,
-        None,
-    ),
+    "list": (explain.list_choices, "list the choices of a group, or of all groups", None, None),
     "help": (explain.help_key, "explain a key: its type, default and meaning, and which choices have it", None, None),
     "doctor": (doctor, "check versions, devices, kernels, disk and network of this machine", None, None),
     "schema": (explain.schema, "print the JSON Schema of a configuration file, for editors", None, None),
@@ -274,11 +273,11 @@ def _plan(options: argparse.Namespace) -> tuple[Plan, Launcher]:
     """Make the plan of a run, and check this machine for commands that start it."""
     from ..checks.machine import check_machine
     from ..errors import MachineError
-    from .machine.environ import find_site
+    from .machine.environ import find_site, variable
     from .planning import plan_run
 
     made, launcher = plan_run(options.words, options.config_dir, find_site())
-    if options.command in ("train", "submit") and (faults := check_machine(made.config)):
+    if options.command in ("train", "submit") and (faults := check_machine(made.config, variable)):
         raise MachineError(*faults)
     return made, launcher
 

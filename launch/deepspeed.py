@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Mapping
 
 from ..config.launch import HostfileConfig
 from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, Problem, RequestError
-from . import process
+from . import restarts
 from .hosts import check_hosts, choose_hosts, read_hostfile, sweep_hosts
-from .launcher import WORKER_MODULE, Rendered, shell_lines, write_rendered
+from .launcher import WORKER_MODULE, Rendered, Workers, shell_lines, write_rendered
 from .machine.environ import Site, export_lines
 
 SCRIPT, HOSTFILE, ENV_FILE = "launch.sh", "hostfile", "workers.env"
@@ -27,8 +28,8 @@ class HostfileLauncher:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def resolve(self, config: RunConfig) -> tuple[int, int]:
-        """Return the number of nodes and of workers on each node, from the hostfile.
+    def resolve(self, config: RunConfig, origins: Mapping[str, str]) -> Workers:
+        """Return the workers, from the hostfile. This machine is taken for one of the hosts.
 
         Raises:
             RequestError: If the hostfile is invalid or too small, or a remote shell would change a path.
@@ -45,11 +46,7 @@ class HostfileLauncher:
         ]
         if problems:
             raise RequestError(*problems)
-        return len(taken), workers
-
-    def has_bfloat16(self, config: RunConfig) -> bool:
-        """Return whether the GPUs of this machine, which is taken for one of the hosts, compute in bfloat16."""
-        return self.site.has_bfloat16
+        return Workers(config, origins, len(taken), workers, self.site.has_bfloat16)
 
     def render(self, plan: Plan) -> Rendered:
         """Render `launch.sh`, the hostfile with the selected hosts, and the environment of the workers."""
@@ -115,7 +112,7 @@ class HostfileLauncher:
         rendered = self.render(plan)
         write_rendered(plan, rendered)
         # DeepSpeed's front end kills the workers of all hosts when it receives a signal.
-        return process.run(rendered, plan.run_dir, sweep=lambda: sweep_hosts(hosts, plan.run_file), by_file=True)
+        return restarts.run(plan, rendered, sweep=lambda: sweep_hosts(hosts, plan.run_file), by_file=True)
 
     def _own_path(self) -> dict[str, str]:
         """Return PYTHONPATH for the launcher itself, because the script unsets it; only if it needs no quoting."""

@@ -13,6 +13,7 @@ from ..config.plan import LOG_DIR, Plan
 from ..config.run import RunConfig
 
 WORKER_MODULE = "dist_ft.worker"
+GPUS = "launch.gpus_per_node"
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,25 @@ class Job:
     log: Path
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The workers of a run, and the configuration in which keys of the launcher that depend on them are settled."""
+
+    config: RunConfig
+    origins: Mapping[str, str]  # those of settled keys begin with `AUTO` and give the reason
+    nodes: int
+    per_node: int
+    have_bfloat16: bool  # whether they have GPUs that compute in bfloat16, as far as this machine knows
+
+
 class Launcher(Protocol):
     """Interface of a launcher.
 
-    `resolve` returns the number of nodes and of workers on each node, and `has_bfloat16` whether the workers have GPUs
-    that compute in bfloat16, as far as this machine knows. `render` is pure: it returns text and changes
+    `resolve` returns the workers of a run. `render` is pure: what it returns depends on the plan only, and it changes
     nothing. `submit` starts the run and returns a job, or the exit code of a run in the foreground.
     """
 
-    def resolve(self, config: RunConfig) -> tuple[int, int]: ...
-    def has_bfloat16(self, config: RunConfig) -> bool: ...
+    def resolve(self, config: RunConfig, origins: Mapping[str, str]) -> Workers: ...
     def render(self, plan: Plan) -> Rendered: ...
     def submit(self, plan: Plan) -> Job | int: ...
 

@@ -6,13 +6,14 @@ import base64
 import importlib.util
 import json
 import shlex
+from collections.abc import Mapping
 
 from ..config.launch import LocalConfig
 from ..config.plan import Plan
 from ..config.run import RunConfig
 from ..errors import MachineError, RequestError
-from . import process
-from .launcher import WORKER_MODULE, Rendered, shell_lines, write_rendered
+from . import restarts
+from .launcher import WORKER_MODULE, Rendered, Workers, shell_lines, write_rendered
 from .machine.environ import Site, export_lines
 from .machine.ports import port_problem
 
@@ -27,24 +28,19 @@ class LocalLauncher:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def resolve(self, config: RunConfig) -> tuple[int, int]:
-        """Return the number of nodes (1) and of workers; the default is one worker per GPU, or two without GPUs.
+    def resolve(self, config: RunConfig, origins: Mapping[str, str]) -> Workers:
+        """Return the workers, all on one node; the default is one worker per GPU, or two without GPUs.
 
         Raises:
             RequestError: If there are more workers than GPUs.
         """
         launch = _launch(config)
         gpus = len(self.site.devices)
-        if launch.workers_per_node == "auto":
-            return 1, gpus or CPU_WORKERS
-        if gpus and launch.workers_per_node > gpus:
-            rule = f"{launch.workers_per_node} workers, but {gpus} GPUs are visible"
+        workers = gpus or CPU_WORKERS if launch.workers_per_node == "auto" else launch.workers_per_node
+        if gpus and workers > gpus:
+            rule = f"{workers} workers, but {gpus} GPUs are visible"
             raise RequestError.of("launch.workers_per_node", rule, f"set launch.workers_per_node={gpus} or fewer")
-        return 1, launch.workers_per_node
-
-    def has_bfloat16(self, config: RunConfig) -> bool:
-        """Return whether the GPUs of this machine compute in bfloat16."""
-        return self.site.has_bfloat16
+        return Workers(config, origins, 1, workers, self.site.has_bfloat16)
 
     def render(self, plan: Plan) -> Rendered:
         """Render `launch.sh`, whose process is replaced by that of the launcher (`exec`)."""
@@ -79,7 +75,7 @@ class LocalLauncher:
             raise MachineError(problem)
         rendered = self.render(plan)
         write_rendered(plan, rendered)
-        return process.run(rendered, plan.run_dir)
+        return restarts.run(plan, rendered)
 
     def _environment(self, plan: Plan) -> dict[str, str]:
         threads = self.site.environment.get("OMP_NUM_THREADS") or str(self.site.threads(plan.world_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..checks.batch import batch_problems, settle_batch
@@ -10,9 +11,9 @@ from ..checks.precision import settle_dtype
 from ..checks.request import check
 from ..config.plan import Plan, make_plan
 from ..config.run import RunConfig
-from ..errors import Problem, RequestError
+from ..errors import RequestError
 from .composition.compose import compose
-from .launcher import Launcher
+from .launcher import Launcher, Workers
 from .machine.environ import Site
 
 
@@ -30,19 +31,27 @@ def plan_run(words: Sequence[str], config_dir: str | Path | None, site: Site) ->
     composed = compose(words, config_dir)
     config, origins = composed.config, composed.origins
     launcher = find_launcher(config, site)
-    problems: list[Problem] = []
     try:
-        nodes, workers = launcher.resolve(config)
+        workers = settle(launcher.resolve(config, origins))
     except RequestError as error:
-        problems += error.problems
-    else:
-        config, origins = settle_dtype(config, origins, bfloat16=launcher.has_bfloat16(config))
-        config, origins = settle_batch(config, origins, nodes * workers)
-        problems += batch_problems(config, origins, nodes, workers)
-    problems = [*check(config, origins), *problems]
+        raise RequestError(*check(config, origins), *error.problems) from error
+    config, origins = workers.config, workers.origins
+    problems = [*check(config, origins), *batch_problems(config, origins, workers.nodes, workers.per_node)]
     if problems:
         raise RequestError(*problems)
-    return make_plan(config, nodes=nodes, workers_per_node=workers, origins=origins), launcher
+    return planned(workers), launcher
+
+
+def settle(workers: Workers) -> Workers:
+    """Settle the dtype and the batch sizes for the workers of a run."""
+    config, origins = settle_dtype(workers.config, workers.origins, bfloat16=workers.have_bfloat16)
+    config, origins = settle_batch(config, origins, workers.nodes * workers.per_node)
+    return replace(workers, config=config, origins=origins)
+
+
+def planned(workers: Workers) -> Plan:
+    """Return the plan of a run of which everything is settled."""
+    return make_plan(workers.config, nodes=workers.nodes, workers_per_node=workers.per_node, origins=workers.origins)
 
 
 def plan_data(words: Sequence[str], config_dir: str | Path | None) -> Plan:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def run(
     sweep: Callable[[], None] | None = None,
     by_file: bool = False,
     grace_s: float = GRACE_S,
+    signals: Signals | None = None,
 ) -> int:
     """Run a rendered command and return the exit code of the run.
 
@@ -75,6 +76,7 @@ def run(
         sweep: Ends processes on other hosts; called after a run that failed, was stopped or was killed.
         by_file: Whether workers are asked to stop by a file in the run's folder, because the command would kill them.
         grace_s: Seconds between a failure and SIGKILL.
+        signals: Records the signals that this process receives; a new one if None.
 
     Returns:
         0 on success, the exit code of the first worker that failed, 75 if a signal stopped the run and it can go on
@@ -86,7 +88,7 @@ def run(
     mark = uuid.uuid4().hex
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     env = child_environment({**rendered.env, MARK: mark})
-    signals = Signals()
+    signals = signals or Signals()
 
     def ask() -> None:
         print(f"dist-ft: {signals.name}: saving a checkpoint and stopping; a second signal ends the run at once")
@@ -96,7 +98,7 @@ def run(
         else:
             child.send_signal(signals.first or signal.SIGTERM)
 
-    with _handlers(signals):
+    with handled(signals):
         child = subprocess.Popen(list(rendered.command), env=env, preexec_fn=_leash(os.getpid()))  # noqa: PLW1509 – no threads here
         forced = _wait(child, signals, ask, failure_file, grace_s, by_file)
     _end_all(mark)
@@ -128,11 +130,10 @@ def run_module(words: list[str]) -> int:
     From a terminal, it is in the foreground process group, so that it can read the terminal, which then sends Ctrl-C to
     it as well. All other signals are passed on.
     """
-    command = [sys.executable, "-m", *words]
     apart = not os.isatty(0)
-    child = subprocess.Popen(command, preexec_fn=_leash(os.getpid(), own_group=apart))  # noqa: PLW1509
+    child = start_module(words, own_group=apart)
     signals, sent = Signals(), False
-    with _handlers(signals):
+    with handled(signals):
         while (status := child.poll()) is None:
             if signals.first is not None and not sent and (apart or signals.first != signal.SIGINT):
                 child.send_signal(signals.first)
@@ -143,15 +144,40 @@ def run_module(words: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
+def start_module(
+    words: Sequence[str],
+    *,
+    own_group: bool = True,
+    environment: Mapping[str, str] | None = None,
+    output: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start `python -m WORDS`, which ends with this process.
+
+    Args:
+        words: Module and its arguments.
+        own_group: Whether it is in a process group of its own, so that a terminal sends it no signals.
+        environment: Variables to add to those of this process.
+        output: File to which it writes instead of the terminal; it then reads no input.
+    """
+    with contextlib.ExitStack() as closing:
+        file = closing.enter_context(output.open("ab")) if output else None
+        return subprocess.Popen(
+            [sys.executable, "-m", *words],
+            env=None if environment is None else child_environment(environment),
+            preexec_fn=_leash(os.getpid(), own_group=own_group),  # noqa: PLW1509 – no threads here
+            stdin=subprocess.DEVNULL if file else None,
+            stdout=file,
+            stderr=subprocess.STDOUT if file else None,
+        )
+
+
 def exit_code(status: int, failure_file: Path, run_dir: Path) -> int:
     """Return the exit code of a run whose launcher ended with `status`, and print an error if no worker reported one.
 
     Launchers replace the exit code of a worker by 1, or by that of the signal with which they killed the other
     workers. The code in `failure.json` therefore takes precedence.
     """
-    if status == 0:
-        return 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # also of a worker that left with code 0
         return int(json.loads(failure_file.read_text(encoding="utf-8"))["exit_code"])
     if status in PASSED_ON:
         return status
@@ -236,12 +262,13 @@ def nothing_started() -> Iterator[None]:
         print(stopped_before_workers(signum), file=sys.stderr, flush=True)
         os._exit(Stopped.exit_code)
 
-    with _handlers(leave):
+    with handled(leave):
         yield
 
 
 @contextlib.contextmanager
-def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Receive the signals that stop a run by `handler` in the body."""
     before = {number: signal.signal(number, handler) for number in accepted_signals()}
     try:
         yield

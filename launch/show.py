@@ -11,10 +11,12 @@ from ..checks.batch import AUTO, GLOBAL, MICRO
 from ..checks.keys import value_of
 from ..checks.precision import DTYPE
 from ..config.plan import CHECKPOINTS, Plan, saved_steps
+from ..track.needs import describe_mode, missing_package
 from .composition.compose import compose
 from .composition.file import LEFT_OUT
 from .composition.written import write_config
-from .launcher import Rendered
+from .launcher import GPUS, Rendered
+from .machine.environ import variable
 
 
 def show_plan(plan: Plan, rendered: Rendered) -> None:
@@ -79,13 +81,15 @@ def auto_lines(plan: Plan) -> Iterator[str]:
         newest = next(iter(saved_steps(plan.run_dir / CHECKPOINTS)), None)
         begin = f"resumes after {newest.name.replace('-', ' ')} if it is valid" if newest else "starts from step 0"
         yield f"train.resume → {begin}"
-    if config.track.wandb == "auto":
-        yield "track.wandb → online if rank 0 finds an API key, offline otherwise"
+    if config.track.uses_wandb:
+        yield f"track.wandb → {describe_mode(config.track.wandb, variable)}"
+    for problem in filter(None, map(missing_package, config.track.others)):
+        yield f"track.to → {problem}"
 
 
 def adapted_lines(plan: Plan) -> Iterator[str]:
-    """Yield the dtype and the batch sizes that were adapted to the workers, with the reason."""
-    for key in (DTYPE, GLOBAL, MICRO):
+    """Yield the keys that were adapted to the workers, with the reason."""
+    for key in (GPUS, DTYPE, GLOBAL, MICRO):
         if plan.origins.get(key, "").startswith(AUTO):
             yield f"{key} → {value_of(plan.config, key)} ({plan.origins[key].removeprefix(f'{AUTO}: ')})"
 

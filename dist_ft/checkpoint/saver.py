@@ -80,6 +80,16 @@ class Saver:
         self._saves = 0
         self._mail = comm.open_mailbox() if dist.get_world_size() > 1 else None
 
+    def reserve(self, state: NamedState) -> None:
+        """Get memory for the copy of `state` while training goes on, before the first save. Collective.
+
+        Args:
+            state: Weights and optimizer state, as `save` will receive them.
+        """
+        if self.asynchronous:
+            plan, planner, _ = _plan(state, Writer(self.folder, self._note))
+            self._copies.reserve(plan, planner)
+
     def save(self, state: NamedState, progress: Progress, finish: Callable[[Path], None] = lambda path: None) -> Path:
         """Save `folder/step-<n>` and update the `latest` link. Collective.
 

@@ -32,6 +32,10 @@ def _packs(config: RunConfig) -> bool:
     return config.task.name in ("causal_lm", "masked_lm") and config.task.packs
 
 
+def _has_names(config: RunConfig) -> bool:
+    return config.track.uses_wandb or bool({"mlflow", "trackio"} & set(config.track.to))
+
+
 def _hub_data(config: RunConfig) -> bool:
     return any(isinstance(found, HubSet) for found in _sources(config))
 
@@ -82,8 +86,10 @@ LANGUAGE_MODELING = ("causal_lm", "instruction", "masked_lm", "seq2seq", "prefer
 TOKENIZED = "tokenized rows are used unchanged"
 NO_VALIDATION = "there is no validation data"
 GIVE_VALIDATION = "set data.validation, or remove it"
-NO_TRACKING = "W&B is disabled by track.wandb=off"
-TRACK = "set track.wandb=auto, or remove it"
+NO_WANDB = "W&B does not track this run (track.to, track.wandb)"
+WITH_WANDB = "add wandb to track.to and set track.wandb=auto, or remove it"
+NO_TRACKER = "no tracker of this run has names (track.to, track.wandb)"
+WITH_TRACKER = "add wandb, mlflow or trackio to track.to, or remove it"
 NO_PRIVACY = "differential privacy is not enabled"
 ASK_PRIVACY = "set privacy.target_epsilon or privacy.noise_multiplier, or remove it"
 READ_WHEN = [
@@ -230,10 +236,11 @@ READ_WHEN = [
         "private runs clip the gradient of each row instead",
         "remove it, and set privacy.max_grad_norm",
     ),
-    ReadWhen("track.project", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
-    ReadWhen("track.run_name", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
-    ReadWhen("track.group", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
-    ReadWhen("track.tags", lambda c: c.track.wandb != "off", NO_TRACKING, TRACK),
+    ReadWhen("track.wandb", lambda c: "wandb" in c.track.to, "track.to does not name wandb", "remove one of them"),
+    ReadWhen("track.project", _has_names, NO_TRACKER, WITH_TRACKER),
+    ReadWhen("track.run_name", _has_names, NO_TRACKER, WITH_TRACKER),
+    ReadWhen("track.group", lambda c: c.track.uses_wandb, NO_WANDB, WITH_WANDB),
+    ReadWhen("track.tags", lambda c: c.track.uses_wandb, NO_WANDB, WITH_WANDB),
     *(
         ReadWhen(
             f"launch.container_{key}",
@@ -242,6 +249,18 @@ READ_WHEN = [
             "set launch.container, or remove it",
         )
         for key in ("runtime", "mounts", "python")
+    ),
+    ReadWhen(
+        "train.restarts",
+        lambda c: c.launch.name != "slurm" or not c.train.restarts,
+        "SLURM starts jobs again",
+        "set launch.requeue=true, or remove it",
+    ),
+    ReadWhen(
+        "train.restarts",
+        lambda c: c.train.resume == "auto" or not c.train.restarts,
+        "workers that start again go on from the newest checkpoint only with train.resume=auto",
+        "remove train.resume, or train.restarts",
     ),
     ReadWhen(
         "launch.port",

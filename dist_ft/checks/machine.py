@@ -14,15 +14,23 @@ from ..data.read.augment import missing_nlpaug
 from ..data.read.sets import key_of, sets_of
 from ..errors import Problem
 from ..pretrained.folder import weight_bytes
+from ..track.needs import Variable, tracker_problems
 
 MIB = 2**20
 LEAST_ROOM_BYTES = 256 * MIB  # logs, metrics and an adapter, if the size of the weights is not known
 FULL_COPIES = 4  # times the size of the weights: a checkpoint with both AdamW moments, and the export
 
 
-def check_machine(config: RunConfig) -> list[Problem]:
-    """Return what this machine lacks for the run: a writable folder, disk space, or an optional library."""
-    return [*_disk_problems(config), *_library_problems(config)]
+def check_machine(config: RunConfig, variable: Variable = lambda _: None) -> list[Problem]:
+    """Return what this machine lacks for the run: a writable folder, disk space, an optional library, or a key.
+
+    Args:
+        config: Configuration of the run.
+        variable: Returns the value of an environment variable; by default, none is set.
+    """
+    # `launch.setup` may choose another Python environment for the workers, and set variables.
+    trackers = () if getattr(config.launch, "setup", None) else tracker_problems(config.track, variable)
+    return [*_disk_problems(config), *_library_problems(config), *trackers]
 
 
 def _library_problems(config: RunConfig) -> Iterator[Problem]:

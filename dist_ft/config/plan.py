@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -28,6 +29,7 @@ LOG_DIR = "logs"
 FAILURE_FILE = "failure.json"
 RECORD_FILE = "record.json"  # what a start found: versions, devices, estimated memory, accounts of the data
 REPORT_FILE = "report.html"
+TRACKING_FILE = "tracking.json"  # the runs of trackers: where they are, and by which id they go on
 STOP_FILE = "stop_requested"  # written by a launcher whose signals do not reach the workers
 EXIT_FILE = "exit_code"  # of the last start; missing while it runs, and if it was killed
 JOB_FILE = "job.json"  # the id of the SLURM job of the last start
@@ -70,7 +72,7 @@ def saved_steps(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: dict[str, str]) -> Plan:
+def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: Mapping[str, str]) -> Plan:
     """Build the plan for `nodes * workers_per_node` workers, whose micro-batches divide the global batch."""
     world_size = nodes * workers_per_node
     steps, rest = divmod(config.train.global_batch_size, world_size * config.train.per_device_train_batch_size)
@@ -83,7 +85,7 @@ def make_plan(config: RunConfig, *, nodes: int, workers_per_node: int, origins: 
         accumulation_steps=steps,
         git_sha=_git_sha(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        origins=origins,
+        origins=dict(origins),
     )
 
 

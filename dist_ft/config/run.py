@@ -50,6 +50,7 @@ MAY_CHANGE = {
         "accept_changes",
         "stop_before_s",
         "timeout_s",
+        "restarts",
     },
 }
 SECRETS = {"privacy": {"noise_seed"}}  # in no hash that others may read

@@ -90,6 +90,11 @@ class TrainConfig(Strict):
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         600, description="End the run if no rank makes progress for this many seconds."
     )
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="How often to start the workers again, from the newest checkpoint, after one of them died or hung, "
+        "or a library failed; not for errors that would come again, nor after three restarts without a newer one.",
+    )
 
     @property
     def saves_each_epoch(self) -> bool:

@@ -26,6 +26,7 @@ from ..pretrained.source import is_hub_id
 from ..privacy.mechanism import find_privacy
 from ..state import CAUSAL_LM, Architecture
 from ..track.jsonl import read_evaluations, read_metrics
+from ..track.trackers import read_tracking
 from .opened import name_base
 
 PIPELINES = {  # task → `pipeline_tag` of the Hugging Face Hub
@@ -68,8 +69,9 @@ def card_of_run(
     changes: tuple[str, ...] = ()
     with contextlib.suppress(OSError):
         changes = read_progress(run_dir / CHECKPOINTS / (checkpoint or "latest")).accepted
+    url = read_tracking(run_dir).get("wandb", {}).get("url")
     return render_card(
-        plan, prepared, before, after, merged=merged, checkpoint=checkpoint, taken=steps, changes=changes
+        plan, prepared, before, after, merged=merged, checkpoint=checkpoint, taken=steps, changes=changes, url=url
     )
 
 
@@ -83,6 +85,7 @@ def render_card(
     checkpoint: str | None = None,
     taken: int | None = None,
     changes: Sequence[str] = (),
+    url: str | None = None,
 ) -> str:
     """Render the model card as Markdown with the YAML front matter of the Hugging Face Hub.
 
@@ -95,6 +98,7 @@ def render_card(
         checkpoint: checkpoint that the weights come from; None means the end of training.
         taken: number of optimizer steps behind the weights; defaults to the planned number.
         changes: what changed while the run was stopped and was accepted.
+        url: page of the run in W&B.
     """
     config = plan.config
     base = name_base(config.model, prepared.model_dir)
@@ -122,13 +126,12 @@ def render_card(
         + _table(DATA_COLUMNS, _data_rows(plan, prepared))
         + "".join(f"\n\n{line}." for line in (*describe_mixture(config, prepared.train), *changes)),
     ]
-    if rows := list(_metric_rows(before, after)):
-        steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
-        sections.append("## Evaluation\n\n" + _table(("validation", *steps), rows))
+    if before or after:
+        sections.append("## Evaluation\n\n" + _evaluations(before, after))
     if config.privacy.is_on:
         sections.append(f"## Privacy\n\n{PROMISE}\n\n" + _table(("", ""), list(_privacy_rows(plan, prepared, taken))))
     sections += [
-        "## Training\n\n" + _table(("setting", "value"), _setting_rows(plan)),
+        "## Training\n\n" + _curves(url) + _table(("setting", "value"), _setting_rows(plan)),
         "## Versions\n\n" + _table(("", ""), _version_rows(plan)),
     ]
     return "\n\n".join(sections) + "\n"
@@ -278,6 +281,15 @@ def _rows_told(ledger: Mapping[str, Any]) -> str:
     added = ledger.get("augmented", 0)
     kept = f"{ledger['rows_kept'] - added:,} of {ledger['rows_read']:,}"
     return f"{kept} + {added:,} augmented" if added else kept
+
+
+def _curves(url: str | None) -> str:
+    return f"Curves: [W&B]({url}).\n\n" if url else ""
+
+
+def _evaluations(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    steps = tuple(f"step {m['step']}" if m else "" for m in (before, after))
+    return _table(("validation", *steps), _metric_rows(before, after))
 
 
 def _metric_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """Estimated memory per rank for weights, gradients and optimizer states under each engine (Rajbhandari et al. 2020).
 
-Activations are not included: they depend on micro-batch size, sequence lengths and kernels.
+Activations are estimated in activations.py.
 """
 
 from __future__ import annotations

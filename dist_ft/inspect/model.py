@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,11 @@ from ..config.run import RunConfig
 from ..families import ModelRecipe, architecture_of, build_method
 from ..model.load import attention_of
 from ..model.quantization.packed import find_packed
-from ..prepare import describe_data, prepare_plan
+from ..prepare import Prepared, describe_data, prepare_plan
 from ..privacy.rules import takes_rows_together
 from ..process.command import run_command, split_run
 from ..state import BuiltModel, Facts
+from .activations import estimate_activations
 from .ledger import ledger_tables
 from .memory import Part, Sizes, estimate_memory, estimate_rows
 
@@ -108,12 +109,12 @@ def measure_sizes(built: BuiltModel, dtype: torch.dtype) -> Sizes:
     )
 
 
-def render(plan: Plan, built: BuiltModel) -> Iterator[Table]:
+def render(plan: Plan, prepared: Prepared, built: BuiltModel) -> Iterator[Table]:
     """Yield the tables of components, trainable parameters and estimated memory."""
     shares = count_components(built, whole=plan.config.method.whole)
     yield component_table(shares)
     yield trainable_table(built.model, sum(share.parameters for share in shares.values()))
-    yield memory_table(plan, built)
+    yield memory_table(plan, [*estimate_parts(plan, built), estimate_activations(plan.config, prepared)])
 
 
 def component_table(shares: Mapping[str, Share]) -> Table:
@@ -152,9 +153,8 @@ def estimate_parts(plan: Plan, built: BuiltModel) -> list[Part]:
     return parts
 
 
-def memory_table(plan: Plan, built: BuiltModel) -> Table:
+def memory_table(plan: Plan, parts: Sequence[Part]) -> Table:
     """Build the table of the estimated memory of one rank."""
-    parts = estimate_parts(plan, built)
     title = f"estimated memory per rank ({plan.config.engine.name}, {plan.world_size} workers)"
     table = _table(title, "device", "host", "")
     for part in parts:
@@ -162,7 +162,7 @@ def memory_table(plan: Plan, built: BuiltModel) -> Table:
             part.name, _mib(part.device) if part.device else "", _mib(part.host) if part.host else "", part.why
         )
     device, host = sum(p.device for p in parts), sum(p.host for p in parts)
-    table.add_row("all", _mib(device), _mib(host) if host else "", "without activations and buffers", style="bold")
+    table.add_row("all", _mib(device), _mib(host) if host else "", "without buffers of communication", style="bold")
     return table
 
 
@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> None:
     run_file, _ = split_run(arguments, "inspect.model")
     plan = read_plan(run_file)
     prepared = prepare_plan(plan, lambda line: print(f"dist-ft: {line}", file=sys.stderr, flush=True))
-    tables = render(plan, build_meta(plan.config, prepared.model_dir, prepared.facts))
+    tables = render(plan, prepared, build_meta(plan.config, prepared.model_dir, prepared.facts))
     splits = (("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test))
     ledgers = (
         table for name, split in splits if split is not None for table in ledger_tables(plan.config, split, name)

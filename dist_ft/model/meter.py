@@ -34,7 +34,7 @@ class Meter:
         metrics = {
             "perf/tokens_per_second": info.tokens / info.step_time_s,
             "perf/step_time_s": info.step_time_s,
-            "perf/data_wait_share": info.data_wait_s / info.step_time_s,
+            "perf/data_wait_share": info.load_time_s / info.step_time_s,
             "perf/peak_memory_bytes": float(peak_memory_bytes(self.device)),
         }
         if self.peak is not None:

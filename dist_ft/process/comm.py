@@ -128,6 +128,34 @@ class Agreement:
         return found
 
 
+class Exchange:
+    """Numbers of all ranks, which are exchanged while they work.
+
+    Every rank must call `post` with as many numbers, and `take` afterwards, at the same places.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def post(self, numbers: Sequence[float]) -> None:
+        """Begin to send this rank's numbers to the others."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._numbers = torch.zeros(world, len(numbers), dtype=torch.float64)
+        self._numbers[rank] = torch.tensor(numbers, dtype=torch.float64)
+        if world > 1:
+            self._work = dist.all_reduce(self._numbers, async_op=True)
+
+    def take(self) -> list[list[float]] | None:
+        """Return the numbers of each rank in rank order, once; None if none were posted since the last call."""
+        if self._numbers is None:
+            return None
+        if self._work is not None:
+            self._work.wait()
+        found, self._numbers, self._work = self._numbers.tolist(), None, None
+        return found
+
+
 def barrier() -> None:
     """Wait until every rank reaches this call."""
     if dist.is_initialized() and dist.get_world_size() > 1:

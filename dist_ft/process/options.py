@@ -65,6 +65,10 @@ class SweepOptions(Strict):
     trials: Count = Field(20, description="number of runs; sampler=grid runs every combination instead")
     metric: str = Field("loss", description="score of the last evaluation by which runs are compared")
     sampler: Literal["tpe", "random", "grid", "cmaes"] = Field("tpe", description="how the values are chosen")
+    pruner: Literal["median", "none"] = Field(
+        "median", description="median stops a run whose score is worse than the median at the same step"
+    )
+    jobs: Count = Field(1, description="runs at the same time, each with an equal share of the GPUs")
 
 
 class GenerateOptions(Strict):

@@ -1,6 +1,8 @@
 """Rank and device of this process, from the environment variables of its launcher.
 
 torchrun, deepspeed and `srun` name ranks differently; without a launcher, a process is rank 0 of 1.
+
+Imports torch only to find a device, so that a worker knows its rank before that takes seconds.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
-
-import torch
+from typing import TYPE_CHECKING, TextIO
 
 from ..errors import MachineError
 from ..state import Beat, unwatched
 from .stop import Stop
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def find_device(place: Place) -> torch.device:
     Therefore, the index is the local rank modulo the number of visible GPUs, and `check_devices` checks that no two
     ranks use the same GPU.
     """
+    import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     index = place.local_rank % torch.cuda.device_count()
@@ -112,6 +117,8 @@ def name_device(device: torch.device) -> str:
     """Return the model, UUID and PCI address of a GPU, which no other GPU of the machine has; or `cpu`."""
     if device.type != "cuda":
         return device.type
+    import torch
+
     of = torch.cuda.get_device_properties(device)
     # MIG instances share the address of their GPU, and some AMD GPUs have no UUID of their own.
     address = ":".join(f"{getattr(of, f'pci_{part}_id', 0):02x}" for part in ("domain", "bus", "device"))

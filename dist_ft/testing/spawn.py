@@ -1,25 +1,39 @@
 """Process groups for multi-process tests.
 
-Importing the libraries takes seconds and a test case takes milliseconds, so a test module should spawn one process
-group and pass it all of its test cases.
+Importing the libraries takes seconds and a test case takes milliseconds. A fork server of `multiprocessing` therefore
+imports them once and forks each worker, and a test module should spawn one process group and pass it all of its test
+cases.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-STARTED_AS = "dist_ft.testing.spawn"
+# What most workers import. Nothing in it starts threads, so that it may be forked.
+PRELOADED = [
+    "dist_ft.build",
+    "dist_ft.engine.deepspeed",
+    "dist_ft.engine.fsdp",
+    "dist_ft.loop",
+    "dist_ft.prepare",
+    "dist_ft.method.lora",
+    "deepspeed",
+    "transformers.models.llama.modeling_llama",
+]
 
 
-def spawn(world_size: int, function: str, payload: Any, *, timeout_s: float = 300) -> list[Any]:
+def spawn(world_size: int, function: str, payload: Any, *, timeout_s: float = 300, fresh: bool = False) -> list[Any]:
     """Call `function(place, payload)` in `world_size` processes that form a process group.
 
     Args:
@@ -27,6 +41,8 @@ def spawn(world_size: int, function: str, payload: Any, *, timeout_s: float = 30
         function: Function to call, as `module:name`; must be importable from the current directory.
         payload: JSON-serializable argument of the function.
         timeout_s: Time in seconds after which all processes are killed.
+        fresh: Start new interpreters instead of forks of the fork server, because the C library or an import must see
+            the current environment.
 
     Returns:
         The JSON-serializable return values of the processes, in rank order.
@@ -38,7 +54,7 @@ def spawn(world_size: int, function: str, payload: Any, *, timeout_s: float = 30
         given = Path(folder) / "payload.json"
         given.write_text(json.dumps(payload))
         port = _free_port()
-        workers = [_start(rank, world_size, function, given, port) for rank in range(world_size)]
+        workers = [_start(rank, world_size, function, given, port, fresh=fresh) for rank in range(world_size)]
         return _collect(workers, Path(folder), timeout_s)
 
 
@@ -49,7 +65,7 @@ def _free_port() -> int:
         return port
 
 
-def _start(rank: int, world_size: int, function: str, payload: Path, port: int) -> subprocess.Popen[bytes]:
+def _start(rank: int, world_size: int, function: str, payload: Path, port: int, *, fresh: bool) -> BaseProcess:
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -61,42 +77,52 @@ def _start(rank: int, world_size: int, function: str, payload: Path, port: int) 
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", STARTED_AS, function, str(payload)]
-    output = (payload.parent / f"rank-{rank}.log").open("wb")
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    context: Any
+    if fresh:
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+    arguments = (environment, os.getcwd(), function, payload, payload.parent / f"rank-{rank}.log")
+    worker: BaseProcess = context.Process(target=_work, args=arguments)
+    with mock.patch.dict(os.environ, environment):  # of a new interpreter, and of the fork server
+        worker.start()
+    return worker
 
 
-def _collect(workers: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> list[Any]:
+def _collect(workers: list[BaseProcess], folder: Path, timeout_s: float) -> list[Any]:
+    until = time.monotonic() + timeout_s
     try:
-        codes: list[int | None] = [worker.wait(timeout_s) for worker in workers]
-    except subprocess.TimeoutExpired:
-        codes = [None]
+        for worker in workers:
+            worker.join(max(0.0, until - time.monotonic()))
+        codes = [worker.exitcode for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-            worker.wait()
+            worker.join()
     if any(codes) or None in codes:
         logs = [f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}" for log in sorted(folder.glob("*.log"))]
         raise RuntimeError(f"exit codes {codes}\n" + "\n".join(logs))
     return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(len(workers))]
 
 
-def _main(function: str, payload: str) -> None:
+def _work(environment: dict[str, str], cwd: str, function: str, payload: Path, log: Path) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+
     import torch
 
     from ..process import comm
     from ..process.place import find_place
 
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, cwd)
     place = find_place()
     comm.join(place, comm.open_store(place, 60), torch.device("cpu"), 120)
     module, name = function.split(":")
-    result = getattr(importlib.import_module(module), name)(place, json.loads(Path(payload).read_text()))
-    (Path(payload).parent / f"result-{place.rank}.json").write_text(json.dumps(result))
+    result = getattr(importlib.import_module(module), name)(place, json.loads(payload.read_text()))
+    (payload.parent / f"result-{place.rank}.json").write_text(json.dumps(result))
     comm.barrier()
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from ..protocols import Tracker
 from ..state import Metrics
@@ -15,7 +16,7 @@ class NullTracker:
     def log(self, metrics: Metrics, *, step: int) -> None:
         """Do nothing."""
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Do nothing."""
 
 
@@ -30,8 +31,42 @@ class Trackers:
         for tracker in self.trackers:
             tracker.log(metrics, step=step)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Close each tracker, in reverse order, even if closing another one fails."""
         with contextlib.ExitStack() as stack:
             for tracker in self.trackers:
-                stack.callback(tracker.close)
+                stack.callback(tracker.close, error)
+
+
+class Guarded:
+    """Tracker that never interrupts training: the first error disables what it forwards to, with a warning.
+
+    Args:
+        name: Name of the tracker, for the warning.
+        tracker: Where metrics go.
+        warn: Shows a warning to the user.
+    """
+
+    def __init__(self, name: str, tracker: Tracker, warn: Callable[[str], None]) -> None:
+        self._name, self._warn = name, warn
+        self._tracker: Tracker = tracker
+
+    def log(self, metrics: Metrics, *, step: int) -> None:
+        """Log, without the values that are not finite, which not all trackers take."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        with self._disabled_on_error():
+            self._tracker.log(finite, step=step)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Close the tracker."""
+        with self._disabled_on_error():
+            self._tracker.close(error)
+
+    @contextlib.contextmanager
+    def _disabled_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._tracker = NullTracker()
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._warn(f"{self._name} failed ({reason}) and is disabled")

@@ -48,7 +48,7 @@ class JsonLines:
         self._end = self._start + len(line)
         os.ftruncate(self._handle, self._end)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Sync the file to disk and close it; further calls have no effect."""
         if self._handle >= 0:
             with contextlib.suppress(OSError):  # a full disk must not mask the error that ended the run

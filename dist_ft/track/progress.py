@@ -82,7 +82,7 @@ class Bar:
             numbers = numbers[:-1]
         return "  ".join(numbers)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Stop updating the bar and leave it on the screen."""
         self._progress.stop()
 
@@ -105,7 +105,7 @@ class Lines:
             words.append(f"eta {datetime.timedelta(seconds=round(left_s))}")
         print(f"step {step}/{self._total_steps}", *filter(None, words), sep="  ", file=self._file, flush=True)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Close the file, if it belongs to this tracker."""
         if self._owns_file:
             self._file.close()

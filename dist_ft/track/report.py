@@ -51,7 +51,7 @@ class ReportTracker:
             self._due_at, self._process = math.inf, None
             print(f"the report is not written while the run trains: {error}", flush=True)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """End a report that is being written, so that it does not replace the last one."""
         if self._process is not None:
             self._process.kill()

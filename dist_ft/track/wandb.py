@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import netrc
+import shlex
 import sys
-import urllib.parse
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,11 +14,11 @@ from typing import Any
 import wandb
 
 from ..config.track import TrackConfig
-from ..errors import MachineError
 from ..process.place import environ
 from ..protocols import Tracker
-from ..state import Metrics
+from ..state import LOWER_IS_BETTER, Metrics
 from .compose import NullTracker
+from .needs import find_mode
 from .secrets import hide_secrets
 
 INIT_TIMEOUT_S = 60
@@ -32,25 +31,45 @@ class WandbTracker:
 
     Args:
         run: Run returned by `wandb.init`.
-        warn: Shows a warning to the user.
+        warn: Shows a line to the user.
+        sync: Folder with what is to be uploaded later, if the run is offline.
     """
 
-    def __init__(self, run: Any, warn: Callable[[str], None]) -> None:
+    def __init__(self, run: Any, warn: Callable[[str], None], sync: Path | None = None) -> None:
         self._run = run
         self._warn = warn
+        self._sync = sync
+
+    @property
+    def url(self) -> str | None:
+        """Page of the run; None offline."""
+        return None if self._sync is not None else getattr(self._run, "url", None)
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """Log under the same metric names as in metrics.jsonl; W&B ignores steps that it has already recorded."""
         self._call("log", dict(metrics), step=step)
 
-    def close(self) -> None:
-        """Finish the run; data that was not uploaded remains on disk for `wandb sync`."""
-        self._call("finish")
+    def follow(self, metric: str) -> None:
+        """Let the summary of the run also show the best value of a metric."""
+        name = metric.removeprefix("eval/").partition("/")[0]
+        self._call("define_metric", metric, summary="min" if name in LOWER_IS_BETTER else "max")
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Finish the run, as failed and with an alert if an error ended it.
+
+        Data that was not uploaded remains on disk for `wandb sync`.
+        """
+        if error is not None:
+            text = hide_secrets(str(error), secrets_here())
+            self._call("alert", title=f"{getattr(self._run, 'name', 'run')} failed", text=text, level="ERROR")
+        self._call("finish", exit_code=0 if error is None else 1)
         if self._run is not None:
             self._run = None
             # `finish` returns before the W&B service has written its file, and the service ends with this process.
             with contextlib.suppress(Exception):
                 wandb.teardown()
+            if self._sync is not None:
+                self._warn(f"W&B was offline; upload the run with `wandb sync {shlex.quote(str(self._sync))}`")
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._run is None:
@@ -71,6 +90,7 @@ def open_wandb(
     run_name: str,
     settings: Mapping[str, Any],
     run_id: str | None,
+    best: str = "eval/loss",
     warn: Callable[[str], None] | None = None,
 ) -> tuple[Tracker, str | None]:
     """Start a W&B run in the folder `wandb` of the run directory, or resume the W&B run `run_id`.
@@ -83,7 +103,8 @@ def open_wandb(
         run_name: Name of the W&B run if `config` has none.
         settings: Configuration to log; values that look like secrets are replaced.
         run_id: ID of the W&B run to resume, from a checkpoint; None starts a new one.
-        warn: Shows a warning to the user; `warnings.warn` by default.
+        best: Metric of which the summary also has the best value.
+        warn: Shows a line to the user; `warnings.warn` by default.
 
     Returns:
         The tracker, and the W&B run ID to store in checkpoints, which is `run_id` if W&B is disabled.
@@ -92,7 +113,7 @@ def open_wandb(
         MachineError: If `track.wandb` is `online` and no API key is found.
     """
     warn = warn or _warn
-    mode = find_mode(config.wandb)
+    mode = find_mode(config.wandb, environ)
     if mode == "off":
         return NullTracker(), run_id
     identity = run_id or uuid.uuid4().hex[:8]
@@ -108,45 +129,16 @@ def open_wandb(
     for attempt in modes:
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                return WandbTracker(_begin(attempt, run_dir, arguments), warn), identity
+                run = _begin(attempt, run_dir, arguments)
+                tracker = WandbTracker(run, warn, Path(run.dir).parent if attempt == "offline" else None)
+                tracker.follow(best)
+                return tracker, identity
         except Exception as error:  # training must not fail because tracking does
             then = "starting offline" if attempt == "online" else "W&B is disabled"
             warn(f"W&B cannot start {attempt} ({_first_line(error)}); {then}")
             with contextlib.suppress(Exception):
                 wandb.teardown()  # otherwise the W&B service considers the run ID to be in use
     return NullTracker(), run_id
-
-
-def find_mode(wanted: str) -> str:
-    """Resolve `track.wandb` to online, offline or off.
-
-    `auto` follows WANDB_MODE; if that is not set, it is online if an API key is found, and offline otherwise.
-
-    Raises:
-        MachineError: If the mode is online and no API key is found.
-    """
-    if wanted == "auto":
-        modes = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
-        wanted = modes.get(environ("WANDB_MODE") or "", "online" if has_key() else "offline")
-    if wanted == "online" and not has_key():
-        raise MachineError.of(
-            "track.wandb=online",
-            "no W&B API key was found in WANDB_API_KEY or ~/.netrc",
-            "run `wandb login`, set WANDB_API_KEY, or set track.wandb=offline and run `wandb sync` later",
-        )
-    return wanted
-
-
-def has_key() -> bool:
-    """Return whether the environment or the netrc file has an API key for the W&B server."""
-    if environ("WANDB_API_KEY"):
-        return True
-    host = urllib.parse.urlsplit(environ("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        entries = netrc.netrc(environ("NETRC") or str(Path.home() / ".netrc"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return host in entries.hosts
 
 
 def secrets_here() -> list[str]:

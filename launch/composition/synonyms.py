@@ -11,7 +11,7 @@ TRANSFORMERS = {
     "data_seed": "train.seed",
     "ddp_timeout": "train.timeout_s",
     "label_smoothing_factor": "task.label_smoothing",
-    "report_to": "track.wandb",
+    "report_to": "track.to",
     "resume_from_checkpoint": "train.resume",
     "warmup_steps": "optim.warmup_ratio",
 }

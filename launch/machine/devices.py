@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...errors import MachineError
+from ...errors import MachineError, RequestError
 
 TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
 BFLOAT16_SINCE = (8, 0)  # compute capability
@@ -68,6 +68,27 @@ def _places(visible: str | None, cards: tuple[str, ...]) -> dict[int, int | str]
             return {}
         found[places[0]] = int(number[0]) if number else word
     return found
+
+
+def choose_for_slots(devices: Sequence[int | str], slots: int) -> list[dict[str, str]]:
+    """Share GPUs out to runs at the same time; return the environment variables of each.
+
+    Args:
+        devices: GPUs as `find_devices` returns them; without any, all runs share the CPU.
+        slots: Number of runs; GPUs that cannot be divided evenly are left out.
+
+    Raises:
+        RequestError: If there are fewer GPUs than runs.
+    """
+    if slots == 1 or not devices:
+        return [{} for _ in range(slots)]
+    share = len(devices) // slots
+    if not share:
+        rule = f"this machine has {len(devices)} GPUs, fewer than runs at the same time"
+        raise RequestError.of(f"jobs={slots}", rule, f"set jobs={len(devices)} or fewer")
+    name = "HIP_VISIBLE_DEVICES" if torch_build() == "hip" else "CUDA_VISIBLE_DEVICES"
+    parts = [devices[share * i : share * (i + 1)] for i in range(slots)]
+    return [{name: ",".join(map(str, part))} for part in parts]
 
 
 def torch_build() -> str | None:

@@ -120,6 +120,11 @@ def export_lines(environment: Mapping[str, str]) -> list[str]:
     return [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
 
 
+def variable(name: str) -> str | None:
+    """Return an environment variable, or None if it is empty or not set."""
+    return os.environ.get(name) or None
+
+
 def is_completing() -> bool:
     """Return whether a shell asks for completions (argcomplete's protocol) instead of running a command."""
     return "_ARGCOMPLETE" in os.environ

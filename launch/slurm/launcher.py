@@ -7,14 +7,15 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ...checks.batch import AUTO
 from ...config.launch import SlurmConfig
 from ...config.plan import EXIT_FILE, JOB_FILE, LOG_DIR, Plan
 from ...config.run import RunConfig
 from ...errors import MachineError, Problem, RequestError
-from ..launcher import Job, Rendered, write_rendered
+from ..launcher import GPUS, Job, Rendered, Workers, write_rendered
 from ..machine.environ import Site, child_environment
 from .queue import has_gpus
 from .script import container_mounts, read_template, render_script, requeues, slurm_config, step_words
@@ -58,10 +59,11 @@ class SlurmLauncher:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._gpus = 0  # of a node
 
-    def resolve(self, config: RunConfig) -> tuple[int, int]:
-        """Return the number of nodes and of workers on each node, as configured.
+    def resolve(self, config: RunConfig, origins: Mapping[str, str]) -> Workers:
+        """Return the workers as configured, with the number of GPUs of a node that the job asks for.
+
+        GPUs of clusters are taken to compute in bfloat16 (Ampere and later).
 
         Raises:
             RequestError: If an sbatch option is unknown or set by the plan, a value has several lines, the template
@@ -78,15 +80,11 @@ class SlurmLauncher:
             problems.append(Problem("launch.requeue", rule, "remove train.resume, or set launch.requeue=false"))
         if problems:
             raise RequestError(*problems)
-        if launch.gpus_per_node is not None:
-            self._gpus = launch.gpus_per_node
-        else:  # a request for GPUs that no node has would be rejected
-            self._gpus = 0 if has_gpus(launch.partition) is False else launch.workers_per_node
-        return launch.nodes, launch.workers_per_node
-
-    def has_bfloat16(self, config: RunConfig) -> bool:
-        """Return whether the job asks for GPUs; those of clusters compute in bfloat16 (Ampere and later)."""
-        return self._gpus > 0
+        if launch.gpus_per_node is None:
+            launch, reason = settle_gpus(launch)
+            config = config.model_copy(update={"launch": launch})
+            origins = {**origins, GPUS: f"{AUTO}: {reason}"}
+        return Workers(config, origins, launch.nodes, launch.workers_per_node, bool(launch.gpus_per_node))
 
     def render(self, plan: Plan) -> Rendered:
         """Render `job.sbatch`."""
@@ -94,13 +92,11 @@ class SlurmLauncher:
         start = f"srun {shlex.join(step_words(plan, self.site))}"
         launch, again = slurm_config(plan.config), requeues(plan.config)
         settled = (
-            (launch.gpus_per_node is None, "gpus_per_node", f"{self._gpus}" if self._gpus else "0, no node has GPUs"),
             (launch.requeue == "auto", "requeue", "goes on after an interruption" if again else "false (train.resume)"),
             (launch.master_port == "auto", "master_port", "20000 + the last four digits of the job's id, if free"),
         )
         notes = tuple(f"launch.{key} → {value}" for is_auto, key, value in settled if is_auto)
-        script = render_script(plan, self.site, self._gpus)
-        return Rendered({SCRIPT: script}, command, start=start, notes=notes)
+        return Rendered({SCRIPT: render_script(plan, self.site)}, command, start=start, notes=notes)
 
     def submit(self, plan: Plan) -> Job:
         """Write the job script, check it with `sbatch --test-only`, and submit it.
@@ -119,6 +115,16 @@ class SlurmLauncher:
         (plan.run_dir / JOB_FILE).write_text(json.dumps({"job": identity}), encoding="utf-8")
         log = plan.run_dir / LOG_DIR / f"job-{identity}.log"
         return Job(identity, f"tail -F {shlex.quote(str(log))}", log)
+
+
+def settle_gpus(launch: SlurmConfig) -> tuple[SlurmConfig, str]:
+    """Return the configuration with the number of GPUs of a node, and the reason.
+
+    It is a GPU per worker, except in a partition without GPUs, where SLURM would reject the request.
+    """
+    if has_gpus(launch.partition) is False:
+        return launch.model_copy(update={"gpus_per_node": 0}), "no node has GPUs"
+    return launch.model_copy(update={"gpus_per_node": launch.workers_per_node}), "one per worker"
 
 
 def option_problems(launch: SlurmConfig) -> Iterator[Problem]:

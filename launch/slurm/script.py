@@ -41,13 +41,13 @@ def read_template(launch: SlurmConfig) -> Template:
     return Template(Path(launch.template or TEMPLATE).read_text(encoding="utf-8"))
 
 
-def render_script(plan: Plan, site: Site, gpus_per_node: int) -> str:
+def render_script(plan: Plan, site: Site) -> str:
     """Return the batch script of a plan."""
     launch = slurm_config(plan.config)
-    return read_template(launch).substitute(places(plan, site, gpus_per_node))
+    return read_template(launch).substitute(places(plan, site))
 
 
-def places(plan: Plan, site: Site, gpus_per_node: int) -> dict[str, object]:
+def places(plan: Plan, site: Site) -> dict[str, object]:
     """Return the values of the placeholders of templates, quoted for the shell."""
     launch = slurm_config(plan.config)
     workers = plan.workers_per_node
@@ -58,7 +58,7 @@ def places(plan: Plan, site: Site, gpus_per_node: int) -> dict[str, object]:
         "nodes": plan.nodes,
         "workers": workers,
         "world_size": plan.world_size,
-        "directives": "\n".join(directives(plan, gpus_per_node)),
+        "directives": "\n".join(directives(plan)),
         "cwd": shlex.quote(site.cwd),
         "setup": "".join(f"{line}\n" for line in launch.setup),
         "run_dir": shlex.quote(str(plan.run_dir)),
@@ -71,7 +71,7 @@ def places(plan: Plan, site: Site, gpus_per_node: int) -> dict[str, object]:
     }
 
 
-def directives(plan: Plan, gpus_per_node: int) -> list[str]:
+def directives(plan: Plan) -> list[str]:
     """Return the `#SBATCH` lines of a plan."""
     launch = slurm_config(plan.config)
     log = str(plan.run_dir / LOG_DIR / "job-%j.log").replace(str(plan.run_dir), str(plan.run_dir).replace("%", "%%"))
@@ -81,7 +81,7 @@ def directives(plan: Plan, gpus_per_node: int) -> list[str]:
         "open-mode": "append",  # a requeued job continues the same log
         "nodes": plan.nodes,
         "ntasks-per-node": launch.tasks_per_node or plan.workers_per_node,
-        "gpus-per-node": gpus_per_node or None,
+        "gpus-per-node": launch.gpus_per_node or None,
         "cpus-per-task": launch.cpus_per_task,
         "mem": launch.mem,
         "time": launch.time,

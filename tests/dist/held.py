@@ -40,6 +40,7 @@ def hold(place: Place, case: dict[str, Any]) -> dict[str, Any]:
     if place.is_main:
         write_plan(plan)
     prepared = prepare(config)
+    build_method(config)  # so that peft, which is imported when it is needed, does not count
     before = living()  # held until the end, so that no new tensor comes to stand where an old one was
     trim()
     comm.barrier()

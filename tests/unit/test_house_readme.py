@@ -23,8 +23,9 @@ from dist_ft.launch.guide.listing import help_lines, list_lines
 from dist_ft.launch.guide.usage import build_parser
 from dist_ft.launch.machine.environ import Site
 from dist_ft.launch.planning import plan_run
+from dist_ft.launch.search.run import check_values
+from dist_ft.launch.search.space import read_search
 from dist_ft.launch.stages import read_stages, run_stages
-from dist_ft.launch.sweep import _check_all, read_words
 from dist_ft.process.options import CancelOptions, LogsOptions, StatusOptions
 from dist_ft.process.options import read_words as read_options
 
@@ -88,7 +89,9 @@ def try_command(line: str) -> None:
         plan = plan_of(words)
         assert (options.command == "submit") == (plan.config.launch.name == "slurm") or options.command == "plan"
     elif options.command == "sweep":
-        _check_all(read_words(options.words), lambda words: plan_of(list(words)).config)
+        check_values(
+            read_search(options.words), lambda words: compose(words).config, lambda words: plan_of(list(words)).config
+        )
     elif options.command == "init":
         assert cli.main(["init", *options.words]) == 0
     elif options.command == "list":

@@ -177,7 +177,7 @@ def test_links_lead_to_the_top_level_folders() -> None:
 def test_every_marker_used_is_declared_and_every_extra_installs_something() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(project["project"]["optional-dependencies"]) == {
-        *("flash", "sweep", "privacy", "lm-eval", "augment", "dev")
+        *("flash", "sweep", "privacy", "lm-eval", "augment", "tensorboard", "mlflow", "trackio", "dev")
     }
     assert all(project["project"]["optional-dependencies"].values())
 

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,11 @@ def detect(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, tas
 
     If several formats match, those supported by `task` come first, then the order of `FORMATS` decides.
     """
-    columns = columns or {}
+    return _detect(tuple(row), tuple(columns or ()), task)
+
+
+@functools.lru_cache(maxsize=256)  # the rows of a file mostly have the same columns
+def _detect(row: tuple[str, ...], columns: tuple[str, ...], task: str | None) -> str | None:
     renamed = {*row, *columns}
     fitting = [name for name, form in FORMATS.items() if form.fits(renamed) and set(columns) <= set(form.columns)]
     return next((name for name in fitting if task in FORMATS[name].tasks), fitting[0] if fitting else None)

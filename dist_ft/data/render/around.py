@@ -9,7 +9,7 @@ conversation, and a turn at which they differ is rendered behind all that preced
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..read.faults import RowFault
@@ -34,6 +34,7 @@ class Around:
         rendered: Rendering of the messages, which starts with `prompt`.
         skipped: Position in `prompt` and `rendered` from which on they are compared.
         base: The same position in the rendered conversation.
+        blocks: The template's `{% generation %}` blocks in `rendered`, see `Renderer.with_blocks`.
     """
 
     render: Renderer
@@ -42,6 +43,7 @@ class Around:
     rendered: str
     skipped: int = 0
     base: int = 0
+    blocks: Sequence[Span] | None = None
 
     @property
     def before(self) -> str:
@@ -74,15 +76,29 @@ def turns_of_whole(turns: Sequence[int]) -> Collection[int]:
     return chosen | {*turns[-1:]}
 
 
-def behind_all(render: Renderer, messages: Sequence[Message], turn: int) -> Around:
+def behind_all(render: Renderer, places: Places, turn: int) -> Around:
     """Return a turn behind all that precedes it.
+
+    Args:
+        render: Renderer of the conversation.
+        places: The rendered conversation.
+        turn: Index of the turn.
 
     Raises:
         RowFault: The turn has no prompt, or the rendered turn does not start with it.
     """
-    if turn == 0:
+    is_last = turn == len(places.messages) - 1  # then the conversation is rendered already
+    return _behind(render, places.messages[: turn + 1], (places.text, places.blocks) if is_last else None)
+
+
+def _behind(
+    render: Renderer, messages: Sequence[Message], known: tuple[str, Sequence[Span] | None] | None = None
+) -> Around:
+    """Return the last message behind the others, given the rendering and blocks of them all if they are known."""
+    if len(messages) == 1:
         raise RowFault("the conversation starts with an assistant turn", "start with a user turn, or drop these rows")
-    prompt, rendered = render(messages[:turn], generation=True), render(messages[: turn + 1])
+    prompt = render(messages[:-1], generation=True)
+    rendered, blocks = known or render.with_blocks(messages)
     if not rendered.startswith(prompt):
         tail = prompt[len(common_prefix(prompt, rendered)) :][-40:]
         cause = f"the chat template's generation prompt ends with {tail!r}, which the rendered answer does not contain"
@@ -93,7 +109,7 @@ def behind_all(render: Renderer, messages: Sequence[Message], turn: int) -> Arou
             " {enable_thinking: false} for answers without reasoning), or "
             f"{OWN_TEMPLATE}",
         )
-    return Around(render, messages[: turn + 1], prompt, rendered)
+    return Around(render, messages, prompt, rendered, blocks=blocks)
 
 
 def behind_near(render: Renderer, places: Places, turn: int) -> Around | None:
@@ -109,13 +125,13 @@ def behind_near(render: Renderer, places: Places, turn: int) -> Around | None:
         return None
     kept, anchor = chosen
     try:
-        around = behind_all(render, [places.messages[i] for i in kept], len(kept) - 1)
+        around = _behind(render, [places.messages[i] for i in kept])
         there, here = around.places.within(kept.index(anchor)), places.within(anchor)
     except RowFault:
         return None
     if not there or not here:
         return None
-    return Around(render, around.messages, around.prompt, around.rendered, skipped=there[-1][1], base=here[-1][1])
+    return replace(around, skipped=there[-1][1], base=here[-1][1])
 
 
 def _near(messages: Sequence[Message], turn: int) -> tuple[list[int], int] | None:

@@ -7,6 +7,7 @@ form has the same texts, and each rendering is checked in the same way (places.p
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -68,9 +69,15 @@ def _switched(render: Renderer, *, thinks: bool) -> Iterator[Renderer]:
 
     What the user sets, for the run or for the row, is not changed.
     """
-    fixed = {*render.variables, *defaults_of(render.template)}
-    for name in sorted({*_SWITCHES.findall(render.template)} - fixed):
-        yield render.but(variables={**render.variables, name: thinks})
+    for name in _switches(render.template):
+        if name not in render.variables:
+            yield render.but(variables={**render.variables, name: thinks})
+
+
+@functools.lru_cache(maxsize=256)
+def _switches(template: str) -> list[str]:
+    """Return the switches for reasoning that a template has, except those with a default of the run."""
+    return sorted({*_SWITCHES.findall(template)} - defaults_of(template))
 
 
 def _shielded(render: Renderer, given: list[Message], *, empty: bool) -> Iterator[tuple[Renderer, list[Message]]]:

@@ -7,11 +7,12 @@ a mark and is replaced by a number that stands nowhere else.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .renderer import Message
 
@@ -23,11 +24,11 @@ _TAGS = re.compile(r"<[^<>\s'\"{}%]{1,40}>|\[/?[A-Z_]{2,20}\]|/(?:no_)?think\b")
 PROTECTED = "\ue0f0"  # stands for `</think>` where the template must not cut, see turns.py
 CLOSES_THOUGHT = re.compile(rf"</(?:\w+:)?think(?:ing)?>|\[/THINK\]|{PROTECTED}")
 _PLANE = 0x100000  # supplementary private use area B
+_TEXTS = json.JSONEncoder(ensure_ascii=False, default=str)
 MOST = 0x7FFF  # marked texts of a row: two marks each, of the 65,534 characters of the plane
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One text or number of a conversation."""
 
     owner: int  # index of the message, or TOOLS
@@ -42,6 +43,10 @@ class Part:
         if isinstance(self.value, str):
             return forms_of(self.value)
         return (json.dumps(self.value), str(self.value))
+
+    def is_written(self, text: str) -> bool:
+        """Return whether the text is one of the forms."""
+        return text == self.value or text in self.forms
 
 
 @dataclass
@@ -92,6 +97,8 @@ class Marker:
         return {**tool, "function": marked} if "function" in tool else marked
 
     def _content(self, text: str, owner: int) -> str:
+        if self.tags.search(text) is None:
+            return self._text(text, owner, "content")
         closing = [tag.end() for tag in self.tags.finditer(text) if CLOSES_THOUGHT.fullmatch(tag[0])]
         if not closing:
             return self._text(text, owner, "content")
@@ -149,6 +156,7 @@ def forms_of(text: str) -> tuple[str, ...]:
     return (text, *(form[1:-1] for form in (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))))
 
 
+@functools.lru_cache(maxsize=256)
 def tags_of(template: str, closes_thought: str | None) -> re.Pattern[str]:
     """Return a pattern of the tags that a template names, by which it may split or search texts."""
     names = sorted({*_TAGS.findall(template), closes_thought or "</think>"}, key=len, reverse=True)
@@ -157,17 +165,19 @@ def tags_of(template: str, closes_thought: str | None) -> re.Pattern[str]:
 
 def free_base(text: str) -> int | None:
     """Return the code point from which on the text has no private-use character of plane 16, or None if it has some."""
-    return None if re.search(f"[{chr(_PLANE)}-{chr(_PLANE + 0xFFFF)}]", text) else _PLANE
+    is_free = text.isascii() or re.search(f"[{chr(_PLANE)}-{chr(_PLANE + 0xFFFF)}]", text) is None
+    return _PLANE if is_free else None
 
 
-def free_number(text: str) -> str:
-    """Return digits with which no number in the text starts."""
-    return next(digits for digits in map(str, range(7310137, 9999999, 101)) if digits not in text)
+def free_number(*texts: str) -> str:
+    """Return digits with which no number in the texts starts."""
+    candidates = map(str, range(7310137, 9999999, 101))
+    return next(digits for digits in candidates if not any(digits in text for text in texts))
 
 
 def texts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
     """Return all texts of a row in one string."""
-    return json.dumps([list(messages), list(tools or ())], ensure_ascii=False, default=str)
+    return _TEXTS.encode([list(messages), list(tools or ())])
 
 
 def _segments(text: str, tags: re.Pattern[str]) -> list[tuple[int, int]]:

@@ -44,6 +44,7 @@ class Places:
     messages: Sequence[Message]
     parts: Sequence[Part]
     spans: Mapping[int, Sequence[Span]]  # by index of the part
+    blocks: Sequence[Span] | None = None  # the template's `{% generation %}` blocks, see `Renderer.with_blocks`
 
     def within(self, owner: int) -> list[Span]:
         """Return the spans of a message's parts, in the order of the text."""
@@ -78,7 +79,7 @@ class Places:
                     raise LostReasoning(cause, KEEP_REASONING)
                 is_called = part.kind in ("call", "tool") or self._is_beside_calls(part)
                 raise RowFault(cause, CALLS_AS_TEXT if is_called else SHOWS)
-            is_whole = any(self.text[start:stop] in part.forms for start, stop in self.spans[index])
+            is_whole = any(part.is_written(self.text[start:stop]) for start, stop in self.spans[index])
             if not is_whole or not self._is_joined(index, part):
                 raise RowFault(f"the chat template changes {self._name(part)}", OWN_TEMPLATE)
 
@@ -140,17 +141,19 @@ class Places:
         return f"the content of a message of role {role}"
 
 
-def find_places(render: Renderer, messages: Sequence[Message], text: str) -> Places:
-    """Return where the texts of the messages and tools stand in `text`, their rendering.
+def find_places(
+    render: Renderer, messages: Sequence[Message], text: str, blocks: Sequence[Span] | None = None
+) -> Places:
+    """Return where the texts of the messages and tools stand in `text`, their rendering with these `blocks`.
 
     Raises:
         RowFault: The places cannot be proven.
     """
     given = texts_of(messages, render.tools)
-    base = free_base(given + text)
-    if base is None:
+    base, other = free_base(given), free_base(text)
+    if base is None or other is None:
         raise RowFault("a text has private-use characters of Unicode plane 16", "remove these characters")
-    number, tags = free_number(given + text), tags_of(render.template, render.closes_thought)
+    number, tags = free_number(given, text), tags_of(render.template, render.closes_thought)
     bare: set[int] = set()
     for _ in range(_ROUNDS):
         marker = Marker(base, number, tags, bare)
@@ -163,7 +166,7 @@ def find_places(render: Renderer, messages: Sequence[Message], text: str) -> Pla
         except RowFault:  # the template refuses a marked name
             found = {i for i, part in enumerate(marker.parts) if part.kind in ("call", "tool")}
         if isinstance(found, dict):
-            return Places(text, messages, marker.parts, _with_bare(found, text, marker))
+            return Places(text, messages, marker.parts, _with_bare(found, text, marker), blocks)
         if not (new := _widened(found, bare, len(marker.parts))):
             break
         bare |= new
@@ -173,7 +176,9 @@ def find_places(render: Renderer, messages: Sequence[Message], text: str) -> Pla
 def _read(marked: str, text: str, marker: Marker) -> dict[int, list[Span]] | set[int]:
     """Return the places of the marked parts, or the parts around the first difference from the unmarked text."""
     base, last = marker.base, marker.base + 2 * MOST + 1
-    token = re.compile(f"[{chr(base)}-{chr(last)}]|{marker.number}(\\d{{6}})(?:\\.0)?")
+    has_numbers = any(not isinstance(part.value, str) for part in marker.parts)  # without them, the search is faster
+    numbers = f"|{marker.number}(\\d{{6}})(?:\\.0)?" if has_numbers else "()"
+    token = re.compile(f"[{chr(base)}-{chr(last)}]{numbers}")
     found: dict[int, list[Span]] = {}
     opened: dict[int, int] = {}
     position, at, previous = 0, 0, set[int]()
@@ -203,6 +208,8 @@ def _read(marked: str, text: str, marker: Marker) -> dict[int, list[Span]] | set
 
 def _unescaped(marked: str, first: int, last: int) -> str:
     """Return the text with marks in place of their escapes in JSON (two surrogates) and in Python literals."""
+    if "\\" not in marked:
+        return marked
 
     def character(match: re.Match[str]) -> str:
         high, low, whole = match.groups()

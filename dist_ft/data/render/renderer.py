@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class Renderer:
                 "the tokenizer has no chat template, but the data contains messages",
                 "set task.chat_template=chatml or a Jinja file, or use prompt and completion as strings",
             ) from error
-        tokens = ((name, text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str))
+        self.tokens: Mapping[str, str] = tokenizer.special_tokens_map
+        tokens = ((name, text) for name, text in self.tokens.items() if isinstance(text, str))
         self.traits = _traits_of(self.template, tuple(sorted(tokens)))
 
     def but(self, **changed: Any) -> Renderer:
@@ -113,24 +115,15 @@ class Renderer:
         """Whether the template has `{% generation %}` blocks."""
         return bool(_MARKS.search(self.template))
 
-    def generated(self, messages: Sequence[Message]) -> list[Span] | None:
-        """Return the spans of the template's `{% generation %}` blocks, or None if it has no such block."""
+    def with_blocks(self, messages: Sequence[Message]) -> tuple[str, Sequence[Span] | None]:
+        """Return the rendering and the spans of its `{% generation %}` blocks, or None if the template has no block."""
         if not self.marks_answers:
-            return None
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        _, spans = render_jinja_template(
-            conversations=[self.traits.adapt(kept)],
-            tools=self.tools,
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.variables},
-        )
-        return [(start, stop) for start, stop in spans[0] if stop > start]
+            return self(messages), None
+        text, spans = self._apply(self.tools, messages, tracks=True)
+        return text, [(start, stop) for start, stop in spans if stop > start]
 
     def _render(self, tools: Any, messages: Sequence[Message], *, generation: bool) -> str:
-        text = self._apply(tools, messages, generation=generation)
+        text, _ = self._apply(tools, messages, generation=generation)
         if not generation and len(messages) > 1 and messages[-1]["role"] == "assistant":
             if self.fills_block:
                 text = self._filled(tools, messages[:-1], text)
@@ -140,8 +133,8 @@ class Renderer:
 
     def _filled(self, tools: Any, before: Sequence[Message], text: str) -> str:
         """Return the rendering of an answer with the empty block at the end of its prompt, if it lacks one."""
-        prompt = self._apply(tools, before, generation=True)
-        probe = self._apply(tools, [*before, {"role": "assistant", "content": _PROBE}], generation=False)
+        prompt, _ = self._apply(tools, before, generation=True)
+        probe, _ = self._apply(tools, [*before, {"role": "assistant", "content": _PROBE}])
         header = _OPEN_TAG.sub("", common_prefix(prompt, probe))
         block, lead = prompt[len(header) :], probe[len(header) :].partition(_PROBE)[0]
         is_lacking = _CLOSED.fullmatch(block) and not any(tag in lead for tag in _TAG.findall(block))
@@ -149,17 +142,34 @@ class Renderer:
 
     def _continued(self, tools: Any, messages: Sequence[Message], text: str) -> str:
         """Return the rendering of an answer with reasoning behind its prompt, without an empty block before it."""
-        prompt = self._apply(tools, messages[:-1], generation=True)
+        prompt, _ = self._apply(tools, messages[:-1], generation=True)
         block = messages[-1]["content"].partition(self.closes_thought)[0]
         header, at = prompt[: prompt.rfind("<think>")], text.rfind(block)
         if at > 0 and text.startswith(header) and _TAGS.fullmatch(text, len(header), at):
             return header + text[at:]
         return text
 
-    def _apply(self, tools: Any, messages: Sequence[Message], *, generation: bool) -> str:
+    def _apply(
+        self, tools: Any, messages: Sequence[Message], *, generation: bool = False, tracks: bool = False
+    ) -> tuple[str, list[Span]]:
+        """Return the rendering as `apply_chat_template` does, and with `tracks` the spans of its generation blocks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        adapted = self.traits.adapt(kept)
         try:
-            given = {"tools": tools, "tokenize": False, **self.variables, "add_generation_prompt": generation}
-            return str(self.tokenizer.apply_chat_template(self.traits.adapt(messages), **given))
+            if not tracks and self._needs_tokenizer:
+                given = {"tools": tools, "tokenize": False, **self.variables, "add_generation_prompt": generation}
+                return str(self.tokenizer.apply_chat_template(adapted, **given)), []
+            (text,), spans = render_jinja_template(
+                [adapted],
+                tools=tools,
+                chat_template=self.tokenizer.get_chat_template(None, tools),
+                return_assistant_tokens_mask=tracks,
+                add_generation_prompt=generation,
+                **{**self.tokens, **self.variables},
+            )
+            return text, spans[0] if tracks else []
         except _RENDER_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             way_out = (
@@ -167,6 +177,24 @@ class Renderer:
                 " for tool calls, or chatml"
             )
             raise RenderFault(f"the chat template cannot render the row: {reason}", way_out) from error
+
+    @property
+    def _needs_tokenizer(self) -> bool:
+        """Whether the tokenizer renders in its own way, or a variable of the row is one of its parameters."""
+        own = getattr(type(self.tokenizer), "apply_chat_template", None)
+        return own is not _usual_apply() or not self.variables.keys().isdisjoint(_parameters())
+
+
+@functools.cache
+def _usual_apply() -> Any:
+    from transformers import PreTrainedTokenizerBase
+
+    return PreTrainedTokenizerBase.apply_chat_template
+
+
+@functools.cache
+def _parameters() -> frozenset[str]:
+    return frozenset(inspect.signature(_usual_apply()).parameters)
 
 
 def common_prefix(one: str, other: str) -> str:

@@ -74,7 +74,7 @@ def find_span(
     if near and (around := behind_near(render, places, turn)) is not None:
         with contextlib.suppress(RowFault):
             return _find_span(around, places, turn, closers, lenient=lenient)
-    return _find_span(behind_all(render, places.messages, turn), places, turn, closers, lenient=lenient)
+    return _find_span(behind_all(render, places, turn), places, turn, closers, lenient=lenient)
 
 
 def find_content(places: Places, turn: int, closers: Closers) -> Span | None:

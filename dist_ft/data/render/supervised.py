@@ -39,8 +39,8 @@ def supervised_spans(
     Raises:
         RowFault: A text of the conversation is not rendered, or not where a turn is generated.
     """
-    text = render(messages)
-    places = find_places(render, messages, text)
+    text, blocks = render.with_blocks(messages)
+    places = find_places(render, messages, text, blocks)
     places.require(reasoned)
     if settings.train_on == "all":
         return text, _outside(text.rstrip(), [span for i in muted for span in places.within(i)])
@@ -72,7 +72,7 @@ def _answers(
     render: Renderer, places: Places, turns: Sequence[int], closers: Closers, *, lenient: bool
 ) -> dict[int, list[Span]]:
     """Return the spans of each assistant turn: the template's `{% generation %}` blocks, or the prefix difference."""
-    blocks, whole = render.generated(places.messages), turns_of_whole(turns)
+    blocks, whole = places.blocks, turns_of_whole(turns)
     if not blocks:
         return {
             turn: [find_span(render, places, turn, closers, near=turn not in whole, lenient=lenient)] for turn in turns
@@ -96,8 +96,8 @@ def _answers(
 def _behind_prompt(render: Renderer, places: Places, turn: int, block: Span, *, near: bool) -> Span:
     """Return a turn's first block without what the generation prompt contains of it, such as the header of the turn."""
     around = behind_near(render, places, turn) if near else None
-    around = around or behind_all(render, places.messages, turn)
-    blocks = render.generated(around.messages) or []
+    around = around or behind_all(render, places, turn)
+    blocks = around.blocks or []
     begin = next((start for start, stop in blocks if stop > len(around.prompt)), len(around.prompt))
     header = common_prefix(around.rendered[begin : len(around.prompt)], places.text[block[0] : block[1]])
     return block[0] + len(header), block[1]
@@ -124,6 +124,8 @@ def _ends_early(places: Places, turn: int, span: Span, eos: str) -> bool:
     start, stop = span
     texts = places.within(turn)
     last = max((first for first, _ in texts), default=start)
+    if places.text.find(eos, start, min(last, stop)) < 0:
+        return False
     found = (at.start() for at in re.compile(re.escape(eos)).finditer(places.text, start, min(last, stop)))
     return any(not any(first <= at < end for first, end in texts) for at in found)
 

@@ -6,9 +6,14 @@ token ids at supervised positions and are -100 elsewhere. They are not shifted.
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from ...config.task import TaskConfig
 from ..read.faults import EMPTY_TEXT, RowFault
@@ -19,6 +24,7 @@ from .places import LostReasoning
 from .renderer import OWN_TEMPLATE, Message, Renderer, RenderFault, Span
 from .spans import Closers
 from .supervised import PLAIN, ends_plain_turns, supervised_spans
+from .tokens import PlacedTokens, tokenize
 from .turns import Supervision, flag_of, without_flags
 
 CONVERSING = ("instruction", "preference", "reward")  # tasks that support conversations
@@ -216,18 +222,11 @@ class ChatTokenizer:
         """
         if not self.tokenizer.is_fast:
             return self._by_prefixes(text, spans)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-        if sum(first == last for first, last in offsets) * 2 > len(ids):  # some converted tokenizers have no offsets
+        tokens = tokenize(self.tokenizer, text)
+        if not _has_places(tokens):  # some converted tokenizers have none
             return self._by_prefixes(text, spans)
-        starts = {start for start, _ in spans}
-        taken = [
-            start
-            for first, last in offsets
-            for start in range(first + 1, last)
-            if start in starts and text[first:start].strip() and not text[start:last].strip()
-        ]
-        if taken:
+        ids, starts, stops = tokens.ids, tokens.starts, tokens.stops
+        if taken := [start for start in sorted({start for start, _ in spans}) if _is_taken(text, tokens, start)]:
             edges = [0, *taken, len(text)]
             pieces = [
                 self._by_spans(text[left:right], [(a - left, b - left) for a, b in spans if left <= a < right])
@@ -235,15 +234,17 @@ class ChatTokenizer:
             ]
             return {name: [token for piece in pieces for token in piece[name]] for name in ("input_ids", "labels")}
         labels = [IGNORED_LABEL] * len(ids)
-        remaining = iter(spans)
-        start, stop = next(remaining, (len(text) + 1, len(text) + 1))
-        for i, (first, last) in enumerate(offsets):
-            while first >= stop:
-                start, stop = next(remaining, (len(text) + 1, len(text) + 1))
-            if last > start and (first < last or first > start):
-                if text[first : max(first, start)].strip() or text[min(stop, last) : last].strip():
-                    raise RowFault("a token spans the boundary of an assistant turn", OWN_TEMPLATE)
-                labels[i] = ids[i]
+        end = 0
+        for start, stop in spans:
+            last = bisect.bisect_left(starts, stop)
+            first = bisect.bisect_right(stops, start, min(bisect.bisect_left(starts, end), last), last)
+            before = range(first, bisect.bisect_left(starts, start, first, last))
+            behind = range(bisect.bisect_right(stops, stop, first, last), last)
+            outside = (*(text[starts[i] : start] for i in before), *(text[stop : stops[i]] for i in behind))
+            if any(part.strip() for part in outside):
+                raise RowFault("a token spans the boundary of an assistant turn", OWN_TEMPLATE)
+            labels[first:last] = ids[first:last]
+            end = max(end, stop)
         return {"input_ids": ids, "labels": labels}
 
     def _by_prefixes(self, text: str, spans: Sequence[Span]) -> Encoded:
@@ -261,7 +262,7 @@ class ChatTokenizer:
     def _closed(self, encoded: Encoded, render: Renderer, *, is_last: bool) -> Encoded:
         """Ensure that the last supervised turn ends with an end token; append EOS if the template renders none."""
         ids, labels = encoded["input_ids"], encoded["labels"]
-        end = max((i for i, label in enumerate(labels) if label != IGNORED_LABEL), default=-1) + 1
+        end = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED_LABEL), 0)
         if end == 0:
             raise RowFault("the rendering has no supervised token", OWN_TEMPLATE)
         if ids[end - 1] == self.eos_id or (ids[end - 1] in self.end_ids and ends_plain_turns(render, self.closers)):
@@ -277,6 +278,8 @@ class ChatTokenizer:
         """Remove duplicate BOS tokens at the start, and EOS tokens that follow another EOS if both are supervised."""
         ids, labels = encoded["input_ids"], encoded["labels"]
         front = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
+        if front <= 1 and not any(ids[i - 1 : i] == [self.eos_id] for i in _places(ids, self.eos_id)):
+            return encoded
         kept = [
             i
             for i in range(max(0, front - 1), len(ids))
@@ -285,6 +288,8 @@ class ChatTokenizer:
         return {"input_ids": [ids[i] for i in kept], "labels": [labels[i] for i in kept]}
 
     def _ids(self, text: str) -> list[int]:
+        if self.tokenizer.is_fast:
+            return tokenize(self.tokenizer, text).ids
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _begin(self, ids: list[int]) -> list[int]:
@@ -292,3 +297,31 @@ class ChatTokenizer:
 
     def _end(self, ids: list[int]) -> list[int]:
         return [*ids, self.eos_id] if self.eos_id is not None and ids[-1:] != [self.eos_id] else ids
+
+
+def _places(ids: Sequence[int], token: int | None) -> Iterator[int]:
+    """Yield the indices of a token."""
+    at = -1
+    with contextlib.suppress(ValueError):
+        while token is not None:
+            at = ids.index(token, at + 1)
+            yield at
+
+
+def _has_places(tokens: PlacedTokens) -> bool:
+    """Return whether at most half of the tokens stand for no character, and all are in the order of the text."""
+    starts, stops = tokens.starts, tokens.stops
+    if isinstance(starts, np.ndarray):
+        is_ordered = all(bool((np.diff(places) >= 0).all()) for places in (starts, stops))
+        empty = int(np.sum(starts == stops))
+    else:  # faster for the few tokens of most rows
+        is_ordered = all([*places] == sorted(places) for places in (starts, stops))
+        empty = sum(map(operator.eq, starts, stops))
+    return is_ordered and empty * 2 <= len(starts)
+
+
+def _is_taken(text: str, tokens: PlacedTokens, start: int) -> bool:
+    """Return whether a token of the text before `start` takes white space at `start`."""
+    first, last = bisect.bisect_right(tokens.stops, start), bisect.bisect_left(tokens.starts, start)
+    inside = [(tokens.starts[i], tokens.stops[i]) for i in range(first, last)]
+    return any(text[left:start].strip() and not text[start:right].strip() for left, right in inside)

@@ -1,14 +1,16 @@
-"""Loading of tokenizers with the configured chat template and added tokens."""
+"""Loading of tokenizers with the configured chat template and added tokens, and the ids of these tokens."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...config.run import RunConfig
 from ...errors import Problem, RequestError
+from ...pretrained.folder import vocabulary_size
 from .template_file import read_template, with_defaults, with_own
 
 ADDED = "model.add_tokens"
@@ -96,3 +98,32 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     new = [AddedToken(token, special=True, normalized=False) for token in tokens]
     tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
     return tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens of `model.add_tokens`; see the fields with the same names in `state.Facts`."""
+
+    new_tokens: tuple[str, ...] = ()
+    new_token_ids: tuple[int, ...] = ()
+    resized_vocabulary: int = 0
+
+
+def find_new_tokens(config: RunConfig, model_dir: str, tokenizer_dir: str) -> NewTokens:
+    """Return the ids of `model.add_tokens` and the vocabulary size that they require.
+
+    Raises:
+        RequestError: The tokenizer already has one of the tokens, or it has more tokens than the model has embeddings
+            even without them.
+    """
+    if not config.model.add_tokens:
+        return NewTokens()
+    ids = tuple(load_tokenizer(config, tokenizer_dir).convert_tokens_to_ids(config.model.add_tokens))
+    size = vocabulary_size(Path(model_dir))
+    if size is None:
+        rule = "the model's config.json has no vocabulary size"
+        raise RequestError.of("model.add_tokens", rule, "remove model.add_tokens, or use another model")
+    if min(ids) > size:
+        rule = f"the tokenizer has {min(ids)} tokens without them, but the model has only {size} embeddings"
+        raise RequestError.of("model.add_tokens", rule, "set model.tokenizer to the model's own tokenizer")
+    return NewTokens(tuple(config.model.add_tokens), ids, max(ids) + 1 if max(ids) >= size else 0)

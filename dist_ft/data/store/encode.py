@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,10 @@ class RowEncoder:
         Raises:
             RequestError: A key of the configuration does not match the data.
         """
+        with _collecting_later():
+            return self._encode_all(rows)
+
+    def _encode_all(self, rows: Sequence[Numbered]) -> EncodedRows:
         layout, ledger = self.task.layout, Ledger()
         written, kept = Sequences(layout), list[dict[str, Any]]()
         augmenter = self._find_augmenter()
@@ -109,6 +115,7 @@ class RowEncoder:
             for copy in augmenter.copies(canonical, number, place) if augmenter else ():
                 self._add_copy(copy, f"{place} (augmented copy)", written, ledger)
         table = written.table()
+        ledger.max_token_id = _largest_id(table, layout)
         return EncodedRows(table, digest_rows(table, layout), ledger, kept, augmenter.met if augmenter else set())
 
     def _find_augmenter(self) -> Augmenter | None:
@@ -153,43 +160,54 @@ class RowEncoder:
         written.add(limited, ledger)
 
 
+@contextlib.contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Search for garbage in cycles behind the rows of a call, which are few, and not again and again among them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Sequences:
     """Encoded sequences that are collected into a table in memory."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._lengths: list[int] = []
-        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in layout.columns}
-        self._row_columns: dict[str, list[np.ndarray]] = {name: [] for name in layout.row_columns}
+        self._columns: dict[str, list[Sequence[int]]] = {name: [] for name in layout.columns}
+        self._row_columns: dict[str, list[Sequence[int]]] = {name: [] for name in layout.row_columns}
 
     def add(self, sequences: Iterable[Example], ledger: Ledger) -> None:
         """Add the sequences of a row, and count the row in the ledger."""
         for sequence in sequences:
             given = {**sequence, ORIGIN: [ledger.rows_kept]} if ORIGIN in self._row_columns else sequence
-            arrays = {name: np.asarray(given[name], dtype=np.int32) for name in self._columns}
             length = len(given[self.layout.columns[0]])
-            assert all(len(array) == length for array in arrays.values()), "columns of a row have the same length"
-            for name, array in arrays.items():
-                self._columns[name].append(array)
-            for name, parts in self._row_columns.items():
-                parts.append(np.asarray(given[name], dtype=np.int32))
+            assert all(len(given[name]) == length for name in self._columns), "columns of a row have the same length"
+            for columns in (self._columns, self._row_columns):
+                for name, parts in columns.items():
+                    parts.append(given[name])
             self._lengths.append(length)
-            for name in self.layout.id_columns:
-                ids = arrays[name] if name in arrays else np.asarray(given[name])
-                ledger.max_token_id = max(ledger.max_token_id, int(ids.max(initial=-1)))
         ledger.rows_kept += 1
 
     def table(self) -> TokenTable:
         """Return the table of all sequences."""
-        return TokenTable(
-            {name: _joined(parts) for name, parts in self._columns.items()},
-            _offsets(self._lengths),
-            {name: (_joined(parts), _offsets(map(len, parts))) for name, parts in self._row_columns.items()},
-        )
+        columns = {name: _joined(parts) for name, parts in self._columns.items()}
+        row_columns = {name: (_joined(parts), _offsets(map(len, parts))) for name, parts in self._row_columns.items()}
+        return TokenTable(columns, _offsets(self._lengths), row_columns)
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int32, count=sum(map(len, parts)))
+
+
+def _largest_id(table: TokenTable, layout: Layout) -> int:
+    """Return the largest token id of a table, or -1 if it is empty."""
+    columns = {**table.columns, **{name: values for name, (values, _) in table.row_columns.items()}}
+    return max(int(columns[name].max(initial=-1)) for name in layout.id_columns)
 
 
 def _offsets(lengths: Iterable[int]) -> np.ndarray:

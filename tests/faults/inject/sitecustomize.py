@@ -1,11 +1,14 @@
 """Inject a fault into a worker from outside, so that the package contains no code for it.
 
-DIST_FT_FAULT=KIND:RANK:STEP makes rank RANK fail before step STEP. KIND is `raise`, `kill` (SIGKILL), `stop`
-(SIGSTOP), `hang`, or `memory` (out of memory).
+DIST_FT_FAULT=KIND:RANK:WHEN makes rank RANK fail before step WHEN, or when it has imported a module of that name. KIND
+is `raise`, `kill` (SIGKILL), `crash` (SIGSEGV), `exit` (os._exit), `stop` (SIGSTOP), `hang`, `lock` (hang with Python's
+lock held), or `memory` (out of memory). It fails once, and no more when the run is started again.
 
-DIST_FT_SLOW=MODULE:FUNCTION:SECONDS,... delays each call of these functions; FUNCTION may be CLASS.METHOD.
+DIST_FT_SLOW=MODULE:FUNCTION:SECONDS[:RANK],... delays each call of these functions, on one rank or on all; FUNCTION may
+be CLASS.METHOD.
 """
 
+import ctypes
 import functools
 import importlib.machinery
 import os
@@ -14,27 +17,42 @@ import signal
 import sys
 import time
 
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "crash": signal.SIGSEGV}
 
-def inject(loop):
-    kind, rank, step = os.environ["DIST_FT_FAULT"].split(":")
+
+def fail(kind):
+    mark = pathlib.Path(os.environ["DIST_FT_FAULT_MARK"])
+    if mark.exists():
+        return
+    mark.write_text(f"{os.getpid()} {time.time()}")
+    if kind == "raise":
+        raise ValueError("injected fault")
+    if kind == "memory":
+        raise MemoryError("out of memory: injected")
+    if kind == "hang":
+        time.sleep(3600)
+    if kind == "lock":
+        ctypes.PyDLL(None).sleep(3600)
+    if kind == "exit":
+        os._exit(0)
+    if kind in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[kind])
+
+
+def fail_at_step(loop, kind, rank, step):
     train_step = loop.train_step
 
     def faulty(run, at):
-        if at == int(step) and run.rank == int(rank):
-            pathlib.Path(os.environ["DIST_FT_FAULT_MARK"]).write_text(f"{os.getpid()} {time.time()}")
-            if kind == "raise":
-                raise ValueError("injected fault")
-            if kind == "memory":
-                raise MemoryError("out of memory: injected")
-            if kind == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if kind == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            if kind == "hang":
-                time.sleep(3600)
+        if at == step and run.rank == rank:
+            fail(kind)
         return train_step(run, at)
 
     loop.train_step = faulty
+
+
+def fail_at_import(module, kind, rank):
+    if os.environ.get("RANK") == str(rank):
+        fail(kind)
 
 
 def delay(module, name, seconds):
@@ -59,9 +77,15 @@ def faults():
     """Return what to do with a module once it is imported, by its name."""
     found = {}
     if "DIST_FT_FAULT" in os.environ:
-        found["dist_ft.loop"] = [inject]
+        kind, rank, when = os.environ["DIST_FT_FAULT"].split(":")
+        if when.isdigit():
+            found["dist_ft.loop"] = [functools.partial(fail_at_step, kind=kind, rank=int(rank), step=int(when))]
+        else:
+            found[when] = [functools.partial(fail_at_import, kind=kind, rank=int(rank))]
     for entry in filter(None, os.environ.get("DIST_FT_SLOW", "").split(",")):
-        module, name, seconds = entry.split(":")
+        module, name, seconds, *rank = entry.split(":")
+        if rank and rank != [os.environ.get("RANK")]:
+            continue
         found.setdefault(module, []).append(functools.partial(delay, name=name, seconds=float(seconds)))
     return found
 

@@ -97,6 +97,28 @@ def test_a_save_waits_for_the_one_before_and_uses_its_memory(tmp_path: Path, mon
     assert done == [tmp_path / "step-1", path] and not saver._copies._held
 
 
+def test_the_first_save_uses_the_memory_that_was_reserved(tmp_path: Path) -> None:
+    saver, trained = Saver(tmp_path, asynchronous=True), state()
+    saver.reserve(trained)
+    saver._copies._wait()
+    places = {index: tensor.data_ptr() for index, tensor in saver._copies._held.items()}
+    assert len(places) == len(trained.tensors)
+    trained.tensors["model/a"].add_(1)
+    path = saver.save(trained, progress(1))
+    assert {index: tensor.data_ptr() for index, tensor in saver._copies._held.items()} == places
+    saver.settle()
+    loaded = state()
+    store.load(path, loaded)
+    assert all(torch.equal(loaded.tensors[name], trained.tensors[name]) for name in trained.tensors)
+
+
+def test_nothing_is_reserved_for_saves_that_are_waited_for(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, asynchronous=False)
+    saver.reserve(state())
+    saver.settle()
+    assert not saver._copies._held
+
+
 def test_each_piece_that_is_waited_for_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that takes longer than the watchdog waits is no hang, though all its pieces have the same name."""
     write, ticks = files._HashedFile._write_piece, []

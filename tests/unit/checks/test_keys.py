@@ -107,6 +107,10 @@ UNREAD = {
         ["train.accept_changes=[data]", "train.resume=never"],
         ["train.accept_changes=[data]"],
     ),
+    "train.restarts": (
+        ["train.restarts=3", "launch=slurm", "launch.workers_per_node=1"],
+        ["train.restarts=3"],
+    ),
     "train.neftune_noise_alpha": (
         ["task=seq2seq", "train.neftune_noise_alpha=5"],
         ["train.neftune_noise_alpha=5"],
@@ -115,6 +119,7 @@ UNREAD = {
         ["task=reward", "train.chunked_loss=true"],
         ["train.chunked_loss=true"],
     ),
+    "track.wandb": (["track.to=[tensorboard]", "track.wandb=offline"], ["track.wandb=offline"]),
     "track.project": (["track=off", "track.project=x"], ["track.project=x"]),
     "track.run_name": (["track=off", "track.run_name=x"], ["track.run_name=x"]),
     "track.group": (["track=off", "track.group=x"], ["track.group=x"]),
@@ -137,6 +142,11 @@ def test_a_set_key_that_nothing_reads_is_a_problem(key):
     assert list(problems) == [f"{key} (command line)"]
     assert problems[f"{key} (command line)"].startswith("has no effect: ")
     assert found(*read) == {}
+
+
+def test_restarts_need_a_resume_that_goes_on():
+    problems = found("train.restarts=3", "train.resume=never")
+    assert "only with train.resume=auto" in problems["train.restarts (command line)"]
 
 
 def test_the_table_names_real_keys_and_each_has_a_case():

@@ -96,6 +96,11 @@ def test_what_it_is(method: dict[str, Any], options: dict[str, Any], kind: str) 
     assert kind in make_card(method, **options)
 
 
+def test_it_links_to_the_curves() -> None:
+    assert "Curves: [W&B](https://wandb.example/one)." in make_card({"name": "full"}, url="https://wandb.example/one")
+    assert "W&B" not in make_card({"name": "full"})
+
+
 class Rows(Split):
     def open_samples(self) -> Any:
         return range(1000)

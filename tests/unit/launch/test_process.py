@@ -52,6 +52,10 @@ def test_the_failed_workers_own_code_decides(tmp_path):
     assert run(rendered(FAIL + "; sys.exit(1)", tmp_path), tmp_path) == 3
 
 
+def test_a_worker_that_failed_and_left_with_code_0_has_failed(tmp_path):
+    assert run(rendered(FAIL + "; sys.exit(0)", tmp_path), tmp_path) == 3
+
+
 def test_an_old_failure_is_forgotten(tmp_path, capfd):
     (tmp_path / "failure.json").write_text('{"exit_code": 3}')
     assert run(rendered("raise SystemExit(1)"), tmp_path) == 4

@@ -94,7 +94,7 @@ def test_all_trackers_are_closed_though_one_fails() -> None:
     told: list[str] = []
 
     class Broken(NullTracker):
-        def close(self) -> None:
+        def close(self, error: BaseException | None = None) -> None:
             told.append("broken")
             raise OSError("disk full")
 
@@ -102,7 +102,7 @@ def test_all_trackers_are_closed_though_one_fails() -> None:
         def log(self, metrics: object, *, step: int) -> None:
             told.append(f"log {step}")
 
-        def close(self) -> None:
+        def close(self, error: BaseException | None = None) -> None:
             told.append("sound")
 
     trackers = Trackers([Sound(), Broken()])

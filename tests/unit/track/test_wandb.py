@@ -59,12 +59,16 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_offline_runs_hold_metrics_settings_and_one_id(tmp_path: Path) -> None:
     settings = {"optim": {"learning_rate": 0.5}}
-    first, identity = tracker.open_wandb(OFFLINE, run_dir=tmp_path, run_name="n", settings=settings, run_id=None)
+    first, identity = tracker.open_wandb(
+        OFFLINE, run_dir=tmp_path, run_name="n", settings=settings, run_id=None, warn=print
+    )
     first.log({"eval/loss": 3.0}, step=0)
     first.log({"train/loss": 2.0}, step=1)
     first.log({"eval/loss": 1.5}, step=1)
     first.close()
-    second, again = tracker.open_wandb(OFFLINE, run_dir=tmp_path, run_name="n", settings=settings, run_id=identity)
+    second, again = tracker.open_wandb(
+        OFFLINE, run_dir=tmp_path, run_name="n", settings=settings, run_id=identity, warn=print
+    )
     second.log({"train/loss": 1.0}, step=2)
     second.close()
     assert identity and again == identity
@@ -109,31 +113,9 @@ os._exit(0)  # workers end like this
     assert "planted" not in everything
 
 
-def test_auto_is_online_only_with_a_key(no_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracker.find_mode("auto") == "offline"
-    no_key.write_text("machine other.example login user password p\n")
-    assert tracker.find_mode("auto") == "offline"
-    no_key.write_text("machine api.wandb.ai login user password p\n")
-    assert tracker.find_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080")
-    assert tracker.find_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert tracker.find_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_MODE", "online")
-    assert tracker.find_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert tracker.find_mode("auto") == "off" and tracker.find_mode("offline") == "offline"
-
-
 def test_online_without_a_key_is_refused(no_key: Path, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"track\.wandb=online: no W&B API key"):
         tracker.open_wandb(TrackConfig(wandb="online"), run_dir=tmp_path, run_name="n", settings={}, run_id=None)
-
-
-def test_online_by_the_environment_without_a_key_is_refused(no_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(MachineError, match="no W&B API key"):
-        tracker.find_mode("auto")
 
 
 def test_off_touches_nothing(tmp_path: Path) -> None:
@@ -154,7 +136,7 @@ def test_no_network_goes_on_offline(no_key: Path, tmp_path: Path, monkeypatch: p
     )
     found.log({"train/loss": 4.0}, step=1)
     found.close()
-    assert len(warnings) == 1 and "starting offline" in warnings[0]
+    assert len(warnings) == 2 and "starting offline" in warnings[0] and "wandb sync" in warnings[1]
     (offline,) = tmp_path.glob(f"wandb/offline-run-*/run-{identity}.wandb")
     assert history(offline)[0]["train/loss"] == 4.0
 
@@ -168,7 +150,7 @@ def test_a_failing_run_is_given_up_once() -> None:
             self.calls += 1
             raise RuntimeError("the service is gone\nand more")
 
-        def finish(self) -> None:
+        def finish(self, exit_code: int) -> None:
             self.calls += 1
 
     warnings: list[str] = []
@@ -181,3 +163,31 @@ def test_a_failing_run_is_given_up_once() -> None:
     assert warnings == [
         "W&B failed (the service is gone) and is disabled; upload the data in the/folder with `wandb sync`"
     ]
+
+
+def test_the_page_is_known_online_only() -> None:
+    class Run:
+        url = "https://wandb.example/one"
+
+    assert tracker.WandbTracker(Run(), print).url == "https://wandb.example/one"
+    assert tracker.WandbTracker(Run(), print, Path("offline-run")).url is None
+
+
+@pytest.mark.parametrize(("best", "lower"), [("eval/loss", True), ("eval/perplexity/books", True), ("eval/f1", False)])
+def test_a_run_that_failed_is_told_and_the_best_value_is_defined(tmp_path: Path, best: str, lower: bool) -> None:
+    told: list[str] = []
+    found, _ = tracker.open_wandb(
+        OFFLINE, run_dir=tmp_path, run_name="n", settings={}, run_id=None, best=best, warn=told.append
+    )
+    found.log({"eval/loss": 3.0}, step=1)
+    found.close(RuntimeError("step 2: loss is nan, token=planted-word"))
+    (file,) = run_files(tmp_path)
+    kept = {record.WhichOneof("record_type"): record for record in records(file)}
+    assert kept["exit"].exit.exit_code == 1
+    assert kept["alert"].alert.title == "n failed"
+    assert kept["alert"].alert.level == "ERROR"
+    assert kept["alert"].alert.text == "step 2: loss is nan, token=[hidden]"
+    (metric,) = [r.metric for r in records(file) if r.WhichOneof("record_type") == "metric" and r.metric.name == best]
+    assert (metric.summary.min, metric.summary.max) == (lower, not lower)
+    assert told == [f"W&B was offline; upload the run with `wandb sync {file.parent}`"]
+    assert file.parent.is_dir()

@@ -8,6 +8,7 @@ import pytest
 
 from dist_ft.config.plan import FAILURE_FILE, STOP_FILE
 from dist_ft.errors import MachineError, RequestError
+from dist_ft.launch.show import adapted_lines
 from dist_ft.launch.slurm.launcher import PLACES, SlurmLauncher
 from dist_ft.launch.slurm.script import TEMPLATE, Template
 from tests.unit.launch.plans import SITE, plan_of
@@ -108,8 +109,11 @@ def test_gpus_are_requested_where_there_are_some(
         (tmp_path / "sinfo").write_text(f'#!/bin/sh\n[ "$3" = --partition=p ] && cat {tmp_path}/kinds\n')
         (tmp_path / "sinfo").chmod(0o755)
     launcher, plan = launch("launch.partition=p", *words)
+    (tmp_path / "sinfo").unlink(missing_ok=True)
     rendered = launcher.render(plan)
     found = [line for line in rendered.files["job.sbatch"].splitlines() if "gpus-per-node" in line]
     assert found == ([f"#SBATCH --gpus-per-node={gpus}"] if gpus else [])
-    told = [note for note in rendered.notes if "gpus" in note]
-    assert told == ([] if words else [f"launch.gpus_per_node → {gpus or '0, no node has GPUs'}"])
+    told = [line for line in adapted_lines(plan) if "gpus" in line]
+    reason = f"{gpus} (one per worker)" if gpus else "0 (no node has GPUs)"
+    assert told == ([] if words else [f"launch.gpus_per_node → {reason}"])
+    assert SlurmLauncher(SITE).render(plan) == rendered  # the plan holds all that is rendered
