@@ -123,13 +123,14 @@ def method_of(choice: MethodConfig, run_dir: Path | None = None) -> Method:
 
 
 def choose_attention(
-    config: RunConfig, folder: str, device: torch.device, architecture: Architecture
+    config: RunConfig, folder: str, device: torch.device, architecture: Architecture, requested: str | None = None
 ) -> AttentionChoice:
     """Choose the attention implementation, and whether micro-batches are free of padding.
 
-    Rows are padded with virtual tokens, and in private runs, which need a separate gradient for each row.
+    Rows are padded with virtual tokens, and in private runs, which need a separate gradient for each row. `requested`
+    replaces `model.attn_implementation` where the run does not compute.
     """
-    attention = attention_of(config.model, folder, device, architecture)
+    attention = attention_of(config.model, folder, device, architecture, requested)
     if config.method.virtual_tokens:
         return attention.padded(f"method={config.method.name} puts virtual tokens before each row")
     if config.privacy.is_on:

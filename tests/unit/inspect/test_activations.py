@@ -15,7 +15,8 @@ from torch import nn
 from dist_ft.config.run import RunConfig
 from dist_ft.inspect.activations import Living, estimate_activations, measure_peak
 from dist_ft.model.anatomy import find_anatomy
-from dist_ft.model.attention import DOCUMENTS
+from dist_ft.model.attention.documents import DOCUMENTS
+from dist_ft.model.head import attach_head
 from dist_ft.prepare import prepare
 from dist_ft.task.batches.tokens import collate_documents, sum_losses
 from dist_ft.testing.tiny import build, save
@@ -29,8 +30,10 @@ LENGTHS = (300, 40, 172)
 class Documents:
     """The loss of a causal language model."""
 
+    head: Any = None
+
     def loss(self, model: nn.Module, batch: Any) -> Any:
-        return sum_losses(model, batch)
+        return sum_losses(model, batch, self.head)
 
 
 def batch_of() -> Any:
@@ -101,6 +104,32 @@ def test_the_largest_micro_batch_is_the_longest_rows(tiny_llama: Path, tmp_path:
     part = estimate_activations(config, prepare(config))
     assert part.why == "2 longest samples, 90 tokens; kept for the backward"
     assert part.device > 90 * 512 * 4  # the logits alone
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_losses_in_chunks_hold_the_logits_of_a_chunk(adapted: bool) -> None:
+    peaks = []
+    for chunked in (False, True):
+        model: Any = build("llama", **SIZES, vocab_size=4099)
+        model.set_attn_implementation(DOCUMENTS["sdpa"])
+        inner, task = model, Documents()
+        if adapted:
+            model = lora(r=4, target_modules=["q_proj", "lm_head"]).apply(find_anatomy(model))
+        if chunked:
+            task.head, reason = attach_head(inner)
+            assert task.head is not None, reason
+            task.head.rows = 64
+        peaks.append(measure_peak(model.to("meta").train(), task, batch_of()))  # type: ignore[arg-type]
+    assert peaks[0] - peaks[1] > 2 * sum(LENGTHS) * 4099 * 4, "neither all logits nor their gradients exist"
+
+
+def test_a_kernel_for_gpus_is_estimated_without_one(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": [7] * 9, "labels": [7] * 9}) + "\n")
+    given = token_run(tmp_path / "run", str(tiny_llama), str(rows), "ddp", 1, 1, False, {"name": "full"})
+    given["model"]["attn_implementation"] = "varlen"
+    config = RunConfig.model_validate(given)
+    assert estimate_activations(config, prepare(config)).device > 0
 
 
 def test_what_cannot_be_estimated_says_why(tmp_path: Path) -> None:
