@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config.run import RunConfig
 from ..data.order.loader import split_batches
-from ..families import ModelRecipe, architecture_of, build_method, build_task, choose_attention
+from ..families import ModelRecipe, architecture_of, build_method, build_task, choose_attention, settle_head
 from ..prepare import Prepared
 from ..protocols import Task
 from ..state import Batch
@@ -48,11 +48,12 @@ def estimate_activations(config: RunConfig, prepared: Prepared) -> Part:
     recipe = ModelRecipe(config, prepared.model_dir, attention, architecture, build_method(config))
     rows = config.train.per_device_train_batch_size
     batch = next(split_batches(prepared.train, task.collate, rank=0, world=1, per_device=rows))
+    built = recipe.build_meta(getattr(torch, config.model.dtype))
+    settle_head(config, task, built.anatomy.model)
     try:
         with warnings.catch_warnings(), _quiet(logging.getLogger("torch._subclasses.fake_tensor")):
             warnings.simplefilter("ignore")
-            model = recipe.build_meta(getattr(torch, config.model.dtype)).model
-            count = measure_peak(model.train(), task, batch)
+            count = measure_peak(built.model.train(), task, batch)
     except Exception as error:  # a class may fail in any way on fake tensors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Part(NAME, 0, why=f"not estimated: {reason[:80]}")
