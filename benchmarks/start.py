@@ -4,7 +4,8 @@
 
 A start is `dist-ft train` with one worker and prepared data, as it is typed: the command, its worker, and all that
 they import. It is observed from outside: it ends when metrics.jsonl has a step. The other side loads the same model,
-takes one step on a batch of the same size, and prints. Both alternate, and the model is so small that computing does not count.
+takes one step on a batch of the same size, and prints. Both alternate, and the model is so small that computing does
+not count.
 Reported are the least processor seconds (of all processes of a start) and the least seconds, and their ratios: on a
 shared machine, only the former can be compared.
 """
