@@ -84,7 +84,7 @@ def auto_lines(plan: Plan) -> Iterator[str]:
     if config.track.uses_wandb:
         yield f"track.wandb → {describe_mode(config.track.wandb, variable)}"
     for problem in filter(None, map(missing_package, config.track.others)):
-        yield f"track.to → {problem}"
+        yield f"track.to → {problem.rule}; {problem.way_out}"
 
 
 def adapted_lines(plan: Plan) -> Iterator[str]:

@@ -3,7 +3,8 @@
 Predictions of tasks that do not generate free text (labels, tags, spans) are implemented in predict.py.
 
 `python -m dist_ft.assess.generate RUN_YAML [prompt="…"] [prompts=FILE|validation:3] [model=export|base|both]
-[max_new_tokens=128] [temperature=0] [chat=true]`. Without a prompt, prompts are read from standard input as a chat.
+[max_new_tokens=128] [temperature=0] [top_p=0.9] [system="…"] [chat=true]`. Without a prompt, prompts are read from
+standard input as a chat.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from __future__ import annotations
 import functools
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoTokenizer
@@ -32,72 +32,14 @@ from ..prepare import Prepared, prepare
 from ..process.command import run_command, split_run
 from ..process.options import GenerateOptions, read_words
 from ..process.place import Place, find_device
+from .chat import chat_loop, read_lines
 from .predict import PREDICTORS, open_predictors
 from .predictor import Asked, Predictor
 from .scoring import open_model
+from .speaker import STYLES, Speaker
 from .turns import Question, read_questions, speaks_chat
 
 Kind = TypeVar("Kind", Question, Asked)
-
-
-class Speaker:
-    """Model that generates answers.
-
-    Args:
-        name: name shown with the answers.
-        model: transformers or PEFT model.
-        tokenizer: tokenizer of the run.
-        end_token_id: id of the token that ends an answer in training, or None.
-        options: generation options.
-        special_text: encoder of the prompts that write out special tokens, see data/render/special_text.py.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: Any,
-        tokenizer: Any,
-        end_token_id: int | None,
-        options: GenerateOptions,
-        special_text: SpecialText | None = None,
-    ) -> None:
-        self.name = name
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.ends = sorted({token for token in (end_token_id, tokenizer.eos_token_id) if token is not None})
-        pads = (tokenizer.pad_token_id, *self.ends, 0)  # a single prompt is never padded
-        self.pad_id = next(token for token in pads if token is not None)
-        self.options = options
-        self.special_text = special_text
-
-    @torch.no_grad()
-    def answer(self, question: Question) -> str:
-        """Generate the answer to a question.
-
-        Raises:
-            RequestError: If prompt and answer together exceed the model's maximum length.
-        """
-        ids = question.encode(self.tokenizer, self.special_text)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and len(ids) + self.options.max_new_tokens > limit:
-            rule = f"{len(ids)} tokens plus {self.options.max_new_tokens} new ones exceed the model's limit of {limit}"
-            raise RequestError.of("prompt", rule, "shorten the prompt or set a lower max_new_tokens")
-        device = next(self.model.parameters()).device
-        given = torch.tensor([ids], device=device)
-        heat = self.options.temperature
-        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        torch.manual_seed(self.options.seed)
-        output = self.model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=self.options.max_new_tokens,
-            eos_token_id=self.ends or None,
-            pad_token_id=self.pad_id,
-            use_cache=True,
-            **({"do_sample": True, "temperature": heat} if heat else greedy),
-        )
-        text: str = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        return text.strip()
 
 
 def show_answers(question: Question | Asked, answers: Sequence[tuple[str, str]], console: Console) -> None:
@@ -117,34 +59,6 @@ def show_answers(question: Question | Asked, answers: Sequence[tuple[str, str]],
                 Text(f"{name if i == 0 else '':<{width}}", style="bold") + Text(line, style=STYLES.get(name, ""))
             )
     console.print()
-
-
-STYLES = {"prompt": "", "base": "dim", "export": "green", "tuned": "green", "data": "italic"}
-
-
-def chat_loop(speakers: Sequence[Speaker], *, chat: bool, console: Console) -> None:
-    """Answer lines of standard input until `exit` or end of file; each model keeps its own conversation history."""
-    histories: dict[str, list[dict[str, Any]]] = {speaker.name: [] for speaker in speakers}
-    if sys.stdin.isatty():
-        console.print("type `exit` to quit, `clear` to reset the conversation", style="dim")
-    for line in read_lines():
-        if line == "clear":
-            histories = {name: [] for name in histories}
-            continue
-        for speaker in speakers:
-            history = histories[speaker.name]
-            said = [*history, {"role": "user", "content": line}]
-            text = speaker.answer(Question(said, line) if chat else Question(None, line))
-            if chat:
-                histories[speaker.name] = [*said, {"role": "assistant", "content": text}]
-            console.print(Text(f"{speaker.name}: ", style="bold") + Text(text, style=STYLES.get(speaker.name, "")))
-
-
-def read_lines() -> Iterator[str]:
-    """Yield the non-blank lines of standard input until `exit`, `quit` or end of file."""
-    while (line := _read_line()) not in (None, "exit", "quit"):
-        if line:
-            yield line
 
 
 def find_questions(
@@ -205,9 +119,10 @@ def main(arguments: list[str]) -> None:
         for row in asked or map(first.ask, read_lines()):
             show_one(row, predictors, console, alone=options.prompts is None)
         return
+    check_sampling(options, chat=chat)
     device, end = find_device(Place()), find_end_token(tokenizer, config.task)
     plain = SpecialText.of(config, tokenizer)
-    of_text = functools.partial(Question.of_text, chat=chat)
+    of_text = functools.partial(Question.of_text, chat=chat, system=options.system)
     questions = find_questions(options, of_text, functools.partial(read_questions, config))
     models = [open_model(which, config, prepared, run_dir, device, padded=True)[0] for which in wanted]
     speakers = [
@@ -215,7 +130,7 @@ def main(arguments: list[str]) -> None:
         for which, model in zip(wanted, models, strict=True)
     ]
     if not questions:
-        chat_loop(speakers, chat=chat, console=console)
+        chat_loop(speakers, chat=chat, system=options.system, console=console)
     for question in questions:
         show_one(question, speakers, console, alone=options.prompts is None)
 
@@ -229,13 +144,30 @@ def show_one(question: Any, speakers: Sequence[Speaker | Predictor], console: Co
         show_answers(question, answers, console)
 
 
+def check_sampling(options: GenerateOptions, *, chat: bool) -> None:
+    """Check that `top_p` and `system` have an effect.
+
+    Raises:
+        RequestError: If greedy decoding, plain text prompts or rows of the data make them meaningless.
+    """
+    problems = []
+    if options.top_p is not None and not options.temperature:
+        problems.append(Problem("top_p", "has no effect with temperature=0", "set temperature=1, or remove it"))
+    if options.system is not None and not chat:
+        problems.append(Problem("system", "needs the chat template, which is not used", "set chat=true, or remove it"))
+    if options.system is not None and (options.prompts or "").partition(":")[0] in SPLITS:
+        problems.append(Problem("system", "rows of the data have their own", "remove it, or set prompts=FILE"))
+    if problems:
+        raise RequestError(*problems)
+
+
 def check_options(options: GenerateOptions, task: str) -> None:
     """Check that the options are supported by a task that does not generate free text.
 
     Raises:
         RequestError: If an option has no effect on the task.
     """
-    meaningless = {"temperature", "seed", "max_new_tokens", "chat"} - MEANINGFUL.get(task, set())
+    meaningless = {"temperature", "top_p", "system", "seed", "max_new_tokens", "chat"} - MEANINGFUL.get(task, set())
     rule, way_out = f"is not supported with task={task}, which predicts as in an evaluation", "remove it"
     if problems := [Problem(key, rule, way_out) for key in sorted(meaningless & options.model_fields_set)]:
         raise RequestError(*problems)
@@ -257,13 +189,6 @@ def open_tokenizer_of(folder: Path | None, config: RunConfig, prepared: Prepared
     if tokenizer is None:
         raise RequestError.of("model.tokenizer", "the run has no tokenizer", "set model.tokenizer")
     return tokenizer
-
-
-def _read_line() -> str | None:
-    try:
-        return input("you: " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
 
 
 if __name__ == "__main__":

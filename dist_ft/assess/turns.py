@@ -34,9 +34,16 @@ class Question:
     reply: Message | None = None  # the message of the data that answers; the prompt is the one that training renders
 
     @classmethod
-    def of_text(cls, text: str, *, chat: bool) -> Question:
-        """Build a question from text: a user message with `chat`, otherwise a plain text prompt to complete."""
-        return cls([{"role": "user", "content": text}] if chat else None, text)
+    def of_text(cls, text: str, *, chat: bool, system: str | None = None) -> Question:
+        """Build a question from text: a user message with `chat`, otherwise a plain text prompt to complete.
+
+        Args:
+            text: the prompt.
+            chat: whether it is a message for the chat template.
+            system: system message before it.
+        """
+        begin = [] if system is None else [{"role": "system", "content": system}]
+        return cls([*begin, {"role": "user", "content": text}] if chat else None, text)
 
     def encode(self, tokenizer: Any, special_text: SpecialText | None = None) -> list[int]:
         """Return the token ids of the prompt, up to the start of the answer.

@@ -41,7 +41,9 @@ class SlurmConfig(Strict):
     )
     cpus_per_task: Count | None = None
     mem: str | None = Field(None, description="Memory per node, in SLURM's format (`64G`).")
-    time: str | None = Field(None, description="Time limit, in SLURM's format (`2-00:00:00`).")
+    time: str | Count | None = Field(
+        None, description="Time limit, in SLURM's format (`2-00:00:00`); a number is one of minutes."
+    )
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

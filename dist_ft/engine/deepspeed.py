@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Its autotuner, which no run uses, imports MLflow where it is installed: a second of processor time on each rank.
+if hides_mlflow := "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # "not found", see the import system
 import deepspeed  # noqa: E402  # logs while it is imported
+
+if hides_mlflow:
+    del sys.modules["mlflow"]
 from deepspeed.accelerator import cuda_accelerator  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_module  # noqa: E402
 

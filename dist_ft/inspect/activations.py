@@ -48,11 +48,11 @@ def estimate_activations(config: RunConfig, prepared: Prepared) -> Part:
     recipe = ModelRecipe(config, prepared.model_dir, attention, architecture, build_method(config))
     rows = config.train.per_device_train_batch_size
     batch = next(split_batches(prepared.train, task.collate, rank=0, world=1, per_device=rows))
+    built = recipe.build_meta(getattr(torch, config.model.dtype))
+    settle_head(config, task, built.anatomy.model)
     try:
         with warnings.catch_warnings(), _quiet(logging.getLogger("torch._subclasses.fake_tensor")):
             warnings.simplefilter("ignore")
-            built = recipe.build_meta(getattr(torch, config.model.dtype))
-            settle_head(config, task, built.anatomy.model)
             count = measure_peak(built.model.train(), task, batch)
     except Exception as error:  # a class may fail in any way on fake tensors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -81,6 +81,10 @@ class GenerateOptions(Strict):
     model: Literal["export", "base", "both"] = Field("export", description="models that answer")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="maximum number of tokens of an answer")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="sampling temperature; 0 decodes greedily")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="sample from the most likely tokens of this probability only; needs a temperature"
+    )
+    system: str | None = Field(None, min_length=1, description="system message that begins the conversation")
     chat: bool | None = Field(None, description="use the chat template; defaults to whether the run used it")
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="seed of sampling")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
@@ -39,6 +39,13 @@ class Place:
         return f"rank {self.rank} of {self.world_size} on {self.host}"
 
 
+@dataclass
+class Above:
+    """Where lines are shown while a progress bar is on the terminal: above it. None without a bar."""
+
+    show: Callable[[str], object] | None = None
+
+
 @dataclass(frozen=True)
 class Worker:
     """This process as one worker of a run, with its place, device, terminal and watchdog."""
@@ -49,10 +56,15 @@ class Worker:
     beat: Beat  # a phase, step or micro-batch that every rank reaches
     tick: Beat = unwatched  # progress inside a phase, such as a tensor written, which other ranks may not make
     stop: Stop = field(default_factory=Stop)
+    above: Above = field(default_factory=Above)
 
     def say(self, line: str) -> None:
         """Print a line for the user, only on rank 0."""
-        if self.place.is_main:
+        if not self.place.is_main:
+            return
+        if self.above.show is not None:
+            self.above.show(f"dist-ft: {line}")
+        else:
             print(f"dist-ft: {line}", file=self.terminal, flush=True)
 
 

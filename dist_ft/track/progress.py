@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ..process.place import Above
 from ..protocols import Tracker
 from ..state import Metrics
 
@@ -20,16 +21,17 @@ ETA_WIDTH = 9  # 123:45:06
 LEAST_BAR = 8  # characters
 
 
-def open_progress(total_steps: int, *, after_step: int, file: TextIO) -> Tracker:
+def open_progress(total_steps: int, *, after_step: int, file: TextIO, above: Above | None = None) -> Tracker:
     """Build a progress bar if `file` is a terminal, and a tracker that prints plain lines otherwise.
 
     Args:
         total_steps: Total number of steps of the run.
         after_step: Step that the run resumes from; 0 for a new run.
         file: Text stream to write to.
+        above: Told to show lines above the bar while there is one.
     """
     if file.isatty():
-        return Bar(total_steps, after_step=after_step, console=Console(file=file))
+        return Bar(total_steps, after_step=after_step, console=Console(file=file), above=above)
     return Lines(total_steps, file=file)
 
 
@@ -46,8 +48,9 @@ class Bar:
     bar ends with the last step, so that what is printed afterwards stands below it.
     """
 
-    def __init__(self, total_steps: int, *, after_step: int, console: Console) -> None:
+    def __init__(self, total_steps: int, *, after_step: int, console: Console, above: Above | None = None) -> None:
         self._total_steps = total_steps
+        self._above = above or Above()
         whole = Column(no_wrap=True)
         self._progress = Progress(
             TextColumn("train", table_column=whole),
@@ -64,15 +67,19 @@ class Bar:
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=after_step, numbers="")
         self._progress.start()
+        self._above.show = self._show
 
     def log(self, metrics: Metrics, *, step: int) -> None:
         """Advance the bar, or print an evaluation above it."""
         if evaluation := format_evaluation(metrics):
-            self._progress.console.print(f"step {step}  {evaluation}", markup=False, highlight=False)
+            self._show(f"step {step}  {evaluation}")
         if numbers := list(format_training(metrics)):
             self._progress.update(self._task, completed=step, numbers=self._fitting(numbers))
         if step == self._total_steps and numbers:
-            self._progress.stop()
+            self.close()
+
+    def _show(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
 
     def _fitting(self, numbers: list[str]) -> str:
         """Return as many of the numbers, in their order, as fit beside the bar."""
@@ -84,6 +91,7 @@ class Bar:
 
     def close(self, error: BaseException | None = None) -> None:
         """Stop updating the bar and leave it on the screen."""
+        self._above.show = None
         self._progress.stop()
 
 

@@ -62,7 +62,7 @@ def build_tracker(plan: Plan, progress: Progress, steps: int, worker: Worker) ->
     if known:
         (plan.run_dir / TRACKING_FILE).write_text(json.dumps(known, indent=1), encoding="utf-8")
     lines = JsonLines(plan.run_dir / METRICS_FILE, after_step=progress.step)
-    shown = open_progress(steps, after_step=progress.step, file=worker.terminal)
+    shown = open_progress(steps, after_step=progress.step, file=worker.terminal, above=worker.above)
     logged = open_log_of_progress(steps, plan.run_dir / LOG_DIR)
     return Trackers([lines, shown, logged, wandb, *others, open_report(config.track, plan.run_dir)]), identity
 

@@ -183,19 +183,22 @@ def _form(section: str, groups: Mapping[str, Sequence[str]]) -> str:
     return f"known: {', '.join(groups[section])}{more.get(section, '')}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that reads `1e-3` as a number, and `on` and `off` as texts, as YAML 1.2 does."""
+class YamlLoader(yaml.SafeLoader):
+    """YAML loader that reads `1e-3` as a number, and `on`, `off` and `4:00:00` as texts, as YAML 1.2 does."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+_REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float")]
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in _REPLACED]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for tag, pattern, first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("float", r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+", "-+0123456789"),
+    ("int", r"[-+]?(0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)", "-+0123456789"),
+    ("float", r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
 
 
 def _load(text: str, path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -209,7 +212,7 @@ def _load(text: str, path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """
     # "./" keeps an own folder conf/ apart from the files of this package, whose origins begin with conf/.
     shown = f"./{path}" if path.startswith("conf/") else path
-    loader = _Loader(text)
+    loader = YamlLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:

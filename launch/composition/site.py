@@ -14,6 +14,7 @@ import yaml
 
 from ...errors import Problem
 from . import keys
+from .file import YamlLoader
 
 KEY = "launch.site"
 
@@ -33,7 +34,7 @@ def apply_site(tree: keys.Tree, origins: dict[str, str]) -> list[Problem]:
         return []
     path = Path(str(name)).expanduser().absolute()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)  # noqa: S506 – a safe loader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         return [Problem(KEY, f"{path} cannot be read: {error}", "name a YAML file with keys of launch")]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -270,8 +270,8 @@ def _find_optuna() -> type[Study]:
     try:
         from .study import Study
     except ImportError as error:
-        rule = f"version 4 or later is not installed ({error})"
-        raise MachineError.of("optuna", rule, "run `pip install 'dist-ft[sweep]'`") from error
+        way_out = "run `pip install 'dist-ft[sweep]'`"
+        raise MachineError.of("optuna", "version 4 or later is not installed", way_out) from error
     return Study
 
 

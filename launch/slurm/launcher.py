@@ -138,7 +138,7 @@ def option_problems(launch: SlurmConfig) -> Iterator[Problem]:
         elif not value.isprintable():
             yield Problem(where, "contains line breaks or control characters", "write it on one line")
     for key in LINES:
-        if not (getattr(launch, key) or "").isprintable():
+        if not str(getattr(launch, key) or "").isprintable():
             yield Problem(f"launch.{key}", "contains line breaks or control characters", "write it on one line")
 
 

@@ -84,7 +84,7 @@ def directives(plan: Plan) -> list[str]:
         "gpus-per-node": launch.gpus_per_node or None,
         "cpus-per-task": launch.cpus_per_task,
         "mem": launch.mem,
-        "time": launch.time,
+        "time": None if launch.time is None else str(launch.time),
         "partition": launch.partition,
         "account": launch.account,
         "qos": launch.qos,
@@ -153,9 +153,9 @@ def early_signal(config: RunConfig) -> str | None:
     return f"USR1@{before_s:.0f}" if requeues(config) and before_s >= SIGNAL_FROM_S else None
 
 
-def time_limit_s(text: str | None) -> float | None:
+def time_limit_s(limit: str | int | None) -> float | None:
     """Return the seconds of a time limit in SLURM's format; None for no limit, or a format that is left to SLURM."""
-    match = TIME_LIMIT.match(text or "")
+    match = TIME_LIMIT.match(str(limit or ""))
     if match is None:
         return None
     parts = [int(part) for part in match["parts"].split(":")]

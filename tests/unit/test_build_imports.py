@@ -42,3 +42,9 @@ def test_peft_does_not_import_the_compiler_for_a_model_that_is_not_quantized(tmp
         [sys.executable, "-c", PEFT, quantization, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert run.stdout.split()[-1] == str(imports)
+
+
+def test_deepspeed_does_not_import_mlflow_and_a_tracker_still_can():
+    code = "import sys, dist_ft.engine.deepspeed; print('mlflow' in sys.modules); import mlflow"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == "False"

@@ -2,10 +2,10 @@
 
 tokenizers takes some 150 bytes per character of the text that it encodes. A long text is therefore encoded in windows
 that overlap, and joined in the middle of each overlap, where both windows have to have the same tokens for a stretch
-that is far from their edges. Then the result is that of the whole text: a token sequence of byte pair encoding is the
-encoding of its text if each two neighbors are the encoding of theirs, as all of them are here, and the other models
-encode each word on its own. A text whose windows differ, such as one with a word longer than an overlap, is encoded at
-once.
+that is far from their edges. For byte pair encoding, the result is that of the whole text: a token sequence is the
+encoding of its text if each two neighbors are the encoding of theirs, as all of them are here. So it is for models that
+encode each word on its own. For a Unigram model without word boundaries, the long agreement is a check and no proof. A
+text whose windows differ, such as one with a word longer than an overlap, is encoded at once.
 """
 
 from __future__ import annotations

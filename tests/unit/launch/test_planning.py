@@ -115,3 +115,14 @@ def test_data_is_shown_whatever_the_batch(folder: Path) -> None:
     plan = plan_data(["data=rows.jsonl", f"{SIZE}=31", f"{MICRO}=7", "launch=slurm", "launch.workers_per_node=8"], None)
     assert plan.world_size == 1
     assert plan.config.data.train == str(folder / "rows.jsonl")
+
+
+def test_a_plan_says_where_metrics_will_go_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_ft.track.needs.find_spec", lambda name: None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    lines = list(auto_lines(plan_run(["track.to=[wandb,trackio]"], None, SITE)[0]))
+    assert "track.wandb → offline (WANDB_MODE=offline)" in lines
+    (told,) = [line for line in lines if line.startswith("track.to")]
+    assert "trackio requires the package trackio" in told
+    assert "pip install 'dist-ft[trackio]'" in told
+    assert not [line for line in auto_lines(plan_run(["track=off"], None, SITE)[0]) if line.startswith("track")]

@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from dist_ft.process.place import Place, Worker
 from dist_ft.track.compose import NullTracker, Trackers
 from dist_ft.track.progress import Bar, Lines, open_log_of_progress, open_progress
 
@@ -79,6 +81,29 @@ def test_the_bar_ends_with_the_last_step_and_is_not_drawn_again() -> None:
     tracker.close()
     after = file.getvalue()[length:]
     assert after.strip() == "step 10  eval/loss 1.0000", "nothing but the evaluation follows"
+
+
+def test_lines_of_a_worker_stand_above_the_bar() -> None:
+    """What a terminal shows in the end: no line has both the words and a part of the bar."""
+    file = io.StringIO()
+    worker = Worker(Place(), torch.device("cpu"), file, lambda phase: None)
+    worker.say("before")
+    tracker = Bar(10, after_step=0, console=Console(file=file, force_terminal=True, width=80), above=worker.above)
+    tracker.log(TRAINING, step=1)
+    worker.say("a checkpoint [saved]")
+    tracker.log(TRAINING, step=2)
+    tracker.log(TRAINING, step=10)
+    worker.say("after")
+    tracker.close()
+    shown: list[str] = []
+    for line in file.getvalue().split("\n"):
+        whole = line.split("\r")[-1].split("\x1b[2K")[-1]  # what was erased is not there
+        shown.append(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", whole))
+    assert [line.rstrip() for line in shown if "dist-ft" in line] == [
+        "dist-ft: before",
+        "dist-ft: a checkpoint [saved]",
+        "dist-ft: after",
+    ]
 
 
 def test_progress_stands_in_a_file_of_its_own(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from types import SimpleNamespace as Some
 from dist_ft.config.track import TrackConfig
 from dist_ft.track.trackers import build_tracker
 
-worker = Some(place=Some(is_main=True), terminal=sys.stderr, say=print)
+worker = Some(place=Some(is_main=True), terminal=sys.stderr, say=print, above=None)
 plan = Some(config=Some(track=TrackConfig(wandb="off", report=False)), run_dir=Path(sys.argv[1]))
 (plan.run_dir / "logs").mkdir()
 tracker, identity = build_tracker(plan, Some(step=0, tracker_id="kept"), 3, worker)
@@ -50,7 +50,7 @@ def test_a_run_is_tracked_by_all_that_it_names(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "run/record.json").write_text(json.dumps({"versions": {"torch": "9.9"}}))
     plan = make_plan(config, nodes=1, workers_per_node=1, origins={})
     told: list[str] = []
-    worker = SimpleNamespace(place=SimpleNamespace(is_main=True), terminal=sys.stderr, say=told.append)
+    worker = SimpleNamespace(place=SimpleNamespace(is_main=True), terminal=sys.stderr, say=told.append, above=None)
     tracker, _ = build_tracker(plan, at_step(0), 3, worker)
     tracker.log({"train/loss": 1.0}, step=1)
     tracker.close()
@@ -72,6 +72,6 @@ def test_a_package_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(needs, "find_spec", lambda name: None)
     config = compose(["track.to=[trackio]", f"output_dir={tmp_path}"]).config
     plan = make_plan(config, nodes=1, workers_per_node=1, origins={})
-    worker = SimpleNamespace(place=SimpleNamespace(is_main=True), terminal=sys.stderr, say=print)
+    worker = SimpleNamespace(place=SimpleNamespace(is_main=True), terminal=sys.stderr, say=print, above=None)
     with pytest.raises(MachineError, match=r"pip install 'dist-ft\[trackio\]'"):
         build_tracker(plan, at_step(0), 3, worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dist_ft.config.plan import write_plan
 from dist_ft.config.run import settings_of
 from dist_ft.errors import RequestError
 from dist_ft.launch.composition.compose import Composed, compose
+from dist_ft.launch.composition.file import YamlLoader
 from dist_ft.launch.planning import plan_run
 from tests.unit.launch.plans import ROWS, SITE
 
@@ -191,3 +193,32 @@ def test_the_quantization_of_a_repeated_run_follows_its_method() -> None:
     Path(file).write_text(yaml.safe_dump({**content, "config": None}))
     with pytest.raises(RequestError, match="is not the run"):
         compose([file])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("4:00:00", "4:00:00"), ("1:30", "1:30"), ("2-00:00:00", "2-00:00:00"), ("20", 20), ("-3", -3), ("0", 0)),
+        *(("1_000", 1000), ("0x10", 16), ("010", 8), ("1.5", 1.5), ("1e-3", 1e-3), ("1.5e+3", 1500.0), (".5", 0.5)),
+        *(
+            ("1.", 1.0),
+            ("-.inf", -math.inf),
+            ("on", "on"),
+            ("true", True),
+            ("1.2.3", "1.2.3"),
+            ("2026-11-30x", "2026-11-30x"),
+        ),
+    ],
+)
+def test_plain_values(text: str, value: object) -> None:
+    """Times are texts: YAML 1.1 reads 4:00:00 as the number 14400."""
+    found = yaml.load(f"key: {text}", YamlLoader)["key"]
+    assert (type(found), found) == (type(value), value)
+
+
+def test_a_time_limit_is_a_text_or_minutes(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    for text, value in (("4:00:00", "4:00:00"), ("20", 20)):
+        file.write_text(f"launch: {{name: slurm, workers_per_node: 1, time: {text}}}\n")
+        assert compose([str(file)]).config.launch.time == value
+    assert compose(["launch=slurm", "launch.workers_per_node=1", "launch.time=20"]).config.launch.time == 20

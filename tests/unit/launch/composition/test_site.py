@@ -41,7 +41,7 @@ def test_the_users_keys_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("gpu", "does not contain keys with values"),
         ("partitions: gpu", "did you mean launch.partition?"),
         ("name: local", "cannot be a default of a site"),
-        ("time: 4:00:00", "launch.time (SITE): 14400 is invalid"),
+        ("time: 0", "launch.time (SITE): 0 is invalid"),
     ],
 )
 def test_files_that_are_refused(text: str | None, told: str, tmp_path: Path) -> None:

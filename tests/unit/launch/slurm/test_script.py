@@ -200,6 +200,8 @@ def test_the_port_is_that_of_the_job_or_the_next_free_one(tmp_path):
 )
 def test_time_limits_of_slurm(text, seconds):
     assert time_limit_s(text) == seconds
+    if text is not None and text.isdigit():
+        assert time_limit_s(int(text)) == seconds
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,7 @@ def test_time_limits_of_slurm(text, seconds):
         ([], "USR1@120"),
         (["launch.time='4:00:00'"], "USR1@120"),
         (["launch.time='15'"], "USR1@90"),
+        (["launch.time=15"], "USR1@90"),
         (["launch.time='5'"], None),
         (["train.stop_before_s=600"], "USR1@600"),
         (["train.stop_before_s=0"], None),
