@@ -114,7 +114,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     from .process import lifeline
 
     begun = time.monotonic()
-    lifeline.hold()
+    lifeline.hold(PULSE.leave)
     PULSE.beat("the import of libraries")
     from .prepare import prepare_plan
 

@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,8 +61,11 @@ class Pulse:
 
     def stack(self) -> list[str]:
         """Return the innermost frames of the main thread."""
-        frame = sys._current_frames().get(self._main or 0)
-        return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)[-FRAMES:]]
+        frame, frames = sys._current_frames().get(self._main or 0), []
+        while frame is not None and len(frames) < FRAMES:  # traceback would read the files, which may be what hangs
+            frames.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}")
+            frame = frame.f_back
+        return frames[::-1]
 
     def fork_monitor(self) -> None:
         """Start the monitor. It is forked, which takes no time, and therefore before this process has other threads."""
@@ -91,7 +93,7 @@ class Pulse:
         moves = 0
         while True:
             stack = self.stack()
-            moves += self._has_moved(interval_s) or is_waiting(stack)
+            moves += not self.shared and (self._has_moved(interval_s) or is_waiting(stack))
             progress = self.progress + moves
             self._tell({"progress": progress, "stack": stack, "shared": self.shared})
             time.sleep(interval_s)

@@ -151,6 +151,8 @@ def test_kill_9_of_the_command_leaves_nothing(start, engine: str) -> None:
     assert len(job.members()) >= 4
     job.process.kill()
     job.assert_gone(max(since, time.time()))
+    record = job.run_dir / "failure.json"
+    assert not record.exists() or json.loads(record.read_text())["exit_code"] == 75, "no rank has failed"
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1"])
