@@ -61,7 +61,8 @@ class Pulse:
 
     def stack(self) -> list[str]:
         """Return the innermost frames of the main thread."""
-        frame, frames = sys._current_frames().get(self._main or 0), []
+        frame = sys._current_frames().get(self._main or 0)
+        frames: list[str] = []
         while frame is not None and len(frames) < FRAMES:  # traceback would read the files, which may be what hangs
             frames.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}")
             frame = frame.f_back
