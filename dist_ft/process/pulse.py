@@ -68,6 +68,13 @@ class Pulse:
             frame = frame.f_back
         return frames[::-1]
 
+    def _imports(self) -> bool:
+        """Return whether the main thread imports a module."""
+        frame = sys._current_frames().get(self._main or 0)
+        while frame is not None and not frame.f_code.co_filename.startswith(IMPORTS):
+            frame = frame.f_back
+        return frame is not None
+
     def fork_monitor(self) -> None:
         """Start the monitor. It is forked, which takes no time, and therefore before this process has other threads."""
         heard, self._pipe = os.pipe()
@@ -94,7 +101,11 @@ class Pulse:
         moves = 0
         while True:
             stack = self.stack()
-            moves += not self.shared and (self._has_moved(interval_s) or is_waiting(stack))
+            moved = self._has_moved(interval_s)
+            if not self.shared:
+                moves += moved or is_waiting(stack)
+            elif moved and self._imports():  # for minutes from a busy file system, without a tick
+                self.progress += 1
             progress = self.progress + moves
             self._tell({"progress": progress, "stack": stack, "shared": self.shared})
             time.sleep(interval_s)
