@@ -84,7 +84,7 @@ def test_workers_start_again_from_the_newest_checkpoint(start, fault: str, engin
         ("stop:0:3", "zero2", ["no heartbeat", "at step 2, micro-batch 1 of 1"]),
         ("lock:0:3", "ddp", ["no heartbeat", "at step 2, micro-batch 1 of 1", "sitecustomize.py"]),
         ("stop:0:torch", "ddp", ["no heartbeat", "at the preparation of data and model"]),
-        ("hang:1:dist_ft.build", "zero1", ["no progress", "sitecustomize.py"]),
+        ("hang:0:dist_ft.build", "zero1", ["no progress", "sitecustomize.py"]),
         ("stop:1:dist_ft.config.plan", "ddp", ["no heartbeat", "at start"]),
     ],
 )
