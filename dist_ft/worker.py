@@ -31,6 +31,8 @@ from .process.place import Place, Worker, find_device, find_place, time_limit
 if TYPE_CHECKING:
     from .protocols import Tracker
 
+LATER_S = 10.0  # than the monitor of a rank that hangs before the rendezvous, which names it, the others give up
+
 
 def main(arguments: list[str]) -> int:
     """Run the plan at `arguments[0]`; further arguments of launchers (`--local_rank=N`) are ignored.
@@ -133,7 +135,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     from .process import lifeline
 
     begun = time.monotonic()
-    lifeline.hold()
+    lifeline.hold(PULSE.leave)
     PULSE.beat("the import of libraries")
     from .prepare import prepare_plan
 
@@ -149,7 +151,7 @@ def train(plan: Plan, place: Place, terminal: TextIO) -> None:
     PULSE.beat("the rendezvous with other ranks")
     timeout_s = plan.config.train.timeout_s
     device = find_device(place)
-    store = comm.open_store(place, timeout_s)
+    store = comm.open_store(place, timeout_s + LATER_S)
     comm.join(place, store, device)
     watchdog = Watchdog(place, PULSE, comm.connect_again(store, timeout_s), timeout_s, plan.run_dir, terminal)
     watchdog.start()

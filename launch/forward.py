@@ -20,6 +20,7 @@ import psutil
 from ..errors import Problem, Stopped
 from ..process.stop import AGAIN, SIGNALS, accepted_signals
 
+WORKED_S = 0.5  # processor time, which workers use for their imports alone
 NOTHING_STARTED = "no worker was started yet, so nothing is lost"
 
 
@@ -42,7 +43,8 @@ def _forward(accepted: list[signal.Signals]) -> None:
         number = signal.Signals(signal.sigwait(accepted))
         workers = psutil.Process().children()
         if not workers:
-            print(stopped_before_workers(number), file=sys.stderr, flush=True)
+            if os.times().children_user < WORKED_S:  # otherwise they have ended and said why
+                print(stopped_before_workers(number), file=sys.stderr, flush=True)
             os._exit(Stopped.exit_code)
         for worker in workers:
             with contextlib.suppress(psutil.Error):

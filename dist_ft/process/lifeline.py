@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -45,18 +46,23 @@ def find_launchers() -> list[psutil.Process]:
     return chain[:found]
 
 
-def hold() -> None:
-    """Watch the launchers in a daemon thread and kill this process with SIGKILL when one of them has ended."""
+def hold(leave: Callable[[], None] = lambda: None) -> None:
+    """Watch the launchers in a daemon thread and kill this process with SIGKILL when one of them has ended.
+
+    Args:
+        leave: Called before that, so that the end is not taken for a failure of this process.
+    """
     launchers = find_launchers()
     if not launchers:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(launchers,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch, args=(launchers, leave), name="lifeline", daemon=True).start()
 
 
-def _watch(launchers: list[psutil.Process]) -> None:
+def _watch(launchers: list[psutil.Process], leave: Callable[[], None]) -> None:
     while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
         time.sleep(INTERVAL_S)
+    leave()
     # A collective may block the main thread, so a clean shutdown cannot be relied on.
     os.kill(os.getpid(), signal.SIGKILL)

@@ -237,7 +237,7 @@ def _report(about: About, kind: str, where: str, rule: str, way_out: str) -> Non
     run_dir, error = Path(about.run_dir), TrainingError.of(where, rule, way_out)
     text = failure.describe(error, place, run_dir)
     if failure.claim(run_dir, place, error.exit_code, text, failure.Kind[kind]):
-        print(text, file=sys.stderr, flush=True)
+        os.write(2, f"{text}\n".encode())  # in UTF-8, as workers do, whatever the locale is
 
 
 def _open_process(process: int) -> int | None:
@@ -268,10 +268,10 @@ def _exit_code(process: int, handle: int | None) -> int | None:
 
 
 def _runs(process: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True

@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +62,18 @@ class Pulse:
     def stack(self) -> list[str]:
         """Return the innermost frames of the main thread."""
         frame = sys._current_frames().get(self._main or 0)
-        return [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)[-FRAMES:]]
+        frames: list[str] = []
+        while frame is not None and len(frames) < FRAMES:  # traceback would read the files, which may be what hangs
+            frames.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}")
+            frame = frame.f_back
+        return frames[::-1]
+
+    def _imports(self) -> bool:
+        """Return whether the main thread imports a module."""
+        frame = sys._current_frames().get(self._main or 0)
+        while frame is not None and not frame.f_code.co_filename.startswith(IMPORTS):
+            frame = frame.f_back
+        return frame is not None
 
     def fork_monitor(self) -> None:
         """Start the monitor. It is forked, which takes no time, and therefore before this process has other threads."""
@@ -91,7 +101,11 @@ class Pulse:
         moves = 0
         while True:
             stack = self.stack()
-            moves += self._has_moved(interval_s) or is_waiting(stack)
+            moved = self._has_moved(interval_s)
+            if not self.shared:
+                moves += moved or is_waiting(stack)
+            elif moved and self._imports():  # for minutes from a busy file system, without a tick
+                self.progress += 1
             progress = self.progress + moves
             self._tell({"progress": progress, "stack": stack, "shared": self.shared})
             time.sleep(interval_s)

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.cluster.jobs import Submitted, environment, identity_of, run_cli
+from tests.faults.jobs import INJECT
 
 STUB = """
 import sys
@@ -74,3 +75,15 @@ def test_trains_for_real(slurm, env, tmp_path, tiny_words):
     assert job.steps == [1, 2, 3]
     assert (tmp_path / "run" / "logs" / "rank-1.log").exists()
     assert any((tmp_path / "run" / "model").iterdir())
+
+
+def test_a_rank_that_is_killed_is_named_by_its_node(slurm, env, tmp_path, tiny_words):
+    """srun takes the exit code of a task at once, and the tasks have no launcher of ours above them."""
+    env = {**env, "PYTHONPATH": f"{INJECT}:{env['PYTHONPATH']}", "DIST_FT_FAULT_MARK": str(tmp_path / "mark")}
+    words = [*TWO_NODES, "launch.workers_per_node=1", "engine=ddp", f"output_dir={tmp_path}/run", *tiny_words]
+    run = run_cli(REAL, words, env | {"DIST_FT_FAULT": "kill:1:3"})
+    job = Submitted(identity_of(run), tmp_path / "run", slurm)
+    assert job.finish(120) == ("FAILED", 4), job.log
+    record = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert (record["rank"], record["host"], record["kind"]) == (1, "n2", "died"), record
+    assert "was killed" in record["report"] and "at step 2" in record["report"] and record["report"] in job.log

@@ -84,7 +84,7 @@ def test_workers_start_again_from_the_newest_checkpoint(start, fault: str, engin
         ("stop:0:3", "zero2", ["no heartbeat", "at step 2, micro-batch 1 of 1"]),
         ("lock:0:3", "ddp", ["no heartbeat", "at step 2, micro-batch 1 of 1", "sitecustomize.py"]),
         ("stop:0:torch", "ddp", ["no heartbeat", "at the preparation of data and model"]),
-        ("hang:1:dist_ft.build", "zero1", ["no progress", "sitecustomize.py"]),
+        ("hang:0:dist_ft.build", "zero1", ["no progress", "sitecustomize.py"]),
         ("stop:1:dist_ft.config.plan", "ddp", ["no heartbeat", "at start"]),
     ],
 )
@@ -151,6 +151,8 @@ def test_kill_9_of_the_command_leaves_nothing(start, engine: str) -> None:
     assert len(job.members()) >= 4
     job.process.kill()
     job.assert_gone(max(since, time.time()))
+    record = job.run_dir / "failure.json"
+    assert not record.exists() or json.loads(record.read_text())["exit_code"] == 75, "no rank has failed"
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1"])

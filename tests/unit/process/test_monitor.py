@@ -66,11 +66,11 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
     os.close(one.pipe)
 
 
-def test_a_worker_without_heartbeat_is_named_with_its_stack_and_killed(watched: Watched, capsys) -> None:
+def test_a_worker_without_heartbeat_is_named_with_its_stack_and_killed(watched: Watched, capfd) -> None:
     watched.beat()
     report = watched.report()
     assert report is not None and "no heartbeat for 0.8 s: rank 1 on host-1 at step 3" in report
-    assert "nfs.py:3 read" in report and report in capsys.readouterr().err
+    assert "nfs.py:3 read" in report and report in capfd.readouterr().err
     assert watched.worker.wait(5) == -signal.SIGKILL
 
 

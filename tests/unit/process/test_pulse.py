@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import time
@@ -46,6 +47,17 @@ def test_the_stack_ends_in_the_main_thread() -> None:
     thread.join()
     assert any("test_the_stack_ends_in_the_main_thread" in frame for frame in found[0])
     assert not any("<lambda>" in frame for frame in found[0])
+
+
+def test_the_main_thread_is_seen_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the module calls functions of others, deeper than a stack is shown."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import pulse_probe_of\ndef deep(n): return deep(n - 1) if n else pulse_probe_of.ask()\nfound = deep(20)"
+    (tmp_path / "pulse_probe.py").write_text(code)
+    one = Pulse()
+    monkeypatch.setitem(sys.modules, "pulse_probe_of", type("Probe", (), {"ask": staticmethod(one._imports)}))
+    assert not one._imports()
+    assert importlib.import_module("pulse_probe").found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc")
