@@ -35,8 +35,8 @@ def plan_run(words: Sequence[str], config_dir: str | Path | None, site: Site) ->
         workers = settle(launcher.resolve(config, origins))
     except RequestError as error:
         raise RequestError(*check(config, origins), *error.problems) from error
-    config, origins = workers.config, workers.origins
-    problems = [*check(config, origins), *batch_problems(config, origins, workers.nodes, workers.per_node)]
+    settled = (workers.config, workers.origins)
+    problems = [*check(*settled), *batch_problems(*settled, workers.nodes, workers.per_node)]
     if problems:
         raise RequestError(*problems)
     return planned(workers), launcher
