@@ -67,10 +67,10 @@ def read_stages(path: Path, more: Sequence[str] = ()) -> list[Stage]:
     except OSError as error:
         raise RequestError.of(str(path), "cannot be read", "name a YAML file with stages") from error
     except yaml.YAMLError as error:
-        raise RequestError.of(str(path), f"is not valid YAML ({error})", "see Stages in the README") from error
+        raise RequestError.of(str(path), f"is not valid YAML ({error})", "see docs/many-runs.md") from error
     except ValidationError as error:
         problems = [
-            Problem(f"{path}: {'.'.join(map(str, found['loc']))}", found["msg"], "see Stages in the README")
+            Problem(f"{path}: {'.'.join(map(str, found['loc']))}", found["msg"], "see docs/many-runs.md")
             for found in error.errors()
         ]
         raise RequestError(*problems) from None

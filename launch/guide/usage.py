@@ -123,7 +123,7 @@ def _add_arguments(command: CommandParser, name: str, *, has_words: bool) -> Non
     if command.get_default("takes_config") or name == "list":
         command.add_argument("--config-dir", metavar="DIR", help="folder with your own groups (DIR/model/mine.yaml)")
     if name == "stages":
-        command.add_argument("file", metavar="FILE", help="YAML file that lists the stages, see the README")
+        command.add_argument("file", metavar="FILE", help="YAML file that lists the stages, see docs/many-runs.md")
     elif name == "list":
         command.add_argument("group", nargs="?", metavar="GROUP", help="for example method or experiment")
     elif name == "help":

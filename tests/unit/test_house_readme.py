@@ -44,6 +44,7 @@ def commands(path: Path) -> list[str]:
     return [line.strip() for line in blocks.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
+YAML_BLOCKS = [block for path in DOCUMENTS for block in YAML_BLOCK.findall(path.read_text(encoding="utf-8"))]
 TYPED = [(path.name, line) for path in DOCUMENTS for line in commands(path)]
 YAML_COMMANDS = [
     (str(path.relative_to(ROOT)), match)
@@ -60,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(ROW * 200)
     for name in ("wikitext.jsonl", "corpus.jsonl"):
         (tmp_path / name).write_text('{"text": "Some words."}\n' * 200)
-    for text in YAML_BLOCK.findall(DOCUMENTS[0].read_text(encoding="utf-8")):
+    for text in YAML_BLOCKS:
         if "stages:" in text:
             (tmp_path / "stages.yaml").write_text(text)
         elif text.startswith("run_name: first\n"):
@@ -133,8 +134,8 @@ def test_command_of_a_yaml_file(file: str, line: str, folder: Path) -> None:
     try_command(line)
 
 
-def test_readme_names_every_command() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documents_name_every_command() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     told = set(re.findall(r"^\| `dist-ft ([a-z]+)` \|", text, re.MULTILINE))
     assert told == set(cli.COMMANDS)
 
@@ -161,20 +162,25 @@ def group_rows() -> list[str]:
     return rows
 
 
-def test_readme_tells_every_group_and_key() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("## Groups and keys\n")[1]
-    told = [line for line in section.splitlines() if line.startswith("| `")]
+def test_the_documents_tell_every_group_and_key() -> None:
+    text = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    told = [line for line in text.splitlines() if line.startswith("| `")]
     assert told == group_rows(), "the table should be:\n" + "\n".join(group_rows())
 
 
-def test_the_mixture_of_the_readme_is_one(folder: Path) -> None:
-    (block,) = [b for b in YAML_BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")) if "mixture:" in b]
+def test_the_mixture_of_the_documents_is_one(folder: Path) -> None:
+    (block,) = [block for block in YAML_BLOCKS if "mixture:" in block]
     (folder / "data").mkdir()
     (folder / "data" / "mine.yaml").write_text(yaml.safe_dump(yaml.safe_load(block)["data"]))
     composed = compose(["data=mine"], config_dir=folder)
     assert check(composed.config, composed.origins) == []
     assert list(composed.config.data.mixture or ()) == ["dolly", "gsm8k"]
+
+
+def test_the_readme_fits_on_three_screens_and_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert set(re.findall(r"\]\((docs/[^)]+\.md)\)", text)) == {f"docs/{path.name}" for path in DOCUMENTS[2:]}
 
 
 def test_the_example_rows_have_the_formats_of_the_readme_and_fill_a_global_batch() -> None:
