@@ -24,10 +24,9 @@ from ..config.run import RunConfig
 from ..data.render.template import find_end_token
 from ..data.render.tokenizer import open_tokenizer
 from ..errors import RequestError
-from ..families import ModelRecipe, architecture_of, build_method
+from ..families import ModelRecipe, architecture_of, build_method, choose_attention
 from ..method.start import read_start
 from ..model.anatomy import unwrap
-from ..model.load import attention_of
 from ..prepare import Prepared, prepare
 from ..process.command import run_command, split_run
 from ..process.options import ExportOptions, read_words
@@ -136,7 +135,7 @@ def open_trained(config: RunConfig, prepared: Prepared, run_dir: Path, name: str
 
 def _recipe(config: RunConfig, prepared: Prepared, run_dir: Path) -> ModelRecipe:
     architecture = architecture_of(config, prepared.facts)
-    attention = attention_of(config.model, prepared.model_dir, torch.device("cpu"), architecture, "auto")
+    attention = choose_attention(config, prepared.model_dir, torch.device("cpu"), architecture, "auto")
     return ModelRecipe(config, prepared.model_dir, attention, architecture, build_method(config, run_dir))
 
 

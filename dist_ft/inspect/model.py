@@ -20,8 +20,7 @@ from torch import nn
 
 from ..config.plan import Plan, read_plan
 from ..config.run import RunConfig
-from ..families import ModelRecipe, architecture_of, build_method
-from ..model.load import attention_of
+from ..families import ModelRecipe, architecture_of, build_method, choose_attention
 from ..model.quantization.packed import find_packed
 from ..prepare import Prepared, describe_data, prepare_plan
 from ..privacy.rules import takes_rows_together
@@ -48,7 +47,7 @@ class Share:
 def build_meta(config: RunConfig, model_dir: str, facts: Facts) -> BuiltModel:
     """Build the run's model with the method applied on the meta device, that is without weights."""
     architecture = architecture_of(config, facts)
-    attention = attention_of(config.model, model_dir, torch.device("cpu"), architecture, "auto")
+    attention = choose_attention(config, model_dir, torch.device("cpu"), architecture, "auto")
     return ModelRecipe(config, model_dir, attention, architecture, build_method(config)).build_meta()
 
 
