@@ -2,7 +2,8 @@
 
 Logits of T tokens and a vocabulary of V take 12 T V bytes with their float32 copy and their gradient: 13.6 GiB for
 8,192 tokens of 152,000 words. Here, the head of the model returns losses instead of logits while it is asked for them,
-so that whatever engines and adapters do around it stays as it is. In the backward, each chunk is computed again.
+so that whatever engines and adapters do around it stays as it is. In the backward, each chunk is computed again, unless
+the head is frozen.
 
 Between head and logits, models scale or cap (Granite, Cohere, Gemma). These operations are known by the keys of the
 configuration and applied within a chunk; a miniature of the class shows that the losses are the same.
@@ -136,21 +137,37 @@ class OutputHead:
 
 
 class _InChunks(torch.autograd.Function):
-    """Losses of hidden states chunk by chunk; the backward computes the logits of a chunk again."""
+    """Losses of hidden states chunk by chunk.
+
+    If the head is frozen, the forward also computes the gradient of each loss with respect to its hidden state, which
+    the backward only scales (as Liger's fused linear cross-entropy does). Otherwise, the backward computes the logits
+    of each chunk again.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, head: OutputHead, asked: Question, *learning: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.head, ctx.asked = head, asked
-        ctx.save_for_backward(rows)
-        parts = zip(rows.split(head.rows), asked.targets.split(head.rows), strict=True)
-        losses, right = zip(*(head.losses_of(part, targets, asked) for part, targets in parts), strict=True)
-        judgements = torch.cat(right)
-        ctx.mark_non_differentiable(judgements)
-        return torch.cat(losses), judgements
+        ctx.head, ctx.asked, ctx.scales = head, asked, ctx.needs_input_grad[0] and not learning
+        losses, right, gradients = [], [], torch.empty_like(rows) if ctx.scales else None
+        for first in range(0, len(rows), head.rows):
+            here = slice(first, first + head.rows)
+            with torch.set_grad_enabled(ctx.scales):
+                part = rows[here].detach().requires_grad_(ctx.scales)
+                found, judgements = head.losses_of(part, asked.targets[here], asked)
+            if gradients is not None:
+                (gradients[here],) = torch.autograd.grad(found, part, torch.ones_like(found))
+            losses.append(found.detach())
+            right.append(judgements)
+        ctx.save_for_backward(rows if gradients is None else gradients)
+        judged = torch.cat(right)
+        ctx.mark_non_differentiable(judged)
+        return torch.cat(losses), judged
 
     @staticmethod
     def backward(ctx: Any, along: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        head, asked, (rows,) = ctx.head, ctx.asked, ctx.saved_tensors
+        head, asked, (saved,) = ctx.head, ctx.asked, ctx.saved_tensors
+        if ctx.scales:
+            return (saved * along[:, None]).to(saved.dtype), None, None
+        rows = saved
         learning = [p for p in head.head.parameters() if p.requires_grad]
         # Sums over chunks are kept in float32, as a matrix product over all rows keeps them.
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in learning]

@@ -186,6 +186,42 @@ def test_gradients_of_a_bfloat16_head_are_summed_in_float32() -> None:
     assert errors[1] < 1.2 * errors[0] < 0.05  # 120 chunks; summed in bfloat16, the error is several times that
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "phi"])
+def test_a_frozen_head_is_computed_once(name: str) -> None:
+    model = build(name, tie_word_embeddings=False).requires_grad_(False).train()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+    model.get_input_embeddings().weight.requires_grad_()
+    batch, calls = micro_batch(), []
+    head = attach(model)
+    assert_same(model, head, batch)
+    compute = head.compute
+    head.compute = lambda rows: calls.append(len(rows)) or compute(rows)  # type: ignore[func-returns-value]
+    losses, _ = head.token_losses(model, batch, width=batch.inputs["input_ids"].shape[1])
+    losses.sum().backward()
+    assert sum(calls) == len(batch.targets) and max(calls) == ROWS
+
+
+def test_gradients_behind_a_frozen_bfloat16_head_are_as_exact_as_from_all_logits() -> None:
+    torch.manual_seed(0)
+    exact = build("llama", tie_word_embeddings=False)
+    ids = torch.randint(1, 97, (8, 60))
+    positions = torch.arange(8 * 60)
+    batch = Batch({"input_ids": ids}, ids.flatten(), positions, positions, ids.numel())
+    model = build("llama", tie_word_embeddings=False).bfloat16()
+    exact.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
+    for one in (exact, model):
+        one.lm_head.requires_grad_(False)
+    weight = "model.layers.1.mlp.down_proj.weight"
+    wanted = gradients(plain(exact, batch), exact)[weight]
+    errors = []
+    for losses in (plain(model, batch), attach(model, 4).token_losses(model, batch, width=60)[0]):
+        found = gradients(losses, model)[weight]
+        assert found is not None and wanted is not None
+        errors.append(float((found.float() - wanted).norm() / wanted.norm()))
+    assert errors[1] < 1.2 * errors[0] < 0.05, errors
+
+
 def test_generation_sees_logits() -> None:
     model = build("llama").eval()
     ids = torch.arange(1, 6)[None]
